@@ -1,0 +1,96 @@
+"""Which implementation of an op runs: the PyTorch reference or the Triton kernel, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Windows, macOS, Arm: the reference still runs everywhere
+
+    class _NoTriton:
+        """Stands in for `triton` and `tl` so that the kernel files import; `resolve` keeps the kernels from being launched."""
+
+        constexpr = None
+
+        @staticmethod
+        def jit(function: object) -> object:
+            return function
+
+    triton = tl = _NoTriton
+
+HAS_TRITON = triton.__name__ == "triton"
+CHOICES = ("auto", "torch", "triton")
+_choice = os.environ.get("SBLDM_FAST_BACKEND", "auto")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the implementation of every fused op inside a `with` block.
+
+    `"torch"` is the readable reference, `"triton"` the kernel (an error where it cannot run), `"auto"` the kernel on CUDA
+    where no gradient is asked for and the reference elsewhere. The environment variable `SBLDM_FAST_BACKEND` sets the default.
+
+    Raises:
+        ValueError: `name` is none of the three.
+    """
+    global _choice
+    if name not in CHOICES:
+        raise ValueError(f"backend: got {name!r}, allowed are {', '.join(CHOICES)}")
+    before, _choice = _choice, name
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on `device`, or None if they can."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu" and interpreted():
+        return None
+    return f"Triton has no {device.type} target (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+
+
+def resolve(device: torch.device, needs_grad: bool = False) -> tuple[str, str]:
+    """The implementation that an op on `device` gets, and the reason in one clause.
+
+    Raises:
+        ValueError: `"triton"` was asked for where it cannot run, or a gradient is needed that the kernel does not have.
+    """
+    if _choice not in CHOICES:
+        raise ValueError(f"SBLDM_FAST_BACKEND: got {_choice!r}, allowed are {', '.join(CHOICES)}")
+    if _choice == "torch":
+        return "torch", "asked for"
+    why_not = obstacle(device)
+    if _choice == "triton":
+        if why_not:
+            raise ValueError(f"backend='triton' cannot run on {device}: {why_not}; use backend='auto' or 'torch'")
+        if needs_grad:
+            raise ValueError("backend='triton' has no backward pass yet: use torch.no_grad(), or backend='auto' or 'torch'")
+        return "triton", "asked for"
+    if why_not:
+        return "torch", why_not
+    if device.type == "cpu":
+        return "torch", "the interpreter is for tests, not for speed"
+    if needs_grad:
+        return "torch", "the Triton kernel has no backward pass yet"
+    return "triton", "CUDA device"
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would record an op on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

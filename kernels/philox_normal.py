@@ -1,0 +1,140 @@
+r"""Standard normals that depend on (seed, sample, element) alone: the same for any batch split, any device.
+
+    c = (element // 4, sample, stream, 0),   k = (seed mod 2^32, seed >> 32)
+    w0 .. w3 = Philox4x32-10(c, k)
+    u = (w >> 9 + 1/2) 2^-23,   (z0, z1) = sqrt(-2 ln u0) (cos, sin)(2 pi (u1 - 1/2)),   likewise (z2, z3)
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Box & Muller 1958.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._backend import resolve, tl, triton
+
+BLOCK = 256  # counters, each worth four normals
+_M0, _M1, _W0, _W1, _32 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
+
+
+def philox_reference(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-10: four int64 tensors of 32-bit words from four counter words and a key of two."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # the products need 64 unsigned bits: split into 16-bit halves so that int64 holds every partial sum
+        hi0, lo0 = _mulhilo(c0, _M0)
+        hi1, lo1 = _mulhilo(c2, _M1)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _W0) & _32, (k1 + _W1) & _32
+    return [c0, c1, c2, c3]
+
+
+def _mulhilo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    low = a * (m & 0xFFFF)
+    high = a * (m >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox_normal_reference(
+    shape: Sequence[int], seed: int, *, first_index: int = 0, stream: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """The specification of `philox_normal`, transcendental functions in float64."""
+    numel = math.prod(shape[1:])
+    sample = torch.arange(first_index, first_index + shape[0], device=device, dtype=torch.int64)[:, None]
+    block = torch.arange((numel + 3) // 4, device=device, dtype=torch.int64)[None, :]
+    zero = torch.zeros_like(sample + block)
+    words = philox_reference((block + zero, sample + zero, zero + stream, zero), (seed & _32, seed >> 32 & _32))
+    u0, u1, u2, u3 = (((w >> 9).double() + 0.5) * 2.0**-23 for w in words)
+    pairs = []
+    for a, b in ((u0, u1), (u2, u3)):
+        r, angle = (-2 * a.log()).sqrt(), 2 * math.pi * (b - 0.5)
+        pairs += [r * angle.cos(), r * angle.sin()]
+    return torch.stack(pairs, dim=-1).flatten(1)[:, :numel].reshape(tuple(shape)).float()
+
+
+@triton.jit
+def _uniform(w):
+    return ((w >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+
+
+@triton.jit
+def _philox_normal_kernel(y, seed, first_index, stream, numel, BLOCK: tl.constexpr):
+    n = tl.program_id(1)
+    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    zero = block * 0
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), block, zero + (first_index + n), zero + stream, zero)
+    out = y + n.to(tl.int64) * numel + block * 4
+    # centring the angle halves its rounding error
+    r = tl.sqrt(-2.0 * tl.log(_uniform(w0)))
+    angle = 6.283185307179586 * (_uniform(w1) - 0.5)
+    tl.store(out, (r * tl.cos(angle)).to(y.dtype.element_ty), mask=block * 4 < numel)
+    tl.store(out + 1, (r * tl.sin(angle)).to(y.dtype.element_ty), mask=block * 4 + 1 < numel)
+    r = tl.sqrt(-2.0 * tl.log(_uniform(w2)))
+    angle = 6.283185307179586 * (_uniform(w3) - 0.5)
+    tl.store(out + 2, (r * tl.cos(angle)).to(y.dtype.element_ty), mask=block * 4 + 2 < numel)
+    tl.store(out + 3, (r * tl.sin(angle)).to(y.dtype.element_ty), mask=block * 4 + 3 < numel)
+
+
+torch.library.define(
+    "sbldm_fast::philox_normal", "(Tensor seed, int[] shape, int first_index, int stream, ScalarType dtype) -> Tensor"
+)
+
+
+@torch.library.impl("sbldm_fast::philox_normal", ("cpu", "cuda"))
+def _launch(seed: Tensor, shape: Sequence[int], first_index: int, stream: int, dtype: torch.dtype) -> Tensor:
+    y = torch.empty(tuple(shape), dtype=dtype, device=seed.device)
+    if y.numel() == 0:
+        return y
+    numel = y.numel() // y.shape[0]
+    with torch.cuda.device_of(y):
+        _philox_normal_kernel[triton.cdiv(numel, 4 * BLOCK), y.shape[0]](y, seed, first_index, stream, numel, BLOCK=BLOCK)
+    return y
+
+
+@torch.library.register_fake("sbldm_fast::philox_normal")
+def _fake(seed: Tensor, shape: Sequence[int], first_index: int, stream: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device=seed.device)
+
+
+def philox_normal(
+    shape: Sequence[int],
+    seed: int,
+    *,
+    first_index: int = 0,
+    stream: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normals of `shape`, where `shape[0]` counts samples: sample i is number `first_index + i` of the seed.
+
+    Args:
+        shape: `[N, ...]`.
+        seed: 0 to 2^63 - 1.
+        first_index: the number of the first sample, so that a shard draws its part of a larger batch.
+        stream: 0 for the starting noise, the step's number from 1 for the noise of a solver step.
+        device, dtype: of the result; drawn in float32, then rounded.
+
+    Raises:
+        ValueError: naming the argument, what came and what is allowed.
+
+    Source: Salmon et al. 2011, doi:10.1145/2063384.2063405.
+    """
+    if len(shape) < 1 or min(shape) < 0:
+        raise ValueError(f"shape: got {tuple(shape)}, allowed is [N, ...] with no negative size")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: got {seed!r}, allowed is an integer from 0 to 2^63 - 1")
+    for name, value in (("first_index", first_index), ("stream", stream)):
+        if not 0 <= value < 2**31:
+            raise ValueError(f"{name}: got {value}, allowed is 0 to 2^31 - 1")
+    device = torch.device(device or "cpu")
+    chosen, _ = resolve(device)
+    if chosen == "torch":
+        return philox_normal_reference(shape, seed, first_index=first_index, stream=stream, device=device).to(dtype)
+    key = torch.tensor([seed], dtype=torch.int64, device=device)
+    out: Tensor = torch.ops.sbldm_fast.philox_normal(key, shape, first_index, stream, dtype)
+    return out

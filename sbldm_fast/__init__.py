@@ -1,0 +1,17 @@
+"""Fast slice-by-slice latent diffusion for brain MRI: measure, drop in, export.
+
+    from sbldm_fast import Pipeline
+    images = Pipeline.from_pretrained("demo").sample(16, seed=0, steps=50)   # [16, 1, 128, 128] in [-1, 1]
+
+Images are synthetic, not for diagnosis.
+"""
+
+from .diffusion import DDIMScheduler, DDPMScheduler, NoiseSchedule
+from .models import AutoencoderKL, SchedulerConfig, UNet2D, UNetConfig, VAEConfig, preset
+from .sampling import FastSampler, Pipeline
+
+__version__ = "0.1.0"
+__all__ = [
+    "AutoencoderKL", "DDIMScheduler", "DDPMScheduler", "FastSampler", "NoiseSchedule", "Pipeline", "SchedulerConfig", "UNet2D",
+    "UNetConfig", "VAEConfig", "preset",
+]  # fmt: skip

@@ -1,0 +1,82 @@
+"""Models to and from a folder with `config.json` and one safetensors file (diffusers' layout)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sbldm_fast.files import read_json, whole_file, write_json
+
+from .config import Config
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+C = TypeVar("C", bound=Config)
+
+
+class Pretrained(nn.Module, Generic[C]):
+    """A module built from one configuration object, that saves and loads itself."""
+
+    config_class: ClassVar[type[Any]]
+
+    def __init__(self, config: C) -> None:
+        super().__init__()
+        self.config = config
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write `config.json` and the weights, in `dtype` if one is given."""
+        state = {k: v.detach().to(dtype or v.dtype).cpu().contiguous() for k, v in self.state_dict().items()}
+        write_json(Path(folder) / "config.json", self.config.to_dict())
+        with whole_file(Path(folder) / WEIGHTS) as aside:
+            save_file(state, aside)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """The model in `folder`, in float32 and evaluation mode.
+
+        Raises:
+            ValueError: a missing, unreadable or pickled file, or a tensor that is missing, left over or of another shape.
+        """
+        folder = Path(folder)
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file, allowed is a folder with config.json and {WEIGHTS} (no pickle is ever read)")
+        model = cls(cls.config_class.from_dict(read_json(folder / "config.json")))
+        load_tensors(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+        return model.eval()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: the file is missing or is something else.
+    """
+    if not path.is_file():
+        pickles = [p.name for p in sorted(path.parent.glob("*")) if p.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl")]
+        beside = f"; {pickles[0]} beside it is a pickle, which is never read" if pickles else ""
+        raise ValueError(f"{path} does not exist{beside}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a safetensors file, and nothing else is read: {error}") from None
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy `tensors` into `model`, which must have just these names and shapes.
+
+    Raises:
+        ValueError: naming the first tensor that is missing, left over or of another shape.
+    """
+    own = model.state_dict()
+    for name, value in own.items():
+        if name not in tensors:
+            raise ValueError(f"{source}: tensor {name} is missing")
+        if tensors[name].shape != value.shape:
+            raise ValueError(f"{source}: tensor {name} has shape {list(tensors[name].shape)}, allowed is {list(value.shape)}")
+    if extra := sorted(tensors.keys() - own.keys()):
+        raise ValueError(f"{source}: tensor {extra[0]} is not in the model")
+    model.load_state_dict(tensors)

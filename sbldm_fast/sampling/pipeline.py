@@ -1,0 +1,112 @@
+"""From checkpoint to images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sbldm_fast.diffusion import DDIMScheduler
+from sbldm_fast.files import read_json, whole_folder, write_json
+from sbldm_fast.models import AutoencoderKL, SchedulerConfig, UNet2D
+
+from .sampler import FastSampler
+
+BUNDLED = {"demo": Path(__file__).parents[1] / "assets" / "demo"}
+
+
+class Pipeline:
+    """An autoencoder, a UNet and a noise schedule: what makes images.
+
+    Saved as a folder in diffusers' layout: `model_index.json`, `vae/`, `unet/`, `scheduler/`.
+    """
+
+    def __init__(self, vae: AutoencoderKL, unet: UNet2D, scheduler: SchedulerConfig) -> None:
+        self.vae, self.unet, self.scheduler = vae.eval(), unet.eval(), DDIMScheduler.from_config(scheduler)
+        self._samplers: dict[tuple[object, ...], FastSampler] = {}
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path) -> Self:
+        """The bundled weights `"demo"`, or a folder that `save` wrote.
+
+        Raises:
+            ValueError: no such folder, or a file in it that is missing, pickled or does not fit its config.
+        """
+        folder = BUNDLED.get(str(name_or_folder), Path(name_or_folder))
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file, allowed is a pipeline folder (safetensors only, no pickle is ever read)")
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{folder} is not a pipeline folder: it has no model_index.json; allowed are {', '.join(BUNDLED)} or a folder")
+        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler").config
+        return cls(AutoencoderKL.from_pretrained(folder / "vae"), UNet2D.from_pretrained(folder / "unet"), scheduler)
+
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the folder, whole or not at all; weights in `dtype` if one is given."""
+        with whole_folder(folder) as aside:
+            self.vae.save_pretrained(aside / "vae", dtype)
+            self.unet.save_pretrained(aside / "unet", dtype)
+            self.scheduler.save_pretrained(aside / "scheduler")
+            parts = {"vae": self.vae, "unet": self.unet, "scheduler": self.scheduler}
+            index = {name: ["sbldm_fast", type(part).__name__] for name, part in parts.items()}
+            write_json(aside / "model_index.json", {"_class_name": "Pipeline", **index})
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the models; samplers are built anew."""
+        self.vae.to(device)
+        self.unet.to(device)
+        self._samplers.clear()
+        return self
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """`(C, h, w)` of one latent."""
+        c = self.unet.config
+        return c.in_channels, c.sample_size, c.sample_size
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latents `[N, C, h, w]` to images in [-1, 1]."""
+        return self.vae.decode(z / self.vae.config.scaling_factor)
+
+    def sampler(
+        self, steps: int = 50, mode: str = "auto", *, eta: float = 0.0, dtype: torch.dtype | None = None
+    ) -> FastSampler:
+        """The sampler from noise to images; kept, so that a second call neither compiles nor captures again."""
+        key = (steps, mode, eta, dtype)
+        if key not in self._samplers:
+            self._samplers[key] = FastSampler(
+                self.unet, self.scheduler, shape=self.latent_shape, steps=steps, mode=mode, dtype=dtype, eta=eta, decode=self.decode
+            )
+        return self._samplers[key]
+
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        steps: int = 50,
+        mode: str = "auto",
+        eta: float = 0.0,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 16,
+        first_index: int = 0,
+        progress: bool = False,
+    ) -> Tensor:
+        """Images `[n, 1, S, S]` in [-1, 1], on the CPU. Synthetic, not for diagnosis.
+
+        Image i depends on `seed` and `first_index + i` alone, to rounding, whatever the batch size or the device.
+
+        Raises:
+            ValueError: as `FastSampler`, or a batch size below 1.
+        """
+        if n < 1 or batch_size < 1:
+            raise ValueError(f"n, batch_size: got {n}, {batch_size}, allowed is 1 or more")
+        sampler = self.sampler(steps, mode, eta=eta, dtype=dtype)
+        starts = range(0, n, batch_size)
+        images = [
+            sampler(min(batch_size, n - i), seed=seed, first_index=first_index + i).cpu()
+            for i in tqdm(starts, desc="sample", unit="batch", disable=not progress)
+        ]
+        return torch.cat(images)
