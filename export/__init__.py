@@ -1,0 +1,5 @@
+"""Trained models to ONNX."""
+
+from .graphs import export
+
+__all__ = ["export"]

@@ -153,9 +153,7 @@ def ddim_step(
     _check(x, model_output, a, a_prev, eta, noise, prediction_type, clip_range)
     chosen, _ = resolve(x.device, needs_grad(x, model_output, noise))
     if chosen == "torch":
-        return ddim_step_reference(
-            x, model_output, a, a_prev, eta=eta, noise=noise, prediction_type=prediction_type, clip_range=clip_range
-        )
+        return ddim_step_reference(x, model_output, a, a_prev, eta=eta, noise=noise, prediction_type=prediction_type, clip_range=clip_range)
     for name, t in (("x", x), ("model_output", model_output), ("noise", noise)):
         if t is not None and (t.stride() != x.stride() or not _dense(t)):
             raise ValueError(

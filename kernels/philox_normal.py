@@ -63,26 +63,38 @@ def _uniform(w):
 
 
 @triton.jit
+def _box_muller(w0, w1):
+    # the angle in turns, -1/2 to 1/2, is brought to an eighth of a turn without rounding, where Taylor series reach float32's
+    # last digit; libdevice's sine would bring its path for huge angles along, with float64 and local memory
+    turn = _uniform(w1) - 0.5
+    quarter = tl.floor(turn * 4.0 + 0.5)
+    a = (turn - quarter * 0.25) * 6.283185307179586
+    a2 = a * a
+    sin = a * (1.0 + a2 * (-1.0 / 6 + a2 * (1.0 / 120 + a2 * (-1.0 / 5040 + a2 / 362880))))
+    cos = 1.0 + a2 * (-0.5 + a2 * (1.0 / 24 + a2 * (-1.0 / 720 + a2 * (1.0 / 40320 - a2 / 3628800))))
+    odd, half = (quarter == 1.0) | (quarter == -1.0), (quarter == 2.0) | (quarter == -2.0)
+    r = tl.sqrt(-2.0 * tl.log(_uniform(w0)))
+    z0 = tl.where(odd, -quarter * sin, tl.where(half, -cos, cos))
+    z1 = tl.where(odd, quarter * cos, tl.where(half, -sin, sin))
+    return r * z0, r * z1
+
+
+@triton.jit
 def _philox_normal_kernel(y, seed, first_index, stream, numel, BLOCK: tl.constexpr):
     n = tl.program_id(1)
     block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     zero = block * 0
     w0, w1, w2, w3 = tl.philox(tl.load(seed), block, zero + (first_index + n), zero + stream, zero)
     out = y + n.to(tl.int64) * numel + block * 4
-    # centring the angle halves its rounding error
-    r = tl.sqrt(-2.0 * tl.log(_uniform(w0)))
-    angle = 6.283185307179586 * (_uniform(w1) - 0.5)
-    tl.store(out, (r * tl.cos(angle)).to(y.dtype.element_ty), mask=block * 4 < numel)
-    tl.store(out + 1, (r * tl.sin(angle)).to(y.dtype.element_ty), mask=block * 4 + 1 < numel)
-    r = tl.sqrt(-2.0 * tl.log(_uniform(w2)))
-    angle = 6.283185307179586 * (_uniform(w3) - 0.5)
-    tl.store(out + 2, (r * tl.cos(angle)).to(y.dtype.element_ty), mask=block * 4 + 2 < numel)
-    tl.store(out + 3, (r * tl.sin(angle)).to(y.dtype.element_ty), mask=block * 4 + 3 < numel)
+    z0, z1 = _box_muller(w0, w1)
+    z2, z3 = _box_muller(w2, w3)
+    tl.store(out, z0.to(y.dtype.element_ty), mask=block * 4 < numel)
+    tl.store(out + 1, z1.to(y.dtype.element_ty), mask=block * 4 + 1 < numel)
+    tl.store(out + 2, z2.to(y.dtype.element_ty), mask=block * 4 + 2 < numel)
+    tl.store(out + 3, z3.to(y.dtype.element_ty), mask=block * 4 + 3 < numel)
 
 
-torch.library.define(
-    "sbldm_fast::philox_normal", "(Tensor seed, int[] shape, int first_index, int stream, ScalarType dtype) -> Tensor"
-)
+torch.library.define("sbldm_fast::philox_normal", "(Tensor seed, int[] shape, int first_index, int stream, ScalarType dtype) -> Tensor")
 
 
 @torch.library.impl("sbldm_fast::philox_normal", ("cpu", "cuda"))

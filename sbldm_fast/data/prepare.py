@@ -162,8 +162,8 @@ def _read(job: _Job, seed: int, volume: int | None) -> Scan:
     if job.kind == "mni152":
         slices, positions = axial_slices(mni152())
         return Scan("mni152", "mni152", "T1", slices, list(positions))
-    modality = _MODALITY.search(job.name.replace("_", " "))
-    name = modality.group(1).upper() if modality else "unknown"
+    found = _MODALITY.search(job.name.replace("_", " "))
+    name = found.group(1).upper() if found else "unknown"
     name = _NAMES.get(name, name)
     if job.kind == "nifti":
         slices, positions = axial_slices(load_nifti(job.path, volume))
@@ -193,7 +193,8 @@ def _picture(path: Path) -> np.ndarray:
     except (OSError, ValueError, SyntaxError) as error:
         raise Unusable(f"not a readable picture ({error})") from None
     side = max(grey.size)
-    low, high = grey.getextrema()
+    values = np.asarray(grey)
+    low, high = float(values.min()), float(values.max())
     if low == high:
         raise Unusable("every pixel has the same value")
     square = Image.new("F", (side, side), low)

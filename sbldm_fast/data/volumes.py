@@ -36,6 +36,7 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
         Unusable: missing, truncated, not a NIfTI, 4-D without `volume`, not finite, constant, or a label map.
     """
     import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
 
     if not path.exists():
         raise Unusable("no such file")
@@ -50,7 +51,7 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
             raise Unusable(f"shape {image.shape}: one 3-D volume is needed, pick one of a 4-D file with --volume")
         image = nib.as_closest_canonical(image)
         array = np.asarray(image.dataobj, dtype=np.float32)
-    except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ImageFileError, ValueError) as error:
         if isinstance(error, Unusable):
             raise
         raise Unusable(f"not a readable NIfTI file ({error})") from None
@@ -84,13 +85,11 @@ def axial_slices(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     low, high = robust_range(volume.array)
     # [z, y, x] with y turned so that the front is up
     images = (2 * (volume.array - low) / (high - low) - 1).clip(-1, 1).transpose(2, 1, 0)[:, ::-1]
-    head = images > FOREGROUND
-    rows = _window(head.any(axis=(0, 2)), volume.zooms[1])
-    columns = _window(head.any(axis=(0, 1)), volume.zooms[0])
+    head: np.ndarray = images > FOREGROUND
+    rows = _window(np.any(head, axis=(0, 2)), volume.zooms[1])
+    columns = _window(np.any(head, axis=(0, 1)), volume.zooms[0])
     padded = np.pad(images, ((0, 0), rows[1], columns[1]), constant_values=-1.0)[:, rows[0], columns[0]]
-    square = F.interpolate(
-        torch.from_numpy(np.ascontiguousarray(padded))[:, None], size=(SIZE, SIZE), mode="bicubic", antialias=True
-    )
+    square = F.interpolate(torch.from_numpy(np.ascontiguousarray(padded))[:, None], size=(SIZE, SIZE), mode="bicubic", antialias=True)
     slices = square[:, 0].clamp(-1, 1).numpy()
     keep = (slices > FOREGROUND).mean(axis=(1, 2)) >= MIN_FOREGROUND
     positions = volume.origin_z + volume.zooms[2] * np.arange(len(slices))

@@ -74,7 +74,7 @@ class _Scheduler:
         if not 1 <= n <= T:
             raise ValueError(f"num_inference_steps: got {n}, allowed is 1 to {T}")
         if self.config.timestep_spacing == "linspace":
-            steps = np.linspace(0, T - 1, n).round()[::-1]
+            steps: np.ndarray = np.linspace(0, T - 1, n).round()[::-1]
         elif self.config.timestep_spacing == "leading":
             steps = (np.arange(n) * (T // n))[::-1] + self.config.steps_offset
         else:
@@ -252,4 +252,3 @@ def noise_schedule(c: SchedulerConfig, zero_terminal_snr: bool | None = None) ->
     return NoiseSchedule(
         name, c.num_train_timesteps, c.beta_start, c.beta_end, gamma=c.gamma, normalise=c.normalise, zero_terminal_snr=zero
     )
-

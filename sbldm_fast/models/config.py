@@ -62,7 +62,7 @@ class VAEConfig(Config):
     @property
     def latent_size(self) -> int:
         """Side of the latent in pixels."""
-        return self.sample_size // 2 ** (len(self.block_out_channels) - 1)
+        return self.sample_size >> (len(self.block_out_channels) - 1)
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,7 @@ PRESETS: dict[str, Preset] = {
     "paper": Preset(VAEConfig(), UNetConfig(), _LATENT),
     "template": Preset(
         VAEConfig(latent_channels=4, block_out_channels=(32, 64, 128)),
-        UNetConfig(
-            sample_size=32, in_channels=4, out_channels=4, attention_resolutions=(16,), time_embedding_type="fourier"
-        ),
+        UNetConfig(sample_size=32, in_channels=4, out_channels=4, attention_resolutions=(16,), time_embedding_type="fourier"),
         SchedulerConfig(beta_schedule="gamma", clip_sample=False),
     ),
     "demo": Preset(

@@ -39,6 +39,18 @@ class TimeEmbedding(nn.Module):
         return out
 
 
+class _Block(nn.Module):
+    """A residual block that takes time's scale and shift, then attention if there is any."""
+
+    def __init__(self, block: ResBlock, attention: Attention | None) -> None:
+        super().__init__()
+        self.block, self.attention = block, attention or nn.Identity()
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        out: Tensor = self.attention(self.block(x, scale, shift))
+        return out
+
+
 class UNet2D(Pretrained[UNetConfig]):
     """The model's prediction (epsilon, x0 or v) from a noisy latent and its timestep.
 
@@ -55,79 +67,70 @@ class UNet2D(Pretrained[UNetConfig]):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
         widths, groups, layers = config.block_out_channels, config.norm_num_groups, config.layers_per_block
-        sides = [config.sample_size >> i for i in range(len(widths))]
+        last = len(widths) - 1
+        levels: list[int] = []  # of each block, in the order in which forward meets them
 
-        def attention(level: int) -> nn.Module:
-            attends = sides[level] in config.attention_resolutions
-            return Attention(widths[level], config.attention_head_dim, groups) if attends else nn.Identity()
+        def block(in_channels: int, level: int, attends: bool) -> _Block:
+            levels.append(level)
+            attention = Attention(widths[level], config.attention_head_dim, groups) if attends else None
+            return _Block(ResBlock(in_channels, widths[level], groups, config.dropout), attention)
 
-        def block(in_channels: int, out_channels: int) -> ResBlock:
-            return ResBlock(in_channels, out_channels, groups, config.dropout)
+        def attends(level: int) -> bool:
+            return config.sample_size >> level in config.attention_resolutions
 
         self.time_embedding = TimeEmbedding(config)
         self.time_to_row = nn.ModuleList(nn.Linear(config.time_embed_dim, 2 * width) for width in widths)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        skips, channels = [widths[0]], widths[0]
-        self.down, levels = nn.ModuleList(), []
+        channels = widths[0]
+        skips = [channels]
+        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
-            stage = nn.ModuleList()
-            for _ in range(layers):
-                stage.append(nn.ModuleList([block(channels, width), attention(level)]))
-                channels = width
-                skips.append(channels)
-                levels.append(level)
-            if level < len(widths) - 1:
-                stage.append(Downsample(channels))
-                skips.append(channels)
-            self.down.append(stage)
-        self.mid = nn.ModuleList(
-            [block(channels, channels), Attention(channels, config.attention_head_dim, groups), block(channels, channels)]
-        )
-        levels += [len(widths) - 1] * 2
-        self.up = nn.ModuleList()
-        for level in reversed(range(len(widths))):
+            self.down.append(nn.ModuleList(block(channels if i == 0 else width, level, attends(level)) for i in range(layers)))
+            channels = width
+            skips += [width] * (layers if level == last else layers + 1)
+            if level < last:
+                self.downsample.append(Downsample(width))
+        self.mid = nn.ModuleList([block(channels, last, True), block(channels, last, False)])
+        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
+        for level in range(last, -1, -1):
             stage = nn.ModuleList()
             for _ in range(layers + 1):
-                stage.append(nn.ModuleList([block(channels + skips.pop(), widths[level]), attention(level)]))
+                stage.append(block(channels + skips.pop(), level, attends(level)))
                 channels = widths[level]
-                levels.append(level)
-            if level > 0:
-                stage.append(Upsample(channels))
             self.up.append(stage)
+            if level > 0:
+                self.upsample.append(Upsample(channels))
         self.norm_out = GroupNormSiLU(groups, channels)
         self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
-        self._row_levels = levels
-        self.row_offsets = nn.Parameter(torch.zeros(sum(2 * widths[level] for level in levels)))
+        self._levels = levels
+        self._row_widths = [widths[level] for level in levels for _ in ("scale", "shift")]
+        self.row_offsets = nn.Parameter(torch.zeros(sum(self._row_widths)))
 
     def time_rows(self, t: Tensor) -> Tensor:
         """The scale and shift of every block: `[N]` timesteps to `[N, R]`, block after block, each scale then shift."""
         h = F.silu(self.time_embedding(t))
         rows = [linear(h) for linear in self.time_to_row]
-        return torch.cat([rows[level] for level in self._row_levels], dim=1) + self.row_offsets
+        return torch.cat([rows[level] for level in self._levels], dim=1) + self.row_offsets
 
     def forward_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """The prediction from a latent and its row of `time_rows`, `[N, R]` or `[1, R]` for a shared timestep."""
-        at = 0
-
-        def run(block: nn.Module, attention: nn.Module, h: Tensor) -> Tensor:
-            nonlocal at
-            width = block.conv2.out_channels
-            scale, shift = rows[:, at : at + width], rows[:, at + width : at + 2 * width]
-            at += 2 * width
-            out: Tensor = attention(block(h, scale, shift))
-            return out
-
+        time = iter(rows.split(self._row_widths, dim=1))
         h = self.conv_in(x)
         skips = [h]
-        for stage in self.down:
-            for layer in stage:
-                h = run(*layer, h) if isinstance(layer, nn.ModuleList) else layer(h)
+        for level, stage in enumerate(self.down):
+            for block in stage.children():
+                h = block(h, next(time), next(time))
                 skips.append(h)
-        h = run(self.mid[0], self.mid[1], h)
-        h = run(self.mid[2], nn.Identity(), h)
-        for stage in self.up:
-            for layer in stage:
-                h = run(*layer, torch.cat([h, skips.pop()], dim=1)) if isinstance(layer, nn.ModuleList) else layer(h)
+            if level < len(self.downsample):
+                h = self.downsample[level](h)
+                skips.append(h)
+        for block in self.mid:
+            h = block(h, next(time), next(time))
+        for level, stage in enumerate(self.up):
+            for block in stage.children():
+                h = block(torch.cat([h, skips.pop()], dim=1), next(time), next(time))
+            if level < len(self.upsample):
+                h = self.upsample[level](h)
         out: Tensor = self.conv_out(self.norm_out(h))
         return out
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sbldm_fast.diffusion import DDIMScheduler
-from sbldm_fast.files import read_json, whole_folder, write_json
+from sbldm_fast.files import whole_folder, write_json
 from sbldm_fast.models import AutoencoderKL, SchedulerConfig, UNet2D
 
 from .sampler import FastSampler
@@ -70,9 +70,7 @@ class Pipeline:
         """Scaled latents `[N, C, h, w]` to images in [-1, 1]."""
         return self.vae.decode(z / self.vae.config.scaling_factor)
 
-    def sampler(
-        self, steps: int = 50, mode: str = "auto", *, eta: float = 0.0, dtype: torch.dtype | None = None
-    ) -> FastSampler:
+    def sampler(self, steps: int = 50, mode: str = "auto", *, eta: float = 0.0, dtype: torch.dtype | None = None) -> FastSampler:
         """The sampler from noise to images; kept, so that a second call neither compiles nor captures again."""
         key = (steps, mode, eta, dtype)
         if key not in self._samplers:

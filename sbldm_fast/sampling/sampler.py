@@ -89,9 +89,7 @@ class FastSampler:
         self._graphs: OrderedDict[int, _Captured] = OrderedDict()
         self._counts: Counter[str] = Counter()
 
-    def __call__(
-        self, n: int | None = None, *, seed: int | Sequence[int] = 0, noise: Tensor | None = None, first_index: int = 0
-    ) -> Tensor:
+    def __call__(self, n: int | None = None, *, seed: int | Sequence[int] = 0, noise: Tensor | None = None, first_index: int = 0) -> Tensor:
         """Samples `[n, *shape]` in float32, or what `decode` makes of them.
 
         Args:
@@ -149,9 +147,7 @@ class FastSampler:
     def _draw(self, seeds: list[tuple[int, int, int]], stream: int) -> Tensor:
         if not seeds:
             return torch.empty(0, *self.shape, device=self.device)
-        parts = [
-            philox_normal((count, *self.shape), s, first_index=first, stream=stream, device=self.device) for s, first, count in seeds
-        ]
+        parts = [philox_normal((count, *self.shape), s, first_index=first, stream=stream, device=self.device) for s, first, count in seeds]
         return torch.cat(parts)
 
     def _solver_noise(self, n: int, seeds: list[tuple[int, int, int]]) -> Tensor | None:
@@ -239,7 +235,10 @@ def _choose(mode: str, device: torch.device) -> tuple[str, str]:
         return mode, "asked for"
     if device.type == "cuda":
         return "loop-graph", "CUDA device: the whole loop is one launch"
-    return "eager", f"{device.type} has no CUDA graphs, and compilation takes longer than a few images do; mode='compile' is faster after it"
+    return (
+        "eager",
+        f"{device.type} has no CUDA graphs, and compilation takes longer than a few images do; mode='compile' is faster after it",
+    )
 
 
 def _compiled(step: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:

@@ -102,7 +102,8 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     checkpoint = folder / f"checkpoint-{name}"
     start, seconds = _resume(checkpoint, model, ema, optimizer, scaler) if checkpoint.exists() else (0, 0.0)
-    run = torch.compile(model) if o.compile else model
+    if o.compile:
+        model.compile()
     model.train()
     log = folder / "log.jsonl"
     began = time.monotonic() - seconds
@@ -116,7 +117,7 @@ def train(
             group["lr"] = o.lr_at(step)
         autocast: AbstractContextManager[Any] = torch.autocast(device.type, dtype) if dtype else nullcontext()
         with autocast:
-            loss, scalars = loss_of(run, index, step)
+            loss, scalars = loss_of(model, index, step)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(
@@ -158,11 +159,7 @@ def _save(
     path: Path, step: int, seconds: float, model: nn.Module, ema: nn.Module | None,
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
 ) -> None:  # fmt: skip
-    moments = {
-        f"{i}.{key}": value.contiguous()
-        for i, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
+    moments = {f"{i}.{key}": value.contiguous() for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
     with whole_folder(path) as folder:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
         save_file(moments, folder / "optimizer.safetensors")

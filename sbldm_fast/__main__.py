@@ -1,0 +1,5 @@
+"""`python -m sbldm_fast` is the command line."""
+
+from .cli import main
+
+main()

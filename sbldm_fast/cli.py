@@ -1,0 +1,259 @@
+"""The command line: the roof, which imports the upper floors inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None, help=__doc__)
+bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure, interleaved and parity-gated.")
+app.add_typer(bench_app, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Mode = StrEnum("Mode", ["eager", "compile", "step-graph", "loop-graph", "auto"])
+Split = StrEnum("Split", ["subject", "slice"])
+Amp = StrEnum("Amp", ["auto", "off", "fp16", "bf16"])
+Dtype = StrEnum("Dtype", ["float32", "float16", "bfloat16"])
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can do and check each op. Example: sbldm-fast doctor --json"""
+    from sbldm_fast.doctor import doctor as examine
+
+    report = examine()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_doctor(report)
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+def print_doctor(report: dict[str, Any]) -> None:
+    """The report as lines to read."""
+    print("versions     " + ", ".join(f"{k} {v}" for k, v in report["packages"].items()))
+    print(
+        f"machine      {report['gpu'] or report['cpu']}, {report['cores']} cores, {report['threads']} threads, {report['cpu_capability']}"
+    )
+    print(f"bf16         {'native' if report['native_bf16'] else 'not native'}")
+    print(f"backend      {report['backend']['name']}: {report['backend']['reason']}")
+    for op, check in report["parity"].items():
+        print(f"{op:16} error {check['error']:.1e} {'ok' if check['ok'] else 'WRONG'}")
+    print(f"fastest safe mode here: {report['fastest_safe_mode']}")
+
+
+@app.command()
+def prepare(
+    sources: Annotated[list[str], typer.Argument(help="NIfTI files, folders of NIfTI or PNG/JPG, mni152, synthetic[:COUNT].")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    split: Annotated[Split, typer.Option(help="subject keeps a subject in one split; slice leaks, as paper 001 does.")] = Split.subject,
+    seed: Annotated[int, typer.Option(help="Of the split and of the synthetic brains.")] = 42,
+    volume: Annotated[int | None, typer.Option(min=0, help="Which volume of 4-D files.")] = None,
+    every: Annotated[int, typer.Option(min=1, help="Keep every n-th slice.")] = 1,
+    strict: Annotated[bool, typer.Option(help="Stop at the first unusable file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn scans into training slices. Example: sbldm-fast prepare scans/ synthetic:20 -o data"""
+    from sbldm_fast.data import prepare as run
+
+    if split == "slice":
+        print("warning: --split slice puts slices of one subject into train and test", file=sys.stderr)
+    manifest = run(sources, out, split=split.value, seed=seed, volume=volume, every=every, strict=strict, progress=not as_json)
+    done = {"out": str(out), "slices": len(manifest["slices"]), "subjects": manifest["subjects"], "split": manifest["split"]["slices"],
+            "skipped": manifest["skipped"]}  # fmt: skip
+    for one in manifest["skipped"]:
+        print(f"skipped {one['source']}: {one['reason']}", file=sys.stderr)
+    text = f"{done['slices']} slices of {done['subjects']} subjects in {out} {done['split']}, {len(manifest['skipped'])} files skipped"
+    print(json.dumps(done) if as_json else text)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Argument(help="Run folder: log, checkpoints and, at the end, pipeline/.")],
+    data: Annotated[Path, typer.Option(help="A folder that prepare wrote.")],
+    preset: Annotated[str, typer.Option(help="paper, template or demo.")] = "demo",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the UNet.")] = 100_000,
+    vae_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the VAE (default: as --steps).")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch of the UNet.")] = 16,
+    vae_batch: Annotated[int, typer.Option(min=1, help="Batch of the VAE.")] = 32,
+    lr: Annotated[float, typer.Option(help="Learning rate of the UNet.")] = 2e-4,
+    vae_lr: Annotated[float, typer.Option(help="Learning rate of the VAE.")] = 1e-4,
+    warmup: Annotated[int, typer.Option(min=0, help="Warmup steps of both.")] = 1000,
+    ema_decay: Annotated[float, typer.Option(min=0, max=0.99999)] = 0.9999,
+    views: Annotated[int, typer.Option(min=1, help="Augmented copies of each slice among the latents.")] = 4,
+    l1: Annotated[bool, typer.Option("--l1", help="L1 instead of MSE for the VAE.")] = False,
+    amp: Annotated[Amp, typer.Option(help="auto: bf16 where native, else fp16 on CUDA.")] = Amp.auto,
+    compiled: Annotated[bool, typer.Option("--compile", help="Train through torch.compile.")] = False,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Train the VAE, then the UNet; run it again to go on. Example: sbldm-fast train run --data data --preset demo --steps 200"""
+    import torch
+
+    from sbldm_fast import preset as find
+    from sbldm_fast.training import Optimisation, train_pipeline
+
+    def stage(steps: int, batch: int, lr: float, ema: float) -> Optimisation:
+        return Optimisation(steps, batch, lr, warmup=min(warmup, steps // 10), ema_decay=ema, seed=seed, amp=amp.value, compile=compiled)
+
+    start = time.monotonic()
+    result = train_pipeline(
+        find(preset), data, out, vae=stage(vae_steps or steps, vae_batch, vae_lr, 0.0), unet=stage(steps, batch, lr, ema_decay),
+        recon="l1" if l1 else "mse", views=views, device="cuda" if torch.cuda.is_available() else "cpu", progress=not as_json,
+    )  # fmt: skip
+    result |= {"pipeline": str(out / "pipeline"), "seconds": round(time.monotonic() - start, 1)}
+    text = f"trained on {result['slices']} slices of {result['subjects']} subjects in {result['seconds']} s: {result['pipeline']}"
+    print(json.dumps(result) if as_json else text)
+
+
+@app.command()
+def sample(
+    pipeline: Annotated[str, typer.Argument(help="A pipeline folder, or demo for the bundled weights.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the PNG files and the grid.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 16,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="Solver steps, 1 to 1000.")] = 50,
+    mode: Annotated[Mode, typer.Option(help="auto: loop-graph on CUDA, else eager.")] = Mode.auto,
+    eta: Annotated[float, typer.Option(help="0: DDIM, 1: the noise of DDPM.")] = 0.0,
+    batch: Annotated[int, typer.Option(min=1)] = 16,
+    dtype: Annotated[Dtype | None, typer.Option(help="Arithmetic of the UNet (default: float32).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make images. Example: sbldm-fast sample demo -n 16 --seed 0 -o images"""
+    import torch
+    from tqdm import tqdm
+
+    from sbldm_fast import Pipeline
+    from sbldm_fast.sampling.images import NOTICE, save_grid, save_png, to_uint8
+
+    pipe = Pipeline.from_pretrained(pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
+    precision = None if dtype is None else getattr(torch, dtype.value)
+    sampler = pipe.sampler(steps, mode.value, eta=eta, dtype=precision)
+    print(f"mode {sampler.mode}: {sampler.reason}", file=sys.stderr)
+    start, images = time.monotonic(), []
+    for first in tqdm(range(0, n, batch), desc="sample", unit="batch", disable=as_json):
+        part = pipe.sample(min(batch, n - first), seed=seed, steps=steps, mode=mode.value, eta=eta, dtype=precision,
+                           batch_size=batch, first_index=first)  # fmt: skip
+        for i, image in enumerate(to_uint8(part)):
+            save_png(image, out / f"{first + i:06d}.png")
+        images.append(part)
+    seconds = time.monotonic() - start
+    save_grid(torch.cat(images), out / "grid.png")
+    done = {
+        "out": str(out),
+        "n": n,
+        "mode": sampler.mode,
+        "seconds": round(seconds, 2),
+        "images_per_s": round(n / seconds, 3),
+        "notice": NOTICE,
+    }
+    print(json.dumps(done) if as_json else f"{n} images in {seconds:.1f} s ({n / seconds:.2f}/s) in {out}; {NOTICE}")
+
+
+@app.command()
+def export(
+    pipeline: Annotated[str, typer.Argument(help="A pipeline folder, or demo for the bundled weights.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    target: Annotated[str, typer.Option(help="ort")] = "ort",
+    as_json: Json = False,
+) -> None:
+    """Write ONNX graphs and prove them. Example: sbldm-fast export demo -o onnx"""
+    from sbldm_fast import Pipeline
+    from sbldm_fast.export import export as run
+
+    manifest = run(Pipeline.from_pretrained(pipeline), out, target=target)
+    if as_json:
+        print(json.dumps(manifest))
+        return
+    for name, graph in manifest["graphs"].items():
+        print(f"{out / graph['file']}: {name}, opset {manifest['opset']}, ONNX Runtime differs by {graph['parity_max_abs_error']:.1e}")
+
+
+@bench_app.command("sampling")
+def bench_sampling(
+    steps: Annotated[int, typer.Option()] = 50,
+    batch: Annotated[str, typer.Option(help="Batch sizes, e.g. 1,8.")] = "1,8",
+    preset: Annotated[str, typer.Option(help="paper, template or demo.")] = "paper",
+    rounds: Annotated[int, typer.Option(help="Interleaved repetitions.")] = 5,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append the rows to.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time our modes against diffusers. Example: sbldm-fast bench sampling --steps 50 --batch 1,8 --json"""
+    from sbldm_fast.benchmarks.sampling import bench_sampling as run
+    from sbldm_fast.benchmarks.table import sampling_table
+    from sbldm_fast.benchmarks.timing import append
+
+    if not all(b.isdecimal() for b in batch.split(",")):
+        raise typer.BadParameter(f"got {batch}, allowed are whole numbers with commas between", param_hint="--batch")
+    rows = run(preset_name=preset, steps=steps, batches=[int(b) for b in batch.split(",")], rounds=rounds, say=_say)
+    if out is not None:
+        append(out, rows)
+    print("\n".join(json.dumps(row) for row in rows) if as_json else sampling_table(rows))
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("demo")) -> None:
+    """See it all work: doctor, 16 images, latency against diffusers, ONNX. Example: sbldm-fast demo -o demo"""
+    from sbldm_fast import Pipeline
+    from sbldm_fast.benchmarks.sampling import bench_sampling as bench
+    from sbldm_fast.benchmarks.table import sampling_table
+    from sbldm_fast.benchmarks.timing import append
+    from sbldm_fast.doctor import doctor as examine
+    from sbldm_fast.export import export as run
+    from sbldm_fast.files import whole_file
+    from sbldm_fast.sampling.images import save_grid
+
+    start = time.monotonic()
+    print("1/4 doctor")
+    report = examine()
+    print_doctor(report)
+    print("2/4 sixteen images from the bundled weights, 50 DDIM steps")
+    pipe = Pipeline.from_pretrained("demo")
+    images = pipe.sample(16, seed=0, steps=50, progress=True)
+    save_grid(images, out / "samples.png")
+    print("3/4 latency of the paper-size UNet against diffusers")
+    rows = bench(steps=50, batches=(1,), rounds=3, say=_say)
+    append(out / "latency.jsonl", rows)
+    table = sampling_table(rows)
+    with whole_file(out / "latency.md") as aside:
+        aside.write_text(table + "\n")
+    print(table)
+    print("4/4 ONNX export")
+    manifest = run(pipe, out / "onnx")
+    worst = max(g["parity_max_abs_error"] for g in manifest["graphs"].values())
+    slow = [r["provider"] for r in rows if "parity" in r and not r["parity"]["ok"]]
+    ok = report["ok"] and not slow
+    warning = f"; WITHOUT PARITY: {', '.join(slow)}" if slow else ""
+    print(f"""
+{out}/samples.png    16 images; success: they look like axial brain slices (synthetic, not for diagnosis)
+{out}/latency.md     success: every provider has a speed-up, so every one agreed with its reference{warning}
+{out}/latency.jsonl  the same, row by row, with the raw timings
+{out}/onnx/          unet.onnx, vae_decoder.onnx, manifest.json; ONNX Runtime differs from PyTorch by {worst:.1e} (allowed 1e-4)
+demo {"finished" if ok else "FAILED"} in {time.monotonic() - start:.0f} s""")
+    if not ok:
+        raise typer.Exit(1)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run the command line: 0 ok, 1 failed with one sentence, 2 bad usage, 130 interrupted."""
+    try:
+        app()
+    except OSError as error:
+        sys.exit(f"sbldm-fast: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"sbldm-fast: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What this machine can do: versions, devices, the backend of each op and why, and a parity check of each."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sbldm_fast.kernels import backend, ddim_step, group_norm_silu, philox_normal
+from sbldm_fast.kernels._backend import obstacle, resolve
+from sbldm_fast.training.loop import amp_dtype
+
+PACKAGES = ("torch", "triton", "numpy", "diffusers", "monai", "onnx", "onnxruntime", "nibabel", "nilearn")
+TOLERANCE = 1e-5
+
+
+def environment() -> dict[str, Any]:
+    """What a measurement depends on: versions, processor, threads, GPU."""
+    cuda = torch.cuda.is_available()
+    info: dict[str, Any] = {
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+    }
+    if cuda:
+        major, minor = torch.cuda.get_device_capability()
+        info |= {"sm": 10 * major + minor, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return info
+
+
+def doctor() -> dict[str, Any]:
+    """The environment, the backend of each op with its reason and parity error, and the mode that `auto` takes here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = amp_dtype("auto", device)
+    checks = parity(device)
+    return {
+        **environment(),
+        "device": str(device),
+        "native_bf16": half is torch.bfloat16,
+        "backend": dict(zip(("name", "reason"), resolve(device), strict=True)),
+        "triton": obstacle(device) or "runs here",
+        "parity": checks,
+        "fastest_safe_mode": "loop-graph" if device.type == "cuda" else "compile",
+        "ok": all(check["ok"] for check in checks.values()),
+    }
+
+
+def parity(device: torch.device) -> dict[str, dict[str, Any]]:
+    """The largest error of each op's chosen backend against its float64 or bit-exact specification, on a small problem."""
+    x, m = torch.randn(2, 2, 64, 16, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    w, b = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).to(device)
+    exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 32, w.double(), b.double()))
+    a, before = 0.5, 0.6
+    z0 = (x.double() - (1 - a) ** 0.5 * m.double()) / a**0.5
+    step = before**0.5 * z0 + (1 - before) ** 0.5 * m.double()
+    with backend("torch"):
+        normals = philox_normal((2, 64), 7)
+    errors = {
+        "group_norm_silu": (group_norm_silu(x, 32, w, b).double() - exact).abs().max(),
+        "ddim_step": (ddim_step(x, m, a, before).double() - step).abs().max(),
+        "philox_normal": (philox_normal((2, 64), 7, device=device).cpu() - normals).abs().max(),
+    }
+    return {name: {"error": float(e), "ok": float(e) <= TOLERANCE} for name, e in errors.items()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

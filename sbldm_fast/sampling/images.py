@@ -1,0 +1,45 @@
+"""Images to PNG files that say what they are."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, PngImagePlugin
+from torch import Tensor
+
+from sbldm_fast.files import whole_file
+
+NOTICE = "synthetic, not for diagnosis"
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """`[N, 1, H, W]` in [-1, 1] to `[N, H, W]` uint8."""
+    array: np.ndarray = ((images[:, 0].clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+    return array
+
+
+def save_png(array: np.ndarray, path: str | Path) -> None:
+    """Write one grey picture with the notice in its metadata."""
+    _write(Image.fromarray(array), Path(path))
+
+
+def save_grid(images: Tensor, path: str | Path) -> None:
+    """Write `[N, 1, H, W]` as one picture, as square as N allows, with the notice printed below."""
+    array = to_uint8(images)
+    n, height, width = array.shape
+    columns = math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    sheet = Image.new("L", (columns * width, rows * height + 14))
+    for i, tile in enumerate(array):
+        sheet.paste(Image.fromarray(tile), (i % columns * width, i // columns * height))
+    ImageDraw.Draw(sheet).text((3, rows * height + 1), NOTICE, fill=200)
+    _write(sheet, Path(path))
+
+
+def _write(image: Image.Image, path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Description", NOTICE)
+    with whole_file(path) as aside:
+        image.save(aside, format="PNG", pnginfo=info)
