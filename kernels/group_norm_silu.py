@@ -36,7 +36,8 @@ def group_norm_silu_reference(
     activation: str = "silu",
 ) -> Tensor:
     """The specification of `group_norm_silu`, in float32."""
-    y = F.group_norm(x.float(), num_groups, _float(weight), _float(bias), eps)
+    # not F.group_norm, which refuses a batch of one with one element a group
+    y = torch.group_norm(x.float(), num_groups, _float(weight), _float(bias), eps)
     if scale is not None:
         y = y * (1 + scale.float()[..., None, None])
     if shift is not None:
@@ -49,14 +50,14 @@ def _float(x: Tensor | None) -> Tensor | None:
 
 
 @triton.jit
-def _affine(mean, var, c, n, mask, weight, bias, scale, shift, scale_stride, shift_stride, eps: tl.constexpr):
-    # everything that is constant over the pixels folds into one multiply-add: y = x * a + b
+def _affine(var, c, n, mask, weight, bias, scale, shift, scale_stride, shift_stride, eps: tl.constexpr):
+    # what is constant over the pixels folds into y = (x - mean) * a + b; the mean stays outside, where x - mean is exact
     a = 1.0 / tl.sqrt(var + eps)
     if weight is not None:
         a *= tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
-    b = -mean * a
+    b = tl.zeros_like(a)
     if bias is not None:
-        b += tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
     if scale is not None:
         factor = 1.0 + tl.load(scale + n * scale_stride + c, mask=mask, other=0.0).to(tl.float32)
         a *= factor
@@ -109,8 +110,8 @@ def _group_norm_silu_kernel(
         mean = _per_group(tl.sum(v, axis=1), GROUPS, BLOCK_C) / (area * CHANNELS)
         d = tl.where(mask, v - mean[:, None], 0.0)
         var = _per_group(tl.sum(d * d, axis=1), GROUPS, BLOCK_C) / (area * CHANNELS)
-        a, b = _affine(mean, var, c, n, in_c, weight, bias, scale, shift, scale_stride, shift_stride, eps)
-        v = v * a[:, None] + b[:, None]
+        a, b = _affine(var, c, n, in_c, weight, bias, scale, shift, scale_stride, shift_stride, eps)
+        v = d * a[:, None] + b[:, None]
         if SILU:
             v = v * tl.sigmoid(v)
         tl.store(y + _offsets(c, s, WIDTH, yc, yh, yw, FLAT), v.to(y.dtype.element_ty), mask=mask)
@@ -132,13 +133,13 @@ def _group_norm_silu_kernel(
         mean = _per_group(tl.where(in_c, mean_c, 0.0), GROUPS, BLOCK_C) / CHANNELS
         apart = tl.where(in_c, mean_c - mean, 0.0)
         var = _per_group(m2_c / area + apart * apart, GROUPS, BLOCK_C) / CHANNELS
-        a, b = _affine(mean, var, c, n, in_c, weight, bias, scale, shift, scale_stride, shift_stride, eps)
+        a, b = _affine(var, c, n, in_c, weight, bias, scale, shift, scale_stride, shift_stride, eps)
         for start in range(0, HW, BLOCK_HW):
             s = start + tl.arange(0, BLOCK_HW)
             mask = in_c[:, None] & (s < HW)[None, :]
             s = s.to(tl.int64)
             v = tl.load(x + _offsets(c, s, WIDTH, xc, xh, xw, FLAT), mask=mask, other=0.0).to(tl.float32)
-            v = v * a[:, None] + b[:, None]
+            v = (v - mean[:, None]) * a[:, None] + b[:, None]
             if SILU:
                 v = v * tl.sigmoid(v)
             tl.store(y + _offsets(c, s, WIDTH, yc, yh, yw, FLAT), v.to(y.dtype.element_ty), mask=mask)

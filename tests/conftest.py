@@ -1,0 +1,67 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # before any kernel file is imported: Triton decides at decoration time whether it interprets
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+ATOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU (Triton's interpreter) and, where there is one, the GPU."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def three_way() -> Callable[..., None]:
+    """`err(ours, fp64) <= 2 err(torch in the same dtype, fp64) + atol(dtype)`, NaN and Inf in the same places."""
+
+    def check(ours: torch.Tensor, same: torch.Tensor, exact: torch.Tensor) -> None:
+        assert ours.dtype == same.dtype
+        assert ours.shape == same.shape == exact.shape
+        finite = exact.isfinite() & same.isfinite()
+        assert torch.equal(ours.isfinite() & exact.isfinite(), finite), "NaN or Inf where the reference has none, or the reverse"
+        if finite.any():
+            scale = float(exact[finite].abs().max())
+            error = float((ours.double() - exact)[finite].abs().max())
+            allowed = 2 * float((same.double() - exact)[finite].abs().max()) + ATOL[ours.dtype] * max(1.0, scale)
+            assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+    return check
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill every `torch.empty` and `torch.empty_like` with NaN, so that an element left unwritten shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(t: torch.Tensor) -> torch.Tensor:
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+@pytest.fixture(scope="session")
+def ms_scans() -> Path:
+    """The real scans of `../shared/data/ms` (Lesjak et al. 2016, CC-BY)."""
+    if not (SHARED / "ms").is_dir():
+        pytest.skip("the real scans are not beside this checkout (../shared/data/ms)")
+    return SHARED / "ms"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,42 @@
+"""The choice between reference and kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sbldm_fast.kernels import _backend, backend, group_norm_silu
+
+X = torch.randn(1, 4, 2, 2)
+
+
+def test_auto_is_the_reference_on_a_cpu() -> None:
+    assert _backend.resolve(torch.device("cpu"))[0] == "torch"
+
+
+def test_auto_is_the_kernel_on_cuda_unless_a_gradient_is_needed() -> None:
+    assert _backend.resolve(torch.device("cuda")) == ("triton", "CUDA device")
+    assert _backend.resolve(torch.device("cuda"), needs_grad=True)[0] == "torch"
+
+
+def test_context_ends_with_its_block_even_by_an_error() -> None:
+    before = _backend._choice
+    with pytest.raises(ZeroDivisionError), backend("torch"):
+        assert 1 / 0 if _backend.resolve(torch.device("cuda")) == ("torch", "asked for") else None
+    assert _backend._choice == before
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="backend: got 'cuda', allowed are auto, torch, triton"), backend("cuda"):
+        pass
+
+
+def test_triton_raises_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with backend("triton"), pytest.raises(ValueError, match="backend='triton' cannot run on cpu: Triton has no cpu target"):
+        group_norm_silu(X, 2)
+
+
+def test_environment_variable_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "_choice", "fast")
+    with pytest.raises(ValueError, match="SBLDM_FAST_BACKEND: got 'fast'"):
+        group_norm_silu(X, 2)

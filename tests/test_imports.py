@@ -1,0 +1,83 @@
+"""The import direction, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {"kernels": 0, "sbldm_fast": 1, "export": 2, "benchmarks": 3}
+
+
+def _floor(module: str) -> int | None:
+    parts = module.split(".")
+    if parts[0] != "sbldm_fast":
+        return None
+    return FLOORS.get(parts[1], 1) if len(parts) > 1 else 1
+
+
+def _imports(path: Path) -> list[str]:
+    return [
+        name
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (
+            [node.module]
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
+    ]
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_imports_run_one_way(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        if path.name in ("cli.py", "__main__.py") and folder == "sbldm_fast":
+            continue  # the roof
+        for module in _imports(path):
+            floor = _floor(module)
+            assert floor is None or floor <= FLOORS[folder], f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_roof_imports_upper_floors_inside_commands() -> None:
+    tree = ast.parse((ROOT / "sbldm_fast" / "cli.py").read_text())
+    top = [n.module for n in tree.body if isinstance(n, ast.ImportFrom) and n.module]
+    assert not [m for m in top if m.startswith("sbldm_fast")]
+
+
+def test_import_needs_no_triton_no_extras_no_gpu_and_little_time() -> None:
+    code = """
+import sys, time
+for name in ("triton", "onnx", "onnxruntime", "onnxscript", "nibabel", "nilearn", "diffusers", "monai", "matplotlib"):
+    sys.modules[name] = None
+import torch
+start = time.process_time()
+import sbldm_fast
+from sbldm_fast.kernels import group_norm_silu
+y = group_norm_silu(torch.randn(1, 8, 2, 2), 4)
+assert y.shape == (1, 8, 2, 2)
+assert not torch.cuda.is_initialized()
+try:
+    with sbldm_fast.kernels.backend("triton"):
+        group_norm_silu(torch.randn(1, 8, 2, 2), 4)
+except ValueError as error:
+    assert "triton is not installed" in str(error)
+else:
+    raise SystemExit("backend='triton' ran without triton")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_imported_modules_of_the_library_load_no_extra() -> None:
+    code = (
+        "import sys, sbldm_fast, sbldm_fast.cli; "
+        "print([m for m in ('onnx', 'onnxruntime', 'nibabel', 'nilearn', 'diffusers', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert done.stdout.strip() == "[]"
