@@ -123,7 +123,7 @@ def _one_batch(
 def stepped(model: Callable[[Tensor, Tensor], Tensor], scheduler: Any, steps: int, noise: Tensor) -> Tensor:
     """The textbook loop: the model, then `scheduler.step`, for each timestep."""
     scheduler.set_timesteps(steps, device=noise.device)
-    x = noise * scheduler.init_noise_sigma
+    x: Tensor = noise * scheduler.init_noise_sigma
     with torch.no_grad():
         for t in scheduler.timesteps:
             x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x).prev_sample

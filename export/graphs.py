@@ -63,8 +63,8 @@ def export(pipeline: Pipeline, out: str | Path, *, target: str = "ort", latents:
         import onnx  # noqa: F401  # the exporter needs it: say so before it fails in its own words
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"export needs {error.name}: pip install 'sbldm_fast[onnx]'") from None
+    except ImportError as missing:
+        raise ValueError(f"export needs {missing.name}: pip install 'sbldm_fast[onnx]'") from None
     if latents is None:
         latents = _sampled(pipeline)
     if len(latents) < 2:

@@ -25,6 +25,7 @@ except ImportError:  # Windows, macOS, Arm: the reference still runs everywhere
     triton = tl = _NoTriton
 
 HAS_TRITON = triton.__name__ == "triton"
+__all__ = ["HAS_TRITON", "backend", "interpreted", "needs_grad", "obstacle", "resolve", "tl", "triton"]
 CHOICES = ("auto", "torch", "triton")
 _choice = os.environ.get("SBLDM_FAST_BACKEND", "auto")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sbldm_fast.kernels import backend, ddim_step, group_norm_silu, philox_normal
+from sbldm_fast.kernels import ddim_step, group_norm_silu, philox_normal
 from sbldm_fast.kernels._backend import obstacle, resolve
 from sbldm_fast.training.loop import amp_dtype
 
@@ -54,19 +55,22 @@ def doctor() -> dict[str, Any]:
 
 
 def parity(device: torch.device) -> dict[str, dict[str, Any]]:
-    """The largest error of each op's chosen backend against its float64 or bit-exact specification, on a small problem."""
+    """The largest error of each op's chosen backend on a small problem, against float64 or a known answer."""
     x, m = torch.randn(2, 2, 64, 16, 16, generator=torch.Generator().manual_seed(0)).to(device)
     w, b = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).to(device)
     exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 32, w.double(), b.double()))
     a, before = 0.5, 0.6
     z0 = (x.double() - (1 - a) ** 0.5 * m.double()) / a**0.5
     step = before**0.5 * z0 + (1 - before) ** 0.5 * m.double()
-    with backend("torch"):
-        normals = philox_normal((2, 64), 7)
+    # Random123's known answer for counter 0, key 0, as uniforms
+    u0, u1, u2, u3 = (((w >> 9) + 0.5) / 2**23 for w in (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8))
+    normals = torch.tensor(
+        [math.sqrt(-2 * math.log(a)) * f(2 * math.pi * (b - 0.5)) for a, b in ((u0, u1), (u2, u3)) for f in (math.cos, math.sin)]
+    )
     errors = {
         "group_norm_silu": (group_norm_silu(x, 32, w, b).double() - exact).abs().max(),
         "ddim_step": (ddim_step(x, m, a, before).double() - step).abs().max(),
-        "philox_normal": (philox_normal((2, 64), 7, device=device).cpu() - normals).abs().max(),
+        "philox_normal": (philox_normal((1, 4), 0, device=device)[0].cpu() - normals).abs().max(),
     }
     return {name: {"error": float(e), "ok": float(e) <= TOLERANCE} for name, e in errors.items()}
 

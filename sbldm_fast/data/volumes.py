@@ -37,6 +37,8 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
     """
     import nibabel as nib
     from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
 
     if not path.exists():
         raise Unusable("no such file")
@@ -51,7 +53,7 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
             raise Unusable(f"shape {image.shape}: one 3-D volume is needed, pick one of a 4-D file with --volume")
         image = nib.as_closest_canonical(image)
         array = np.asarray(image.dataobj, dtype=np.float32)
-    except (OSError, EOFError, zlib.error, ImageFileError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, WrapStructError, ValueError) as error:
         if isinstance(error, Unusable):
             raise
         raise Unusable(f"not a readable NIfTI file ({error})") from None

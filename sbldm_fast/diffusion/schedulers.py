@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -35,10 +34,7 @@ class _Scheduler:
     def __init__(self, **config: Any) -> None:
         self.config = SchedulerConfig.from_dict(config)
         c = self.config
-        self.betas = _betas(c)
-        if c.rescale_betas_zero_snr:
-            self.betas = rescale_zero_terminal_snr(self.betas)
-        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
+        self.betas, self.alphas_cumprod = _tables(c)
         one = torch.tensor(1.0)
         self.final_alpha_cumprod = one if c.set_alpha_to_one else self.alphas_cumprod[0]
         self.num_inference_steps: int | None = None
@@ -221,34 +217,23 @@ def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
-def _betas(c: SchedulerConfig) -> Tensor:
-    """Betas in float32 by diffusers' own arithmetic where it knows the name: its tables are not those of float64."""
+def _tables(c: SchedulerConfig) -> tuple[Tensor, Tensor]:
+    """Betas and alphas_cumprod in float32: where diffusers knows the schedule by its own arithmetic, else from float64."""
     T = c.num_train_timesteps
     if c.trained_betas is not None:
-        return torch.tensor(c.trained_betas, dtype=torch.float32)
-    if c.beta_schedule == "linear":
-        return torch.linspace(c.beta_start, c.beta_end, T, dtype=torch.float32)
-    if c.beta_schedule == "scaled_linear":
-        return torch.linspace(c.beta_start**0.5, c.beta_end**0.5, T, dtype=torch.float32) ** 2
-    if c.beta_schedule == "squaredcos_cap_v2":
-
-        def bar(k: float) -> float:
-            return math.cos((k + 0.008) / 1.008 * math.pi / 2) ** 2
-
-        return torch.tensor([min(1 - bar((i + 1) / T) / bar(i / T), 0.999) for i in range(T)], dtype=torch.float32)
-    return noise_schedule(c, zero_terminal_snr=False).betas.float()
-
-
-def noise_schedule(c: SchedulerConfig, zero_terminal_snr: bool | None = None) -> NoiseSchedule:
-    """The float64 schedule behind a configuration.
-
-    Raises:
-        ValueError: the configuration names its own betas.
-    """
-    if c.trained_betas is not None:
-        raise ValueError("trained_betas: these have no float64 schedule")
-    name = "cosine" if c.beta_schedule == "squaredcos_cap_v2" else c.beta_schedule
-    zero = c.rescale_betas_zero_snr if zero_terminal_snr is None else zero_terminal_snr
-    return NoiseSchedule(
-        name, c.num_train_timesteps, c.beta_start, c.beta_end, gamma=c.gamma, normalise=c.normalise, zero_terminal_snr=zero
-    )
+        betas = torch.tensor(c.trained_betas, dtype=torch.float32)
+    elif c.beta_schedule == "linear":
+        betas = torch.linspace(c.beta_start, c.beta_end, T, dtype=torch.float32)
+    elif c.beta_schedule == "scaled_linear":
+        betas = torch.linspace(c.beta_start**0.5, c.beta_end**0.5, T, dtype=torch.float32) ** 2
+    elif c.beta_schedule == "squaredcos_cap_v2":
+        betas = NoiseSchedule("cosine", T).betas.float()
+    else:
+        own = NoiseSchedule(
+            c.beta_schedule, T, c.beta_start, c.beta_end,
+            gamma=c.gamma, normalise=c.normalise, zero_terminal_snr=c.rescale_betas_zero_snr,
+        )  # fmt: skip
+        return own.betas.float(), own.alphas_cumprod
+    if c.rescale_betas_zero_snr:
+        betas = rescale_zero_terminal_snr(betas)
+    return betas, torch.cumprod(1.0 - betas, dim=0)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .schedulers import DDIMScheduler, DDPMScheduler, noise_schedule
+from .schedulers import DDIMScheduler, DDPMScheduler
 
 
 class DDIMTable(NamedTuple):
@@ -24,8 +24,8 @@ class DDIMTable(NamedTuple):
 def ddim_table(scheduler: Any, steps: int, eta: float = 0.0) -> DDIMTable:
     """The table of `scheduler`, DDIM or DDPM of ours or of diffusers, for `steps` steps; the scheduler itself is left as it is.
 
-    alphas_cumprod come from the float64 schedule where there is one: near t = 0, 1 - a has no digits left in float32.
-    DDPM without clipping is DDIM with eta = 1 (Song et al. 2021, section 4.1).
+    alphas_cumprod are the scheduler's own float32 numbers: the table and `step` are one solver, to rounding. DDPM without
+    clipping is DDIM with eta = 1 (Song et al. 2021, section 4.1).
 
     Raises:
         ValueError: another scheduler, an `eta` that it does not take, a clipped DDPM, or epsilon from a zero terminal SNR.
@@ -43,10 +43,8 @@ def ddim_table(scheduler: Any, steps: int, eta: float = 0.0) -> DDIMTable:
         eta = 1.0
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: got {eta}, allowed is 0 to 1")
-    exact = c.trained_betas is None
-    bars = noise_schedule(c).alphas_cumprod64 if exact else own.alphas_cumprod.double()
-    timesteps: list[int] = own.timesteps.tolist()
-    last = bars.new_tensor(1.0) if c.set_alpha_to_one or kind is DDPMScheduler else bars[0]
+    bars, timesteps = own.alphas_cumprod.double(), own.timesteps.tolist()
+    last = bars.new_tensor(1.0) if kind is DDPMScheduler else own.final_alpha_cumprod.double()
     before = [own.previous_timestep(t) for t in timesteps]
     alpha_bar = bars[timesteps]
     if c.prediction_type == "epsilon" and bool((alpha_bar == 0).any()):

@@ -32,7 +32,7 @@ class Pretrained(nn.Module, Generic[C]):
         state = {k: v.detach().to(dtype or v.dtype).cpu().contiguous() for k, v in self.state_dict().items()}
         write_json(Path(folder) / "config.json", self.config.to_dict())
         with whole_file(Path(folder) / WEIGHTS) as aside:
-            save_file(state, aside)
+            write_tensors(state, aside)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -47,6 +47,18 @@ class Pretrained(nn.Module, Generic[C]):
         model = cls(cls.config_class.from_dict(read_json(folder / "config.json")))
         load_tensors(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
         return model.eval()
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the disk is full or refuses.
+    """
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"the weights could not be written: {error}") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ class FastSampler:
         times = torch.tensor(table.timesteps, device=self.device)
         with torch.no_grad():
             self._rows = model.time_rows(times).to(self.dtype) if isinstance(model, UNet2D) else times
-        self._step = _compiled(self._step_eager, self.device) if self.mode == "compile" else self._step_eager
+        self._step = self._compiled() if self.mode == "compile" else self._step_eager
         self._graphs: OrderedDict[int, _Captured] = OrderedDict()
         self._counts: Counter[str] = Counter()
 
@@ -124,6 +124,14 @@ class FastSampler:
             x, m.to(x.dtype), bars[0], bars[1],
             eta=self.eta, noise=noise, prediction_type=self._prediction_type, clip_range=self._clip_range,
         )  # fmt: skip
+
+    def _compiled(self) -> Callable[..., Tensor]:
+        # frozen weights let Inductor pack them for oneDNN; on CUDA freezing costs memory and gains nothing here
+        options: dict[str, Any] | None = {"freezing": True} if self.device.type == "cpu" else None
+        # a graph break in our own model would be a defect; a foreign model may have its reasons
+        own = isinstance(self._model, UNet2D)
+        compiled: Callable[..., Tensor] = torch.compile(self._step_eager, fullgraph=own, dynamic=False, options=options)
+        return compiled
 
     def _start(
         self, n: int | None, seed: int | Sequence[int], noise: Tensor | None, first_index: int
@@ -239,13 +247,6 @@ def _choose(mode: str, device: torch.device) -> tuple[str, str]:
         "eager",
         f"{device.type} has no CUDA graphs, and compilation takes longer than a few images do; mode='compile' is faster after it",
     )
-
-
-def _compiled(step: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    # frozen weights let Inductor pack them for oneDNN; on CUDA freezing costs memory and gains nothing here
-    options: dict[str, Any] | None = {"freezing": True} if device.type == "cpu" else None
-    compiled: Callable[..., Tensor] = torch.compile(step, dynamic=False, options=options)
-    return compiled
 
 
 def _tensor(output: Any) -> Tensor:

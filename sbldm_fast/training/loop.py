@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from sbldm_fast.files import read_json, whole_folder, write_json
-from sbldm_fast.models.weights import load_tensors, read_tensors
+from sbldm_fast.models.weights import load_tensors, read_tensors, write_tensors
 
 AMP = ("auto", "off", "fp16", "bf16")
 
@@ -161,10 +160,10 @@ def _save(
 ) -> None:  # fmt: skip
     moments = {f"{i}.{key}": value.contiguous() for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
     with whole_folder(path) as folder:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-        save_file(moments, folder / "optimizer.safetensors")
+        write_tensors({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+        write_tensors(moments, folder / "optimizer.safetensors")
         if ema is not None:
-            save_file({k: v.clone().contiguous() for k, v in ema.state_dict().items()}, folder / "ema.safetensors")
+            write_tensors({k: v.clone().contiguous() for k, v in ema.state_dict().items()}, folder / "ema.safetensors")
         write_json(folder / "state.json", {"step": step, "seconds": round(seconds, 1), "scaler": scaler.state_dict()})
 
 

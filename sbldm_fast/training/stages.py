@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sbldm_fast.data import Slices
-from sbldm_fast.diffusion.schedulers import DDPMScheduler, noise_schedule
+from sbldm_fast.diffusion import DDPMScheduler
 from sbldm_fast.models import AutoencoderKL, UNet2D
 from sbldm_fast.models.config import Preset
 
@@ -95,8 +95,6 @@ def train_unet(unet: UNet2D, latents: Tensor, preset: Preset, o: Optimisation, f
     device = next(unet.parameters()).device
     latents = latents.to(device)
     scheduler = DDPMScheduler.from_config(preset.scheduler)
-    # training sees the float64 table rounded once, not the running product in float32
-    scheduler.alphas_cumprod = noise_schedule(preset.scheduler).alphas_cumprod.to(device)
     kind = preset.scheduler.prediction_type
 
     def loss_of(model: nn.Module, index: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:

@@ -1,0 +1,131 @@
+"""The command line as a user meets it: results, exit codes, one sentence for each error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from sbldm_fast import AutoencoderKL, Pipeline, UNet2D, preset
+from sbldm_fast.cli import main
+from sbldm_fast.sampling.images import NOTICE
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command line; exit code, standard output, standard error."""
+
+    def call(*arguments: str | Path) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sbldm-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        code = stop.value.code
+        # sys.exit with a text prints it and exits with 1
+        return (1, out, err + code) if isinstance(code, str) else (code or 0, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    p = preset("demo")
+    path = tmp_path_factory.mktemp("pipe") / "p"
+    Pipeline(AutoencoderKL(p.vae), UNet2D(p.unet), p.scheduler).save(path)
+    return path
+
+
+def test_prepare_train_sample_end_to_end(run: Any, tmp_path: Path) -> None:
+    code, out, _ = run("prepare", "synthetic:3", "-o", tmp_path / "d", "--every", "10", "--json")
+    assert code == 0
+    assert json.loads(out)["subjects"] == 3
+    code, out, _ = run("train", tmp_path / "r", "--data", tmp_path / "d", "--preset", "demo", "--steps", "2", "--batch", "2",
+                       "--vae-batch", "2", "--views", "1", "--amp", "off", "--json")  # fmt: skip
+    assert code == 0
+    pipeline = json.loads(out)["pipeline"]
+    code, out, err = run("sample", pipeline, "-n", "3", "--steps", "2", "--batch", "2", "-o", tmp_path / "s", "--json")
+    assert code == 0
+    assert json.loads(out)["notice"] == NOTICE
+    assert "mode eager: " in err
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["000000.png", "000001.png", "000002.png", "grid.png"]
+    with Image.open(tmp_path / "s" / "000002.png") as image:
+        assert image.size == (128, 128)
+
+
+def test_doctor(run: Any) -> None:
+    code, out, _ = run("doctor", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["ok"]
+    assert set(report["parity"]) == {"group_norm_silu", "ddim_step", "philox_normal"}
+    assert "fastest safe mode here: " in run("doctor")[1]
+
+
+def test_doctor_fails_when_an_op_is_wrong(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sbldm_fast.doctor as module
+
+    for name in ("group_norm_silu", "ddim_step", "philox_normal"):
+        right = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, right=right, **k: right(*a, **k) + 1e-3)
+        code, out, _ = run("doctor")
+        assert code == 1
+        assert "WRONG" in out
+        monkeypatch.setattr(module, name, right)
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["doctor"], ["prepare"], ["train"], ["sample"], ["export"], ["bench"], ["bench", "sampling"], ["demo"]]
+)
+def test_every_command_has_help_with_an_example(command: list[str], run: Any) -> None:
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    if command and command != ["bench"]:
+        assert f"Example: sbldm-fast {' '.join(command)}" in " ".join(out.split())
+
+
+def test_errors_are_one_sentence_and_exit_1(run: Any, folder: Path, tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "w.pt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.nii.gz").write_bytes(b"no")
+    out = ("-o", tmp_path / "o")
+    for arguments, message in (
+        (("prepare", tmp_path / "nothing", *out), "nothing does not exist"),
+        (("prepare", tmp_path / "empty", *out), "holds no .nii"),
+        (("prepare", tmp_path / "bad.nii.gz", *out), "not a readable NIfTI file"),
+        (("train", tmp_path / "r", "--data", tmp_path / "empty", "--steps", "1"), "manifest.json does not exist"),
+        (("train", tmp_path / "r", "--data", tmp_path, "--preset", "big"), "preset: got 'big'"),
+        (("sample", tmp_path / "w.pt", *out), "no pickle is ever read"),
+        (("sample", tmp_path / "empty", *out), "is not a pipeline folder"),
+        (("sample", folder, "--steps", "0", *out), "num_inference_steps: got 0, allowed is 1 to 1000"),
+        (("sample", folder, "--mode", "loop-graph", *out), "needs CUDA"),
+        (("export", tmp_path / "empty", *out), "is not a pipeline folder"),
+        (("export", folder, "--target", "coreml", *out), "target: got 'coreml', allowed are ort"),
+        (("bench", "sampling", "--steps", "0"), "steps, batch, rounds: got 0"),
+        (("sample", folder, "-n", "1", "--steps", "1", "-o", tmp_path / "w.pt" / "x"), "Not a directory"),
+    ):
+        code, _, err = run(*arguments)
+        last = err.strip().splitlines()[-1]
+        assert code == 1, arguments
+        assert last.startswith("sbldm-fast: "), err
+        assert message in last
+        assert "Traceback" not in err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nothing"], ["sample"], ["sample", "p", "-o", "x", "--mode", "warp"], ["bench", "sampling", "--batch", "a"]]
+)
+def test_bad_usage_exits_2(arguments: list[str], run: Any) -> None:
+    assert run(*arguments)[0] == 2
+
+
+def test_slice_split_warns(run: Any, tmp_path: Path) -> None:
+    code, _, err = run("prepare", "synthetic:1", "-o", tmp_path / "d", "--split", "slice", "--every", "10")
+    assert code == 0
+    assert "warning: --split slice puts slices of one subject into train and test" in err

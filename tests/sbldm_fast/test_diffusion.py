@@ -1,0 +1,200 @@
+"""Schedules against values derived by hand, schedulers against diffusers to the bit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from sbldm_fast import DDIMScheduler, DDPMScheduler, NoiseSchedule, preset
+from sbldm_fast.diffusion import ddim_table
+from sbldm_fast.diffusion.schedule import rescale_zero_terminal_snr
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is the peer that these tests compare with")
+
+
+def close(got: torch.Tensor, expected: list[float]) -> None:
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=1e-17)
+
+
+def test_schedules_by_hand() -> None:
+    # linear of three: 0.1, 0.2, 0.3; alphas_cumprod 0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.7
+    linear = NoiseSchedule("linear", 3, 0.1, 0.3)
+    close(linear.betas, [0.1, 0.2, 0.3])
+    close(linear.alphas_cumprod64, [0.9, 0.72, 0.504])
+    # roots 0.1, 0.2, 0.3 squared
+    close(NoiseSchedule("scaled_linear", 3, 0.01, 0.09).betas, [0.01, 0.04, 0.09])
+    # T = 2, so t/T is 1/2 and 1: 1 - cos(45 deg), 1 - cos(90 deg)
+    close(NoiseSchedule("cosine_ramp", 2, 0.1, 0.3).betas, [0.1 + 0.2 * (1 - math.sqrt(0.5)), 0.3])
+    # linear 0.1, 0.3 times (1/2)^2 and 1
+    close(NoiseSchedule("gamma", 2, 0.1, 0.3, gamma=2.0).betas, [0.025, 0.3])
+    # the same, scaled from the sum 0.325 back to 0.4
+    close(NoiseSchedule("gamma", 2, 0.1, 0.3, gamma=2.0, normalise="sum").betas, [0.025 * 0.4 / 0.325, 0.3 * 0.4 / 0.325])
+    # Nichol & Dhariwal: a_t = f(t/T)/f(0), the last beta capped at 0.999
+    f = [math.cos((k + 0.008) / 1.008 * math.pi / 2) ** 2 for k in (0, 1 / 3, 2 / 3)]
+    cosine = NoiseSchedule("cosine", 3)
+    close(cosine.alphas_cumprod64[:2], [f[1] / f[0], f[2] / f[0]])
+    close(cosine.betas[2:], [0.999])
+
+
+@pytest.mark.parametrize(
+    ("name", "terminal", "last_above_one"),
+    [
+        ("linear", 4.0e-5, 258),
+        ("scaled_linear", 7.3e-4, 417),
+        ("cosine_ramp", 6.2e-4, 431),
+        ("cosine", 2.4e-9, 495),
+        ("gamma", 3.1e-4, 372),
+    ],
+)
+def test_the_docstrings_table(name: str, terminal: float, last_above_one: int) -> None:
+    a = NoiseSchedule(name).alphas_cumprod64
+    assert a[-1].item() == pytest.approx(terminal, rel=0.02)
+    assert int((a > 0.5).sum()) - 1 == last_above_one
+
+
+def test_gamma_normalised_keeps_the_terminal_snr() -> None:
+    assert NoiseSchedule("gamma", normalise="sum").alphas_cumprod64[-1].item() == pytest.approx(4.0e-5, rel=0.02)
+    assert torch.equal(NoiseSchedule("gamma", gamma=0.0).betas, NoiseSchedule("linear").betas)
+
+
+def test_zero_terminal_snr_by_hand() -> None:
+    # betas 0.19, 0.51...: roots of alphas_cumprod 0.9, 0.63, shifted by 0.63 and scaled by 0.9/0.27 to 0.9, 0
+    betas = torch.tensor([0.19, 1 - 0.63**2 / 0.81], dtype=torch.float64)
+    close(rescale_zero_terminal_snr(betas), [0.19, 1.0])
+    a = NoiseSchedule(zero_terminal_snr=True).alphas_cumprod64
+    assert a[-1] == 0
+    torch.testing.assert_close(a[0], NoiseSchedule().alphas_cumprod64[0])
+
+
+def test_float32_table_is_the_float64_table_rounded() -> None:
+    s = NoiseSchedule()
+    assert torch.equal(s.alphas_cumprod, s.alphas_cumprod64.float())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "sqrt"}, "name: got 'sqrt'"),
+        ({"num_train_timesteps": 1}, "num_train_timesteps: got 1"),
+        ({"beta_start": 0.0}, "beta_start, beta_end: got 0.0"),
+        ({"beta_end": 1.0}, "beta_start, beta_end"),
+        ({"gamma": -1.0}, "gamma: got -1.0"),
+        ({"normalise": "max"}, "normalise: got 'max'"),
+    ],
+)
+def test_bad_schedule_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule(**arguments)
+
+
+def run(scheduler: Any, steps: int, outputs: torch.Tensor, x: torch.Tensor, **step: Any) -> torch.Tensor:
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(1)
+    for t, m in zip(scheduler.timesteps, outputs, strict=False):
+        x = scheduler.step(m, t, x, generator=generator, **step).prev_sample
+    return x
+
+
+SPACINGS, PREDICTIONS = ("leading", "trailing", "linspace"), ("epsilon", "sample", "v_prediction")
+
+
+@pytest.mark.parametrize("steps", [7, 10, 30])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "trained"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_steps_are_diffusers_to_the_bit(spacing: str, schedule: str, steps: int) -> None:
+    outputs, x = torch.randn(steps + 1, 2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    for prediction, clip, zero in itertools.product(PREDICTIONS, (True, False), (True, False)):
+        config: dict[str, Any] = {"timestep_spacing": spacing, "prediction_type": prediction, "clip_sample": clip}
+        config |= {"rescale_betas_zero_snr": zero}
+        if schedule == "trained":
+            config["trained_betas"] = tuple(NoiseSchedule("cosine_ramp").betas.tolist())
+        else:
+            config["beta_schedule"] = schedule
+        for name, ours, theirs, arguments in (
+            ("DDIM", DDIMScheduler, diffusers.DDIMScheduler, [{"eta": 0.0}, {"eta": 0.5}, {"eta": 1.0, "use_clipped_model_output": True}]),
+            ("DDPM", DDPMScheduler, diffusers.DDPMScheduler, [{}]),
+        ):
+            a, b = ours(**config), theirs(**config)
+            assert torch.equal(a.alphas_cumprod, b.alphas_cumprod)
+            for extra in arguments:
+                got, expected = run(a, steps, outputs, x, **extra), run(b, steps, outputs, x, **extra)
+                assert torch.equal(a.timesteps, b.timesteps)
+                # zero SNR with epsilon divides by zero in both
+                assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0)), (name, config, extra)
+
+
+def test_options_and_forward_process_are_diffusers() -> None:
+    x, e, t = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.tensor([0, 1, 500, 999])
+    config = {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample_range": 0.7}
+    a, b = DDIMScheduler(**config), diffusers.DDIMScheduler(**config)
+    assert torch.equal(run(a, 10, e[None].repeat(10, 1, 1, 1, 1), x), run(b, 10, e[None].repeat(10, 1, 1, 1, 1), x))
+    for dtype in (torch.float32, torch.float16):
+        for method in ("add_noise", "get_velocity"):
+            assert torch.equal(getattr(a, method)(x.to(dtype), e.to(dtype), t), getattr(b, method)(x.to(dtype), e.to(dtype), t))
+    assert a.alphas_cumprod.dtype == torch.float32
+    noise = torch.randn_like(x)
+    assert torch.equal(
+        a.step(e, a.timesteps[0], x, eta=0.5, variance_noise=noise).prev_sample,
+        b.step(e, b.timesteps[0], x, eta=0.5, variance_noise=noise).prev_sample,
+    )
+
+
+def test_configs_cross_over() -> None:
+    theirs = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    ours = DDIMScheduler.from_config(theirs.config, timestep_spacing="trailing")
+    assert (ours.config.beta_schedule, ours.config.clip_sample, ours.config.timestep_spacing) == ("scaled_linear", False, "trailing")
+    with pytest.raises(ValueError, match="thresholding: got True"):
+        DDIMScheduler.from_config(diffusers.DDIMScheduler(thresholding=True).config)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_bad_step_counts_are_named(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"num_inference_steps: got {steps}, allowed is 1 to 1000"):
+        DDIMScheduler().set_timesteps(steps)
+
+
+def test_bad_steps_are_named() -> None:
+    x = torch.zeros(1)
+    with pytest.raises(ValueError, match="call set_timesteps first"):
+        DDIMScheduler().step(x, 1, x)
+    s = DDPMScheduler()
+    s.set_timesteps(10)
+    with pytest.raises(ValueError, match="timestep: got 7"):
+        s.step(x, 7, x)
+    s = DDIMScheduler(steps_offset=1)
+    with pytest.raises(ValueError, match="steps_offset: got 1"):
+        s.set_timesteps(1000)
+    s.set_timesteps(10)
+    with pytest.raises(ValueError, match="generator, variance_noise: got both"):
+        s.step(x, 1, x, eta=1.0, generator=torch.Generator(), variance_noise=x)
+
+
+def test_table_by_hand() -> None:
+    # T = 4, two steps: timesteps 2 and 0; the last leads to x0, a' = 1
+    table = ddim_table(DDIMScheduler(num_train_timesteps=4, beta_start=0.1, beta_end=0.4, clip_sample=False), 2)
+    assert table.timesteps == [2, 0]
+    for got, expected in ((table.alpha_bar, [0.9 * 0.8 * 0.7, 0.9]), (table.alpha_bar_prev, [0.9, 1.0])):
+        torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=2e-7, atol=0)
+    assert (table.eta, table.clip_range) == (0.0, None)
+
+
+def test_tables_that_cannot_be_are_named() -> None:
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+    for make, message in (
+        (lambda: ddim_table(diffusers.PNDMScheduler(), 10), "scheduler: got PNDMScheduler, allowed are DDIMScheduler, DDPMScheduler"),
+        (lambda: ddim_table(DDPMScheduler(), 10), "clip_sample=True"),
+        (lambda: ddim_table(DDIMScheduler(), 10, eta=2.0), "eta: got 2.0"),
+        (lambda: ddim_table(DDIMScheduler(**zero), 10), "x0 cannot be had from epsilon at zero SNR"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    assert ddim_table(DDIMScheduler(**zero, prediction_type="v_prediction"), 10).alpha_bar[0] == 0
+
+
+def test_presets_keep_their_schedule() -> None:
+    assert torch.equal(DDIMScheduler.from_config(preset("paper").scheduler).betas, NoiseSchedule("cosine_ramp").betas.float())

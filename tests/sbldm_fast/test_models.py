@@ -1,0 +1,216 @@
+"""The autoencoder, the UNet, their configurations and their files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from sbldm_fast import AutoencoderKL, SchedulerConfig, UNet2D, UNetConfig, VAEConfig, preset
+from sbldm_fast.models import DiagonalGaussian
+from sbldm_fast.models.config import PRESETS
+from sbldm_fast.models.weights import WEIGHTS
+
+UNET = UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+                  attention_resolutions=(4,), norm_num_groups=8, time_embed_dim=32)  # fmt: skip
+VAE = VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_paper_has_the_size_that_the_paper_implies() -> None:
+    p = preset("paper")
+    unet = UNet2D(p.unet).eval()
+    assert 14e6 < parameters(unet) < 15e6
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        y = unet(torch.randn(1, 8, 16, 16), 500)
+    assert y.shape == (1, 8, 16, 16)
+    assert flops.get_total_flops() == pytest.approx(1.07e9, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "latent"), [("paper", (8, 16, 16)), ("template", (4, 32, 32)), ("demo", (8, 16, 16))])
+def test_presets_fit_together(name: str, latent: tuple[int, ...]) -> None:
+    p = preset(name)
+    assert (p.vae.latent_channels, p.vae.latent_size, p.vae.latent_size) == latent
+    assert (p.unet.in_channels, p.unet.sample_size, p.unet.sample_size) == latent
+    assert not p.scheduler.clip_sample
+    vae = AutoencoderKL(p.vae).eval()
+    with torch.no_grad():
+        q = vae.encode(torch.zeros(1, 1, 128, 128))
+        image = vae.decode(q.mean)
+    assert q.mean.shape == q.logvar.shape == (1, *latent)
+    assert image.shape == (1, 1, 128, 128)
+    assert image.abs().max() <= 1
+
+
+def test_demo_is_small() -> None:
+    assert parameters(UNet2D(preset("demo").unet)) <= 4e6
+
+
+def test_forward_is_time_rows_then_forward_rows() -> None:
+    unet = UNet2D(UNET).eval()
+    torch.nn.init.normal_(unet.row_offsets, std=0.1)
+    x, t = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
+    with torch.no_grad():
+        whole = unet(x, t)
+        rows = unet.time_rows(t)
+        torch.testing.assert_close(unet.forward_rows(x, rows), whole)
+        each = torch.cat([unet(x[i : i + 1], int(t[i])) for i in range(3)])
+        # a row shared by the batch is the row repeated
+        torch.testing.assert_close(unet.forward_rows(x, rows[1:2]), unet.forward_rows(x, rows[1:2].repeat(3, 1)))
+    torch.testing.assert_close(each, whole, rtol=1e-4, atol=1e-5)
+    assert (whole[0] - whole[1]).abs().max() > 1e-4
+
+
+def test_every_block_has_its_own_place_in_the_row() -> None:
+    unet = UNet2D(UNET).eval()
+    x, row = torch.randn(1, 4, 8, 8), torch.randn(1, sum(unet._row_widths)).requires_grad_()
+    unet.forward_rows(x, row).sum().backward()
+    assert row.grad is not None
+    assert (row.grad != 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("kind", ["positional", "fourier"])
+def test_time_embeddings_tell_neighbours_apart(kind: str) -> None:
+    unet = UNet2D(replace(UNET, time_embedding_type=kind))
+    e = unet.time_embedding(torch.tensor([0, 1, 500, 999]))
+    assert torch.pdist(e).min() > 1e-3
+
+
+def test_layout_does_not_change_the_result() -> None:
+    unet, x = UNet2D(UNET).eval(), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        expected = unet(x, 10)
+        got = unet.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), 10)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kl_by_hand() -> None:
+    # KL(N(1, 1) || N(0, 1)) = 1/2 per element; KL(N(0, e^2) || N(0, 1)) = (e^2 - 1 - 2) / 2
+    one, zero = torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
+    assert DiagonalGaussian(one, zero).kl().item() == pytest.approx(1.0)
+    assert DiagonalGaussian(zero, 2 * one).kl().item() == pytest.approx(2 * (torch.e**2 - 3) / 2)
+    assert DiagonalGaussian(zero, zero).kl().item() == 0
+
+
+def test_posterior_samples_have_its_moments() -> None:
+    q = DiagonalGaussian(torch.full((1, 1, 200, 200), 3.0), torch.full((1, 1, 200, 200), 2 * torch.log(torch.tensor(0.5)).item()))
+    z = q.sample(torch.Generator().manual_seed(0))
+    assert z.mean().item() == pytest.approx(3.0, abs=0.02)
+    assert z.std().item() == pytest.approx(0.5, abs=0.01)
+    assert torch.equal(z, q.sample(torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(("model", "config"), [(UNet2D, UNET), (AutoencoderKL, VAE)])
+def test_saved_and_loaded(model: Any, config: Any, tmp_path: Path) -> None:
+    original = model(config)
+    original.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+    loaded = model.from_pretrained(tmp_path)
+    assert loaded.config == config
+    assert not loaded.training
+    for (name, a), b in zip(original.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    original.save_pretrained(tmp_path, torch.float16)
+    assert {t.dtype for t in load_file(tmp_path / WEIGHTS).values()} == {torch.float16}
+    assert next(model.from_pretrained(tmp_path).parameters()).dtype == torch.float32
+
+
+def broken(folder: Path, how: str) -> None:
+    weights = folder / WEIGHTS
+    tensors = load_file(weights)
+    if how == "missing tensor":
+        del tensors["conv_in.bias"]
+    elif how == "wrong shape":
+        tensors["conv_in.bias"] = torch.zeros(3)
+    elif how == "extra tensor":
+        tensors["extra"] = torch.zeros(1)
+    save_file(tensors, weights)
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "pickle":
+        weights.unlink()
+        torch.save({}, folder / "diffusion_pytorch_model.bin")
+    elif how == "pickle in disguise":
+        torch.save(tensors, weights)
+    elif how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "config not JSON":
+        (folder / "config.json").write_text("{")
+    elif how == "config of something else":
+        (folder / "config.json").write_text(json.dumps({"sample_size": 8, "cross_attention_dim": 768}))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing tensor", "tensor conv_in.bias is missing"),
+        ("wrong shape", r"tensor conv_in.bias has shape \[3\], allowed is \[16\]"),
+        ("extra tensor", "tensor extra is not in the model"),
+        ("truncated", "is not a safetensors file"),
+        ("pickle", "diffusion_pytorch_model.bin beside it is a pickle, which is never read"),
+        ("pickle in disguise", "is not a safetensors file, and nothing else is read"),
+        ("no config", "config.json does not exist"),
+        ("config not JSON", "config.json is not readable as JSON"),
+        ("config of something else", "UNetConfig: got cross_attention_dim, allowed are"),
+    ],
+)
+def test_broken_checkpoint_is_named(how: str, message: str, tmp_path: Path) -> None:
+    UNet2D(UNET).save_pretrained(tmp_path)
+    broken(tmp_path, how)
+    with pytest.raises(ValueError, match=message):
+        UNet2D.from_pretrained(tmp_path)
+
+
+def test_a_pickle_handed_to_load_is_refused(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt is a file, allowed is a folder .*no pickle is ever read"):
+        UNet2D.from_pretrained(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("config", [UNET, VAE, SchedulerConfig(beta_schedule="gamma"), *PRESETS["template"]])
+def test_config_survives_json(config: Any) -> None:
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(UNET, norm_num_groups=5), "norm_num_groups is 5, allowed are divisors"),
+        (lambda: replace(UNET, sample_size=9), "sample_size is 9"),
+        (lambda: replace(UNET, time_embedding_type="learned"), "time_embedding_type is 'learned'"),
+        (lambda: replace(UNET, attention_head_dim=7), "attention_head_dim is 7"),
+        (lambda: replace(UNET, dropout=1.0), "dropout is 1.0"),
+        (lambda: replace(VAE, norm_num_groups=3), "norm_num_groups is 3"),
+        (lambda: replace(VAE, scaling_factor=0.0), "scaling_factor is 0.0"),
+        (lambda: replace(VAE, block_out_channels=()), "one width or more"),
+        (lambda: SchedulerConfig(beta_schedule="sigmoid"), "beta_schedule: got 'sigmoid'"),
+        (lambda: SchedulerConfig(thresholding=True), "thresholding: got True"),
+        (lambda: SchedulerConfig(trained_betas=(0.1,)), "trained_betas: got 1"),
+        (lambda: preset("large"), "preset: got 'large', allowed are paper, template, demo"),
+    ],
+)
+def test_bad_config_is_named(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_bad_calls_are_named() -> None:
+    unet, vae = UNet2D(UNET), AutoencoderKL(VAE)
+    for call, message in (
+        (lambda: unet(torch.randn(1, 3, 8, 8), 0), r"x: got shape \(1, 3, 8, 8\), allowed is \[N, 4, H, W\]"),
+        (lambda: unet(torch.randn(3, 4, 8, 8), torch.tensor([1, 2])), "t: got 2 timesteps, allowed is 1 or the batch, 3"),
+        (lambda: unet(torch.randn(1, 4, 8, 8), 0, cond=torch.zeros(1)), "cond: got a value, allowed is None"),
+        (lambda: vae.encode(torch.randn(1, 1, 8, 8)), "x: got shape"),
+        (lambda: vae.decode(torch.randn(1, 3, 8, 8)), "z: got shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
