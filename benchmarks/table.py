@@ -1,11 +1,18 @@
-"""Results as the tables of the README, rendered from the rows and never typed."""
+"""Results as the tables of the README, rendered from the rows and never typed.
+
+python -m sbldm_fast.benchmarks.table README.md
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sbldm_fast.files import whole_file
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -14,9 +21,9 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def latest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last row of each preset, batch, steps and provider."""
-    keep = {(r["preset"], r["batch"], r["steps"], r["provider"]): r for r in rows}
-    return list(keep.values())
+    """The rows of the last run of each preset, batch and steps."""
+    last = {(r["preset"], r["batch"], r["steps"]): r["run"] for r in rows}
+    return [r for r in rows if r["run"] == last[r["preset"], r["batch"], r["steps"]]]
 
 
 def sampling_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -43,6 +50,23 @@ def sampling_table(rows: Sequence[dict[str, Any]]) -> str:
     lines += [
         "",
         f"Preset `{r['preset']}`, DDIM, {r['steps']} steps, median of {r['n']} interleaved runs; "
-        f"{where}; {versions}; commit {e['commit']}.",
+        f"{where}; {versions}; commit {e['commit']}, {r['run'][:10]}.",
     ]
     return "\n".join(lines)
+
+
+def render(readme: str | Path) -> str:
+    """The text of `readme` with each block `<!-- latency: FILE -->` ... `<!-- end latency -->` rendered from FILE, beside it."""
+    readme = Path(readme)
+
+    def block(match: re.Match[str]) -> str:
+        table = sampling_table(latest(read_rows(readme.parent / match[1])))
+        return f"<!-- latency: {match[1]} -->\n{table}\n<!-- end latency -->"
+
+    return re.sub(r"<!-- latency: (\S+) -->.*?<!-- end latency -->", block, readme.read_text(), flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    text = render(sys.argv[1])
+    with whole_file(sys.argv[1]) as aside:
+        aside.write_text(text)

@@ -46,7 +46,7 @@ def summary(raw: Sequence[float]) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """The environment block of a row: machine, versions, commit, clocks and temperature where NVML tells them."""
     info = environment()
-    info["commit"] = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else "")
+    info["commit"] = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", ".", ":!results") else "")
     if info["gpu"]:
         fields = "driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu,clocks_throttle_reasons.active"
         values = _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").split(", ")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import importlib.metadata
 import logging
 import warnings
 from pathlib import Path
@@ -60,16 +60,16 @@ def export(pipeline: Pipeline, out: str | Path, *, target: str = "ort", latents:
     if target not in TARGETS:
         raise ValueError(f"target: got {target!r}, allowed are {', '.join(TARGETS)}")
     try:
-        import onnx  # noqa: F401  # the exporter needs it: say so before it fails in its own words
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        import onnx
+        import onnxruntime
+        import onnxscript
     except ImportError as missing:
         raise ValueError(f"export needs {missing.name}: pip install 'sbldm_fast[onnx]'") from None
     if latents is None:
         latents = _sampled(pipeline)
     if len(latents) < 2:
         raise ValueError(f"latents: got {len(latents)}, allowed is 2 or more (the exporter takes a batch of 1 for a constant)")
-    pipeline.to("cpu")
+    pipeline = copy.deepcopy(pipeline).to("cpu")  # the caller's stays where it is
     latents = latents.float().cpu()
     t = torch.linspace(0, pipeline.scheduler.config.num_train_timesteps - 1, len(latents)).long()
     jobs: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {
@@ -79,8 +79,9 @@ def export(pipeline: Pipeline, out: str | Path, *, target: str = "ort", latents:
     manifest: dict[str, Any] = {
         "format": 1, "target": target, "opset": OPSET, "dtype": "float32", "tolerance": TOLERANCE,
         "notice": "images are synthetic, not for diagnosis",
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", "onnx", "onnxscript", "onnxruntime")},
-        "graphs": {},
+        "versions": {p.__name__: p.__version__ for p in (torch, onnx, onnxscript, onnxruntime)},
+        "latent_shape": list(pipeline.latent_shape), "scaling_factor": pipeline.vae.config.scaling_factor,
+        "scheduler": pipeline.scheduler.config.to_dict(), "graphs": {},
     }  # fmt: skip
     with whole_folder(out) as folder:
         for name, (module, inputs) in jobs.items():

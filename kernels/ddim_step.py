@@ -55,10 +55,12 @@ def _ddim_step_kernel(
     x, model_output, noise, y, alpha_bar, alpha_bar_prev, numel, a_stride, a_prev_stride,
     BLOCK: tl.constexpr, eta: tl.constexpr, PREDICTION: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(1).to(tl.int64)
+    # one grid axis: the others end at 65,535
+    blocks = tl.cdiv(numel, BLOCK)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
     a = tl.load(alpha_bar + n * a_stride).to(tl.float32)
     a_prev = tl.load(alpha_bar_prev + n * a_prev_stride).to(tl.float32)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < numel
     at = n * numel + i
     z = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
@@ -103,7 +105,7 @@ def _launch(
         return y
     numel = x.numel() // x.shape[0]
     with torch.cuda.device_of(x):
-        _ddim_step_kernel[triton.cdiv(numel, BLOCK), x.shape[0]](
+        _ddim_step_kernel[(triton.cdiv(numel, BLOCK) * x.shape[0],)](
             x, model_output, noise if eta else None, y, alpha_bar, alpha_bar_prev, numel, *map(_step, (alpha_bar, alpha_bar_prev)),
             BLOCK=BLOCK, eta=eta, PREDICTION=prediction_type, CLIP=clip_range,
         )  # fmt: skip
@@ -155,12 +157,16 @@ def ddim_step(
     if chosen == "torch":
         return ddim_step_reference(x, model_output, a, a_prev, eta=eta, noise=noise, prediction_type=prediction_type, clip_range=clip_range)
     for name, t in (("x", x), ("model_output", model_output), ("noise", noise)):
-        if t is not None and (t.stride() != x.stride() or not _dense(t)):
+        if t is not None and (_strides(t) != _strides(x) or not _dense(t)):
             raise ValueError(
                 f"{name}: got strides {t.stride()}, allowed is one dense layout for x, model_output and noise: call .contiguous()"
             )
     out: Tensor = torch.ops.sbldm_fast.ddim_step(x, model_output, a, a_prev, eta, noise, prediction_type, clip_range)
     return out
+
+
+def _strides(t: Tensor) -> list[int]:
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
 
 
 def _dense(t: Tensor) -> bool:

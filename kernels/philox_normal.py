@@ -81,8 +81,10 @@ def _box_muller(w0, w1):
 
 @triton.jit
 def _philox_normal_kernel(y, seed, first_index, stream, numel, BLOCK: tl.constexpr):
-    n = tl.program_id(1)
-    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # one grid axis: the others end at 65,535
+    blocks = tl.cdiv(numel, 4 * BLOCK)
+    n = tl.program_id(0) // blocks
+    block = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     zero = block * 0
     w0, w1, w2, w3 = tl.philox(tl.load(seed), block, zero + (first_index + n), zero + stream, zero)
     out = y + n.to(tl.int64) * numel + block * 4
@@ -104,7 +106,7 @@ def _launch(seed: Tensor, shape: Sequence[int], first_index: int, stream: int, d
         return y
     numel = y.numel() // y.shape[0]
     with torch.cuda.device_of(y):
-        _philox_normal_kernel[triton.cdiv(numel, 4 * BLOCK), y.shape[0]](y, seed, first_index, stream, numel, BLOCK=BLOCK)
+        _philox_normal_kernel[(triton.cdiv(numel, 4 * BLOCK) * y.shape[0],)](y, seed, first_index, stream, numel, BLOCK=BLOCK)
     return y
 
 
@@ -138,6 +140,8 @@ def philox_normal(
     """
     if len(shape) < 1 or min(shape) < 0:
         raise ValueError(f"shape: got {tuple(shape)}, allowed is [N, ...] with no negative size")
+    if math.prod(shape[1:]) >= 2**31:
+        raise ValueError(f"shape: got {tuple(shape)}, allowed is fewer than 2^31 elements a sample")
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed!r}, allowed is an integer from 0 to 2^63 - 1")
     for name, value in (("first_index", first_index), ("stream", stream)):

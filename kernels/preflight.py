@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -159,10 +160,11 @@ def specialisations(dtype: torch.dtype) -> Iterator[Specialisation]:
             if key in seen:
                 continue
             seen.add(key)
-            strides = (C * HW, 1, 16 * C, C) if channels_last else (C * HW, HW, 16, 1)
+            width = math.isqrt(HW)
+            strides = (C * HW, 1, width * C, C) if channels_last else (C * HW, HW, width, 1)
             args: dict[str, Any] = dict.fromkeys(("x", "y", "weight", "bias"), dtype)
             args |= dict.fromkeys(("scale", "shift"), dtype if modulated else None)
-            args |= {"scale_stride": 16 * C if modulated else 0, "shift_stride": 16 * C if modulated else 0, "C": C, "HW": HW, "WIDTH": 16}
+            args |= {"scale_stride": 0, "shift_stride": 0, "C": C, "HW": HW, "WIDTH": width}  # one row of time for the batch
             args |= dict(zip(("xn", "xc", "xh", "xw", "yn", "yc", "yh", "yw"), strides * 2, strict=True))
             constants = {k: v for k, v in p.items() if k != "num_warps"} | {"FLAT": True, "SILU": activation == "silu", "eps": 1e-5}
             name = f"group_norm_silu {C}/{G} HW={HW} {'nhwc' if channels_last else 'nchw'}{' time' if modulated else ''} {activation}"
@@ -176,7 +178,9 @@ def specialisations(dtype: torch.dtype) -> Iterator[Specialisation]:
             args = {"x": dtype, "model_output": dtype, "noise": dtype if eta else None, "y": dtype, "alpha_bar": torch.float32,
                     "alpha_bar_prev": torch.float32, "numel": 2048, "a_stride": 0, "a_prev_stride": 0}  # fmt: skip
             constants = {"BLOCK": ddim_step.BLOCK, "eta": eta, "PREDICTION": prediction, "CLIP": None}
-            yield specialisation(f"ddim_step {prediction} eta={eta:g}", ddim_step, "_ddim_step_kernel", args, constants, 4, True)
+            s = specialisation(f"ddim_step {prediction} eta={eta:g}", ddim_step, "_ddim_step_kernel", args, constants, 4, True)
+            # the two alphas are neighbours in a table, so at best one of them is aligned
+            yield s._replace(divisible=tuple(k for k in s.divisible if not k.startswith("alpha")))
     args = {"y": dtype, "seed": torch.int64, "first_index": 0, "stream": 0, "numel": 2048}
     yield specialisation("philox_normal", philox_normal, "_philox_normal_kernel", args, {"BLOCK": philox_normal.BLOCK}, 4, False)
 

@@ -201,6 +201,8 @@ def bench_sampling(
 @app.command()
 def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("demo")) -> None:
     """See it all work: doctor, 16 images, latency against diffusers, ONNX. Example: sbldm-fast demo -o demo"""
+    import torch
+
     from sbldm_fast import Pipeline
     from sbldm_fast.benchmarks.sampling import bench_sampling as bench
     from sbldm_fast.benchmarks.table import sampling_table
@@ -215,11 +217,11 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.
     report = examine()
     print_doctor(report)
     print("2/4 sixteen images from the bundled weights, 50 DDIM steps")
-    pipe = Pipeline.from_pretrained("demo")
+    pipe = Pipeline.from_pretrained("demo").to("cuda" if torch.cuda.is_available() else "cpu")
     images = pipe.sample(16, seed=0, steps=50, progress=True)
     save_grid(images, out / "samples.png")
     print("3/4 latency of the paper-size UNet against diffusers")
-    rows = bench(steps=50, batches=(1,), rounds=3, say=_say)
+    rows = bench(steps=50, batches=(1,), rounds=3, half=False, say=_say)
     append(out / "latency.jsonl", rows)
     table = sampling_table(rows)
     with whole_file(out / "latency.md") as aside:

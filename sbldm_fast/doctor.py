@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def doctor() -> dict[str, Any]:
         "backend": dict(zip(("name", "reason"), resolve(device), strict=True)),
         "triton": obstacle(device) or "runs here",
         "parity": checks,
-        "fastest_safe_mode": "loop-graph" if device.type == "cuda" else "compile",
+        "fastest_safe_mode": _fastest_mode(device),
         "ok": all(check["ok"] for check in checks.values()),
     }
 
@@ -73,6 +74,13 @@ def parity(device: torch.device) -> dict[str, dict[str, Any]]:
         "philox_normal": (philox_normal((1, 4), 0, device=device)[0].cpu() - normals).abs().max(),
     }
     return {name: {"error": float(e), "ok": float(e) <= TOLERANCE} for name, e in errors.items()}
+
+
+def _fastest_mode(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "loop-graph (compiled, not run: `make gpu` proves it on this machine)"
+    found = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
+    return "compile" if found else "eager (mode compile needs a C++ compiler)"
 
 
 def _version(package: str) -> str | None:

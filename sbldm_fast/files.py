@@ -22,14 +22,21 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield aside
         _sync(aside)
         aside.replace(path)
+        _sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to fill; it takes the place of `path` when the block ends well and is gone when it does not."""
+    """A folder to fill; it takes the place of `path` when the block ends well and is gone when it does not.
+
+    Raises:
+        ValueError: `path` holds something that the new folder does not, which would be lost, or is a file.
+    """
     path = Path(path)
+    if path.is_file():
+        raise ValueError(f"{path} is a file, allowed is a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     old = aside.with_suffix(".old")
@@ -38,9 +45,12 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         for file in aside.rglob("*"):
             _sync(file)
         aside.chmod(0o755)
+        if path.exists() and (lost := sorted({p.name for p in path.iterdir()} - {p.name for p in aside.iterdir()})):
+            raise ValueError(f"{path} holds {lost[0]}, which would be lost; allowed is a new folder or one that this command wrote")
         if path.exists():
             path.rename(old)
         aside.rename(path)
+        _sync(path.parent)
     finally:
         if old.exists() and not path.exists():
             old.rename(path)

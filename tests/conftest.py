@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.backends.cudnn.allow_tf32 = False  # parity is judged in float32
 if not torch.cuda.is_available():
     # before any kernel file is imported: Triton decides at decoration time whether it interprets
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -32,11 +33,10 @@ def three_way() -> Callable[..., None]:
         assert ours.dtype == same.dtype
         assert ours.shape == same.shape == exact.shape
         finite = exact.isfinite() & same.isfinite()
-        assert torch.equal(ours.isfinite() & exact.isfinite(), finite), "NaN or Inf where the reference has none, or the reverse"
+        assert torch.equal(ours.isfinite(), same.isfinite()), "NaN or Inf where the reference has none, or the reverse"
         if finite.any():
-            scale = float(exact[finite].abs().max())
             error = float((ours.double() - exact)[finite].abs().max())
-            allowed = 2 * float((same.double() - exact)[finite].abs().max()) + ATOL[ours.dtype] * max(1.0, scale)
+            allowed = 2 * float((same.double() - exact)[finite].abs().max()) + ATOL[ours.dtype]
             assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
     return check

@@ -174,14 +174,19 @@ def _read(job: _Job, seed: int, volume: int | None) -> Scan:
 
 
 def _subject(job: _Job) -> str:
-    """The subject that a file's name or folder tells; the file itself where neither does, which is the cautious split for volumes."""
+    """The subject that a file's name tells, else its folder below the source, else its name without modality and slice number."""
     top, _, rest = job.name.rpartition("/")
     found = _SUBJECT.search(rest) or _SUBJECT.search(top)
     if found:
         return f"{job.name.split('/')[0]}/{found.group(1)}" if top else found.group(1)
-    if job.kind == "picture" and "/" in top:
-        return top  # a folder of slices below the source is one subject
-    return job.name.removesuffix(".gz").removesuffix(".nii")
+    if "/" in top:
+        return top
+    stem = re.sub(r"\.(nii(\.gz)?|png|jpe?g)$", "", rest, flags=re.IGNORECASE)
+    stem = _MODALITY.sub("", stem.replace("_", " "))
+    if job.kind == "picture":
+        stem = re.sub(r"(slice|z)?[ -]*\d+[ -]*$", "", stem, flags=re.IGNORECASE)
+    # a folder of bare numbers says nothing of subjects: it is taken for one
+    return "/".join(part for part in (top, stem.strip(" -").replace(" ", "_")) if part) or job.name
 
 
 def _picture(path: Path) -> np.ndarray:

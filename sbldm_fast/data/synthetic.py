@@ -8,6 +8,7 @@ Template: Fonov et al. 2011, doi:10.1016/j.neuroimage.2010.07.033.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,18 @@ STEP = 2  # mm
 @cache
 def tissue_maps() -> tuple[Tensor, Tensor, Tensor, float]:
     """Grey matter, white matter and brain mask at 2 mm, `[z, y, x]`, and the position of slice 0 in mm."""
-    from nilearn.datasets import load_mni152_brain_mask, load_mni152_gm_template, load_mni152_wm_template
-
-    images = [f(resolution=STEP) for f in (load_mni152_gm_template, load_mni152_wm_template, load_mni152_brain_mask)]
+    atlas = _nilearn_datasets()
+    images = [f(resolution=STEP) for f in (atlas.load_mni152_gm_template, atlas.load_mni152_wm_template, atlas.load_mni152_brain_mask)]
     gm, wm, mask = (torch.from_numpy(np.asarray(i.dataobj, dtype=np.float32).transpose(2, 1, 0).copy()) for i in images)
     return gm.clamp(0, 1), wm.clamp(0, 1), mask, float(images[0].affine[2, 3])
+
+
+def _nilearn_datasets() -> Any:
+    try:
+        from nilearn import datasets
+    except ImportError:
+        raise ValueError("mni152 and synthetic need nilearn: pip install 'sbldm_fast[data]'") from None
+    return datasets
 
 
 def _smooth_field(generator: torch.Generator, channels: int, coarse: int, shape: torch.Size) -> Tensor:
@@ -76,7 +84,5 @@ def synthetic_brain(index: int, seed: int = 0) -> tuple[Volume, str, dict[str, f
 
 def mni152() -> Volume:
     """The ICBM 152 T1 template, skull-stripped, at 1 mm."""
-    from nilearn.datasets import load_mni152_template
-
-    image = load_mni152_template(resolution=1)
+    image = _nilearn_datasets().load_mni152_template(resolution=1)
     return Volume(np.asarray(image.dataobj, dtype=np.float32), (1.0, 1.0, 1.0), float(image.affine[2, 3]))

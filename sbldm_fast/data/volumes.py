@@ -35,10 +35,13 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
     Raises:
         Unusable: missing, truncated, not a NIfTI, 4-D without `volume`, not finite, constant, or a label map.
     """
-    import nibabel as nib
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-    from nibabel.wrapstruct import WrapStructError
+    try:
+        import nibabel as nib
+        from nibabel.filebasedimages import ImageFileError
+        from nibabel.spatialimages import HeaderDataError
+        from nibabel.wrapstruct import WrapStructError
+    except ImportError:
+        raise ValueError("reading NIfTI needs nibabel: pip install 'sbldm_fast[data]'") from None
 
     if not path.exists():
         raise Unusable("no such file")

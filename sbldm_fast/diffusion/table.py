@@ -32,8 +32,11 @@ def ddim_table(scheduler: Any, steps: int, eta: float = 0.0) -> DDIMTable:
     """
     kinds = {"DDIMScheduler": DDIMScheduler, "DDPMScheduler": DDPMScheduler}
     kind = kinds.get(type(scheduler).__name__)
-    if kind is None:
-        raise ValueError(f"scheduler: got {type(scheduler).__name__}, allowed are {', '.join(kinds)} of sbldm_fast or diffusers")
+    if kind is None or not hasattr(scheduler, "config"):
+        raise ValueError(
+            f"scheduler: got {type(scheduler).__module__}.{type(scheduler).__name__}, "
+            f"allowed are {', '.join(kinds)} of sbldm_fast or diffusers"
+        )
     own = kind.from_config(scheduler.config)
     own.set_timesteps(steps)
     c = own.config

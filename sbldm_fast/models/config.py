@@ -25,6 +25,11 @@ class Config:
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if not k.startswith("_")}
         if unknown := given.keys() - names:
             raise ValueError(f"{cls.__name__}: got {', '.join(sorted(unknown))}, allowed are {', '.join(sorted(names))}")
+        for f in fields(cls):
+            value, default = given.get(f.name, f.default), f.default
+            kind = (int, float) if isinstance(default, float) else type(default)
+            if default is not None and not isinstance(value, kind):
+                raise ValueError(f"{cls.__name__}: {f.name} is {value!r}, allowed is one like {default!r}")
         return cls(**given)
 
 
@@ -91,7 +96,7 @@ class UNetConfig(Config):
             raise ValueError(f"UNetConfig: sample_size is {self.sample_size}, allowed are multiples of 2^downsamplings")
         if self.time_embedding_type not in ("positional", "fourier"):
             raise ValueError(f"UNetConfig: time_embedding_type is {self.time_embedding_type!r}, allowed are positional, fourier")
-        if any(width % self.attention_head_dim for width in self.block_out_channels):
+        if self.attention_head_dim < 1 or any(width % self.attention_head_dim for width in self.block_out_channels):
             raise ValueError(
                 f"UNetConfig: attention_head_dim is {self.attention_head_dim}, allowed are divisors of {self.block_out_channels}"
             )
@@ -135,6 +140,8 @@ class SchedulerConfig(Config):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed are {', '.join(map(str, allowed))}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"beta_start, beta_end: got {self.beta_start}, {self.beta_end}, allowed is 0 < start <= end < 1")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise ValueError(f"trained_betas: got {len(self.trained_betas)}, allowed is num_train_timesteps = {self.num_train_timesteps}")
 

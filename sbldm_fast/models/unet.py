@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +33,15 @@ class TimeEmbedding(nn.Module):
         self.linear1 = nn.Linear(2 * half, config.time_embed_dim)
         self.linear2 = nn.Linear(config.time_embed_dim, config.time_embed_dim)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # float32 whatever the weights become: rounded to half, 999 times a frequency is wrong by 0.2 radians
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        self.frequencies = exact.to(self.frequencies.device)
+        return self
+
     def forward(self, t: Tensor) -> Tensor:
-        # float32 whatever the weights are: a half has no room for 999 times a frequency
-        angle = t.float()[:, None] * self.frequencies.float()
+        angle = t.float()[:, None] * self.frequencies
         h = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.linear1.weight.dtype)
         out: Tensor = self.linear2(F.silu(self.linear1(h)))
         return out

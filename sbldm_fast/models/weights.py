@@ -28,8 +28,9 @@ class Pretrained(nn.Module, Generic[C]):
         self.config = config
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write `config.json` and the weights, in `dtype` if one is given."""
-        state = {k: v.detach().to(dtype or v.dtype).cpu().contiguous() for k, v in self.state_dict().items()}
+        """Write `config.json` and the weights, in `dtype` if one is given; buffers are constants and keep theirs."""
+        learned = dict(self.named_parameters())
+        state = {k: v.detach().to(dtype if dtype and k in learned else v.dtype).cpu().contiguous() for k, v in self.state_dict().items()}
         write_json(Path(folder) / "config.json", self.config.to_dict())
         with whole_file(Path(folder) / WEIGHTS) as aside:
             write_tensors(state, aside)

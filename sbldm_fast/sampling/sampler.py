@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class FastSampler:
     The graph modes are compiled, not run: no CUDA machine has measured them yet.
 
     Args:
-        model: a `UNet2D`, a diffusers UNet, or any callable `(x, t) -> prediction`, t a scalar tensor.
+        model: a `UNet2D`, a diffusers UNet, or any callable `(x, t) -> prediction`, t a scalar tensor. A module is put in
+            evaluation mode; after moving or retraining it, build a new sampler.
         scheduler: `DDIMScheduler` or `DDPMScheduler`, ours or diffusers'.
         shape: of one sample, `(C, H, W)`.
         steps: solver steps, 1 to num_train_timesteps.
@@ -72,11 +74,6 @@ class FastSampler:
         self.shape, self.steps = tuple(shape), steps
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
         self.decode = decode
-        if isinstance(model, nn.Module) and self.dtype != parameter.dtype:  # type: ignore[union-attr]  # a module without parameters has no dtype to differ in
-            model = copy.deepcopy(model).to(self.dtype)
-        if isinstance(model, nn.Module):
-            model = model.eval()
-        self._model = model
         table = ddim_table(scheduler, steps, eta)
         self.timesteps, self.eta = table.timesteps, table.eta
         self._prediction_type, self._clip_range = table.prediction_type, table.clip_range
@@ -85,8 +82,14 @@ class FastSampler:
         times = torch.tensor(table.timesteps, device=self.device)
         with torch.no_grad():
             self._rows = model.time_rows(times).to(self.dtype) if isinstance(model, UNet2D) else times
+        if parameter is not None and self.dtype != parameter.dtype:
+            # half-precision convolutions want the channels side by side, on tensor cores as on AMX
+            model = copy.deepcopy(model).to(self.dtype, memory_format=torch.channels_last)  # type: ignore[attr-defined]  # it has parameters
+        self._model = model.eval() if isinstance(model, nn.Module) else model
         self._step = self._compiled() if self.mode == "compile" else self._step_eager
         self._graphs: OrderedDict[int, _Captured] = OrderedDict()
+        # one pool for all batch sizes: replays follow on one another, and outputs are copied out before the next
+        self._pool = torch.cuda.graph_pool_handle() if self.mode.endswith("graph") else None
         self._counts: Counter[str] = Counter()
 
     def __call__(self, n: int | None = None, *, seed: int | Sequence[int] = 0, noise: Tensor | None = None, first_index: int = 0) -> Tensor:
@@ -103,14 +106,15 @@ class FastSampler:
         """
         x, seeds = self._start(n, seed, noise, first_index)
         with torch.no_grad():
-            z = self._solver_noise(x.shape[0], seeds)
+            z = self._solver_noise(seeds)
             self._counts["samples"] += x.shape[0]
-            if x.shape[0] == 0:
-                return x
             if self.mode.endswith("graph"):
                 return self._captured(x.shape[0]).run(x, z)
-            for i in range(self.steps):
-                x = self._step(x, self._rows[i : i + 1], self._bars[i], None if z is None else z[i])
+            # every sampler and every batch size is a version of the same step: Dynamo's limit of 8 is for accidents
+            limit = torch._dynamo.config.patch(recompile_limit=256) if self.mode == "compile" else nullcontext()
+            with limit:
+                for i in range(self.steps):
+                    x = self._step(x, self._rows[i : i + 1], self._bars[i], None if z is None else z[i])
             return x if self.decode is None else self.decode(x)
 
     def stats(self) -> dict[str, int]:
@@ -121,7 +125,7 @@ class FastSampler:
         h = x.to(self.dtype)
         m = self._model.forward_rows(h, row) if isinstance(self._model, UNet2D) else _tensor(self._model(h, row[0]))
         return ddim_step(
-            x, m.to(x.dtype), bars[0], bars[1],
+            x, m.to(x.dtype).contiguous(), bars[0], bars[1],
             eta=self.eta, noise=noise, prediction_type=self._prediction_type, clip_range=self._clip_range,
         )  # fmt: skip
 
@@ -140,9 +144,9 @@ class FastSampler:
             raise ValueError("n, noise: give one of the two, the number of samples or their starting noise")
         if noise is not None and tuple(noise.shape[1:]) != self.shape:
             raise ValueError(f"noise: got shape {tuple(noise.shape)}, allowed is [n, {', '.join(map(str, self.shape))}]")
-        if n is not None and n < 0:
-            raise ValueError(f"n: got {n}, allowed is 0 or more")
         count = int(noise.shape[0]) if noise is not None else int(n or 0)
+        if count < 1:
+            raise ValueError(f"n: got {count}, allowed is 1 or more")
         if isinstance(seed, int):
             seeds = [(seed, first_index, count)]
         else:
@@ -153,13 +157,11 @@ class FastSampler:
         return x, seeds
 
     def _draw(self, seeds: list[tuple[int, int, int]], stream: int) -> Tensor:
-        if not seeds:
-            return torch.empty(0, *self.shape, device=self.device)
         parts = [philox_normal((count, *self.shape), s, first_index=first, stream=stream, device=self.device) for s, first, count in seeds]
         return torch.cat(parts)
 
-    def _solver_noise(self, n: int, seeds: list[tuple[int, int, int]]) -> Tensor | None:
-        if self.eta == 0 or n == 0:
+    def _solver_noise(self, seeds: list[tuple[int, int, int]]) -> Tensor | None:
+        if self.eta == 0:
             return None
         return torch.stack([self._draw(seeds, stream=i + 1) for i in range(self.steps)])
 
@@ -199,7 +201,9 @@ class _Captured:
             self.counter.add_(1)
             return self.x
 
-        self.replay = capture(loop if self.whole else step, reset=self.counter.zero_)
+        # a graph keeps addresses, not tensors: without this a model that moves away would leave it freed memory
+        self.held = [p.data for p in s._model.parameters()] if isinstance(s._model, nn.Module) else []
+        self.replay = capture(loop if self.whole else step, reset=self.counter.zero_, device=s.device, pool=s._pool)
 
     def run(self, x: Tensor, noise: Tensor | None) -> Tensor:
         self.x.copy_(x)
@@ -210,29 +214,31 @@ class _Captured:
         self.counter.zero_()
         for _ in range(self.steps):
             out = self.replay()
-        return out.clone() if self.decode is None else self.decode(out)
+        return out.clone() if self.decode is None else self.decode(out.clone())
 
 
-def capture(work: Callable[[], Tensor], reset: Callable[[], Any]) -> Callable[[], Tensor]:
+def capture(work: Callable[[], Tensor], reset: Callable[[], Any], device: torch.device, pool: Any) -> Callable[[], Tensor]:
     """Record `work` into a CUDA graph; the function returned replays it and gives its static output.
 
     `reset` undoes what a run of `work` leaves behind, so that the warm-up runs, which plan cuDNN and compile Triton before
     the capture, do not walk the counter off the table.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            reset()
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    reset()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = work()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                reset()
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        reset()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            out = work()
 
     def replay() -> Tensor:
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return out
 
     return replay

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,13 @@ def train(
     name: str,
     progress: bool = True,
 ) -> nn.Module:
-    """Train `model` for `o.steps` steps, continuing from `folder/checkpoint-<name>` if it is there; return the EMA (or `model`).
+    """Train `model` for `o.steps` steps, continuing from the newest `folder/checkpoint-<name>-<step>`; return the EMA (or `model`).
 
     `loss_of(model, index, step)` gives the loss of the training items `index` and scalars to log. All randomness of a step
     comes from the seed and the step's number, so a resumed run repeats an uninterrupted one to the bit.
 
     Raises:
-        ValueError: a checkpoint of another model.
+        ValueError: a checkpoint of another model, of other settings or of another number of items.
         FloatingPointError: a loss that is not finite, with the step, the items and the last good checkpoint.
     """
     device = next(model.parameters()).device
@@ -99,8 +100,9 @@ def train(
     ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=_ema_update(o.ema_decay)) if o.ema_decay else None
     dtype = amp_dtype(o.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    checkpoint = folder / f"checkpoint-{name}"
-    start, seconds = _resume(checkpoint, model, ema, optimizer, scaler) if checkpoint.exists() else (0, 0.0)
+    settings = {"items": count, **{k: v for k, v in asdict(o).items() if k not in ("save_every", "compile")}}
+    last = _newest(folder, name)
+    start, seconds = _resume(last, settings, model, ema, optimizer, scaler) if last else (0, 0.0)
     if o.compile:
         model.compile()
     model.train()
@@ -120,8 +122,8 @@ def train(
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"{name}: the loss is {value} at step {step}, items {index.tolist()}; last good checkpoint: "
-                f"{checkpoint if checkpoint.exists() else 'none yet'}"
+                f"{name}: the loss is {value} at step {step}, items {index.tolist()}; "
+                f"last good checkpoint: {_newest(folder, name) or 'none yet'}"
             )
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -140,7 +142,11 @@ def train(
             bar.set_postfix(loss=f"{row['loss']:.4f}")
             recent.clear()
         if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
-            _save(checkpoint, step + 1, time.monotonic() - began, model, ema, optimizer, scaler)
+            state = {"step": step + 1, "seconds": round(time.monotonic() - began, 1), "settings": settings}
+            last = _newest(folder, name)
+            _save(folder / f"checkpoint-{name}-{step + 1:08d}", state, model, ema, optimizer, scaler)
+            if last:
+                shutil.rmtree(last)  # only now: a process that is killed at any point leaves a whole checkpoint
     trained: nn.Module = ema.module if ema is not None else model
     return trained.eval()
 
@@ -154,8 +160,12 @@ def _ema_update(decay: float) -> Callable[[Any, Any, Any], None]:
     return update
 
 
+def _newest(folder: Path, name: str) -> Path | None:
+    return max(folder.glob(f"checkpoint-{name}-*"), default=None)
+
+
 def _save(
-    path: Path, step: int, seconds: float, model: nn.Module, ema: nn.Module | None,
+    path: Path, state: dict[str, Any], model: nn.Module, ema: nn.Module | None,
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
 ) -> None:  # fmt: skip
     moments = {f"{i}.{key}": value.contiguous() for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
@@ -164,13 +174,17 @@ def _save(
         write_tensors(moments, folder / "optimizer.safetensors")
         if ema is not None:
             write_tensors({k: v.clone().contiguous() for k, v in ema.state_dict().items()}, folder / "ema.safetensors")
-        write_json(folder / "state.json", {"step": step, "seconds": round(seconds, 1), "scaler": scaler.state_dict()})
+        write_json(folder / "state.json", {**state, "scaler": scaler.state_dict()})
 
 
 def _resume(
-    path: Path, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> tuple[int, float]:
+    path: Path, settings: dict[str, Any], model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> tuple[int, float]:  # fmt: skip
     state = read_json(path / "state.json")
+    for key, value in settings.items():
+        if state["settings"].get(key) != value:
+            raise ValueError(f"{key}: got {value}, but {path} was made with {state['settings'].get(key)}; use that or another run folder")
     load_tensors(model, read_tensors(path / "model.safetensors"), str(path))
     if ema is not None:
         load_tensors(ema, read_tensors(path / "ema.safetensors"), str(path))

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from sbldm_fast.data import Slices
 from sbldm_fast.diffusion import DDPMScheduler
-from sbldm_fast.models import AutoencoderKL, UNet2D
+from sbldm_fast.files import read_json
+from sbldm_fast.models import AutoencoderKL, DiagonalGaussian, UNet2D
 from sbldm_fast.models.config import Preset
 
 from .loop import Optimisation, train
@@ -70,7 +71,7 @@ def train_vae(vae: AutoencoderKL, data: Slices, o: Optimisation, folder: Path, *
         y, mean, logvar = model(x, noise)
         y, mean, logvar = y.float(), mean.float(), logvar.float()
         error = F.mse_loss(y, x) if recon == "mse" else F.l1_loss(y, x)
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        kl = DiagonalGaussian(mean, logvar).kl().mean() / mean[0].numel()
         return error + KL_WEIGHT * min(1.0, step / anneal) * kl, {recon: float(error.detach()), "kl": float(kl.detach())}
 
     train(_Autoencode(vae), loss_of, len(data), o, folder, name="vae", progress=progress)
@@ -116,7 +117,7 @@ def train_pipeline(
     """Train both stages on a prepared folder and save the pipeline to `folder/pipeline`; a run that was cut off is continued.
 
     Returns:
-        The subjects, slices, reconstruction error on the validation split and scaling factor.
+        The slices, subjects and scaling factor, and the mean absolute reconstruction error of the validation split (None if empty).
 
     Raises:
         ValueError: as `Slices`, or a checkpoint of another model.
@@ -137,4 +138,16 @@ def train_pipeline(
     ema = train_unet(network, latents * factor, preset, unet, folder, progress)
     pipeline = Pipeline(autoencoder, ema, preset.scheduler)
     pipeline.save(folder / "pipeline")
-    return {"slices": len(slices), "subjects": len({row["subject"] for row in slices.rows}), "scaling_factor": factor}
+    return {"slices": len(slices), "subjects": len({row["subject"] for row in slices.rows}), "scaling_factor": factor,
+            "val_l1": reconstruction_error(autoencoder, data)}  # fmt: skip
+
+
+@torch.no_grad()
+def reconstruction_error(vae: AutoencoderKL, data: str | Path) -> float | None:
+    """Mean absolute error of the validation slices through the autoencoder, in units of [-1, 1]; None if there are none."""
+    rows = read_json(Path(data) / "manifest.json")["slices"]
+    if not any(row["split"] == "val" for row in rows):
+        return None
+    device = next(vae.parameters()).device
+    chunks = [chunk.to(device).float() for chunk in Slices(data, "val").images.split(64)]
+    return float(torch.cat([(vae.decode(vae.encode(x).mean) - x).abs().mean(dim=(1, 2, 3)) for x in chunks]).mean())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from sbldm_fast.benchmarks.sampling import bench_sampling
-from sbldm_fast.benchmarks.table import latest, read_rows, sampling_table
+from sbldm_fast.benchmarks.table import latest, read_rows, render, sampling_table
 from sbldm_fast.benchmarks.timing import append, interleaved, machine, machine_name, summary
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,7 @@ def test_rows_are_complete_and_gated(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = bench_sampling(preset_name="demo", steps=3, batches=(2,), rounds=2, modes=("eager",))
     names = [r["provider"] for r in rows]
     assert names[0] == "reference"
+    assert len(names) == len(set(names))
     assert {"FastSampler eager float32", "diffusers", "diffusers under FastSampler eager"} <= set(names)
     for r in rows:
         assert r["parity"]["ok"], r["provider"]
@@ -36,7 +38,22 @@ def test_rows_are_complete_and_gated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_provider_that_is_wrong_gets_no_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TOLERANCE", -1.0)
     rows = bench_sampling(preset_name="demo", steps=1, batches=(1,), rounds=1, modes=("eager",))
-    assert all(r["speedup"] is None for r in rows if r["dtype"] == "float32")
+    wrong = [r for r in rows if r["provider"] in ("reference", "diffusers")]
+    assert len(wrong) == 2
+    assert not any(r["parity"]["ok"] or r["speedup"] for r in wrong)
+    assert "no parity" in sampling_table(rows)
+
+
+def test_a_provider_that_fails_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(module.FastSampler):  # type: ignore[name-defined,misc]  # the module is looked up by name
+        def __call__(self, *a: Any, **k: Any) -> torch.Tensor:
+            raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(module, "FastSampler", Failing)
+    rows = bench_sampling(preset_name="demo", steps=1, batches=(1,), rounds=1, modes=("eager",), half=False)
+    failed = [r for r in rows if "absent" in r]
+    assert [r["absent"] for r in failed] == ["failed: RuntimeError: out of memory"] * 2
+    assert [r["provider"] for r in rows if "absent" not in r] == ["reference", "diffusers"]
 
 
 def test_an_absent_peer_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,10 +78,10 @@ def test_summary_by_hand() -> None:
 
 def test_results_are_only_added_to(tmp_path: Path) -> None:
     path = tmp_path / "m" / "r.jsonl"
-    append(path, [{"preset": "p", "batch": 1, "steps": 2, "provider": "a", "x": 1}])
-    append(path, [{"preset": "p", "batch": 1, "steps": 2, "provider": "a", "x": 2}])
+    append(path, [{"run": "1", "preset": "p", "batch": 1, "steps": 2, "provider": p, "x": 1} for p in "ab"])
+    append(path, [{"run": "2", "preset": "p", "batch": 1, "steps": 2, "provider": "a", "x": 2}])
     rows = read_rows(path)
-    assert [r["x"] for r in rows] == [1, 2]
+    assert [r["x"] for r in rows] == [1, 1, 2]
     assert [r["x"] for r in latest(rows)] == [2]
 
 
@@ -90,8 +107,13 @@ def test_gpu_benchmark_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str],
 
 
 def test_the_readmes_table_is_the_rows() -> None:
-    readme = (ROOT / "README.md").read_text()
-    start, end = "<!-- latency: benchmarks/results/", "<!-- end latency -->"
-    name = readme.split(start)[1].split(" -->")[0]
-    shown = readme.split(start)[1].split("-->", 1)[1].split(end)[0].strip()
-    assert shown == sampling_table(latest(read_rows(ROOT / "benchmarks" / "results" / name)))
+    text = (ROOT / "README.md").read_text()
+    assert "<!-- latency: benchmarks/results/" in text
+    assert render(ROOT / "README.md") == text
+
+
+def test_a_changed_figure_in_the_readme_is_found(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    text = (ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(text.replace("| reference |", "| reference | 0.01 |", 1))
+    assert render(tmp_path / "README.md") == text

@@ -88,6 +88,21 @@ def test_nan_passes_clipping(device: torch.device) -> None:
         assert ddim_step(x, x, A, A_PREV, clip_range=1.0).isnan().all()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_more_samples_than_a_grid_axis_holds() -> None:
+    x, m = torch.randn(2, 70_000, 3, device="cuda")
+    with backend("triton"):
+        torch.testing.assert_close(ddim_step(x, m, A, A_PREV), stepped(x, m, A, A_PREV, 0.0, None, "epsilon", None))
+
+
+def test_the_stride_of_a_batch_of_one_says_nothing(device: torch.device) -> None:
+    x = torch.randn(1, 3, 4, 4, device=device)
+    odd = torch.empty_strided((1, 3, 4, 4), (7, 16, 4, 1), device=device).copy_(x)
+    with backend("triton"):
+        assert torch.equal(ddim_step(x, odd, A, A_PREV), ddim_step(x, x, A, A_PREV))
+
+
 def test_batch_of_none(device: torch.device) -> None:
     x = torch.empty(0, 4, 3, 3, device=device)
     with backend("triton"):

@@ -87,6 +87,7 @@ def test_opcheck(device: torch.device) -> None:
     [
         ({"shape": ()}, r"shape: got \(\)"),
         ({"shape": (-1, 2)}, "shape: got"),
+        ({"shape": (1, 2**31)}, "shape: got .* fewer than"),
         ({"seed": -1}, "seed: got -1, allowed is an integer from 0"),
         ({"seed": 2**63}, "seed: got"),
         ({"seed": 0.5}, "seed: got 0.5"),

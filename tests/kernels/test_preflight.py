@@ -77,6 +77,32 @@ print(json.dumps([p.compile_one(s, "", 75).fault for s in (wide, narrow, broken)
     assert faults[2].startswith("does not compile")
 
 
+@pytest.mark.skipif(not preflight.HAS_TRITON, reason="triton is not installed")
+def test_odd_problems_compile_too() -> None:
+    """Sizes of one become constants, odd sizes and strides lose their divisibility: other code paths of the compiler."""
+    faults = run("""
+import json, torch
+from sbldm_fast.kernels import preflight as p
+def norm(C, G, H, W, strides, flat, affine):
+    q = p.group_norm_silu.launch_parameters(C, G, H * W, strides[1] == 1, 2)
+    args = dict.fromkeys(("x", "y"), torch.float16) | dict.fromkeys(("weight", "bias"), torch.float32 if affine else None)
+    args |= {"scale": None, "shift": torch.float16, "scale_stride": 0, "shift_stride": 0, "C": C, "HW": H * W, "WIDTH": W}
+    args |= dict(zip(("xn", "xc", "xh", "xw", "yn", "yc", "yh", "yw"), strides * 2))
+    constants = {k: v for k, v in q.items() if k != "num_warps"} | {"FLAT": flat, "SILU": True, "eps": 1e-5}
+    return p.specialisation("odd", p.group_norm_silu, "_group_norm_silu_kernel", args, constants, q["num_warps"], False)
+cases = [
+    norm(1, 1, 1, 1, (1, 1, 1, 1), True, False),
+    norm(8, 8, 1, 1, (8, 1, 1, 1), True, True),
+    norm(12, 4, 5, 7, (420, 35, 7, 1), True, True),
+    norm(12, 4, 5, 7, (840, 70, 14, 2), False, True),
+    norm(3, 3, 129, 130, (50310, 16770, 130, 1), True, True),
+    norm(15, 3, 96, 90, (129600, 1, 1350, 15), True, True),
+]
+print(json.dumps([p.compile_one(s, "fp16", 75).fault for s in cases]))
+""")
+    assert faults == [""] * 6
+
+
 def report(**values: Any) -> preflight.Report:
     return preflight.Report("k", "fp32", 75, **({"load_bytes": 16} | values))
 

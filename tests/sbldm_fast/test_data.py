@@ -187,12 +187,23 @@ def test_slice_split_leaks_as_asked(tmp_path: Path) -> None:
         ("BraTS20_Training_007_t1ce.nii", "in/BraTS20_Training_007", "T1CE"),
         ("sub-A3/anat/sub-A3_T2w.nii", "in/sub-A3", "T2"),
         ("scan.nii", "in/scan", "unknown"),
+        ("case1/T1.nii.gz", "in/case1", "T1"),
+        ("case1/FLAIR.nii.gz", "in/case1", "FLAIR"),
+        ("IXI002-Guys-0828-T1.nii.gz", "in/IXI002-Guys-0828", "T1"),
+        ("BraTS-GLI-00005-000-t2w.nii.gz", "in/BraTS-GLI-00005-000", "T2"),
     ],
 )
 def test_names_tell_subject_and_modality(name: str, subject: str, modality: str, tmp_path: Path) -> None:
     save(head(), tmp_path / "in" / name)
     row = prepare([str(tmp_path / "in")], tmp_path / "out", progress=False)["slices"][0]
     assert (row["subject"], row["modality"]) == (subject, modality)
+
+
+@pytest.mark.parametrize(("name", "subject"), [("vol1_slice01", "in/vol1"), ("vol1_slice02", "in/vol1"), ("007", "in")])
+def test_slices_of_one_volume_are_one_subject(name: str, subject: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.eye(32, dtype=np.uint8) * 255).save(tmp_path / "in" / f"{name}.png")
+    assert prepare([str(tmp_path / "in")], tmp_path / "out", progress=False)["slices"][0]["subject"] == subject
 
 
 def test_pictures(tmp_path: Path) -> None:

@@ -85,6 +85,18 @@ def test_time_embeddings_tell_neighbours_apart(kind: str) -> None:
     assert torch.pdist(e).min() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_time(dtype: torch.dtype) -> None:
+    """Rounded frequencies turned t = 999 by 0.2 radians."""
+    unet, t = UNet2D(UNET), torch.tensor([999])
+    exact = unet.time_embedding.frequencies.clone()
+    with torch.no_grad():
+        expected = unet.time_embedding(t)
+        got = unet.to(dtype).time_embedding(t)
+    assert torch.equal(unet.time_embedding.frequencies, exact)
+    assert (got.float() - expected).abs().max() < 4 * torch.finfo(dtype).eps
+
+
 def test_layout_does_not_change_the_result() -> None:
     unet, x = UNet2D(UNET).eval(), torch.randn(2, 4, 8, 8)
     with torch.no_grad():
@@ -120,7 +132,10 @@ def test_saved_and_loaded(model: Any, config: Any, tmp_path: Path) -> None:
     for (name, a), b in zip(original.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     original.save_pretrained(tmp_path, torch.float16)
-    assert {t.dtype for t in load_file(tmp_path / WEIGHTS).values()} == {torch.float16}
+    stored = load_file(tmp_path / WEIGHTS)
+    assert {stored[name].dtype for name, _ in original.named_parameters()} == {torch.float16}
+    for name, value in original.named_buffers():
+        assert torch.equal(stored[name], value), "a constant was rounded"
     assert next(model.from_pretrained(tmp_path).parameters()).dtype == torch.float32
 
 
@@ -195,6 +210,9 @@ def test_config_survives_json(config: Any) -> None:
         (lambda: SchedulerConfig(beta_schedule="sigmoid"), "beta_schedule: got 'sigmoid'"),
         (lambda: SchedulerConfig(thresholding=True), "thresholding: got True"),
         (lambda: SchedulerConfig(trained_betas=(0.1,)), "trained_betas: got 1"),
+        (lambda: replace(UNET, attention_head_dim=0), "attention_head_dim is 0"),
+        (lambda: UNetConfig.from_dict({"block_out_channels": 32}), "block_out_channels is 32, allowed is one like"),
+        (lambda: SchedulerConfig(beta_start=-0.1), "beta_start, beta_end: got -0.1"),
         (lambda: preset("large"), "preset: got 'large', allowed are paper, template, demo"),
     ],
 )

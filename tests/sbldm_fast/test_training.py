@@ -47,6 +47,7 @@ def test_both_stages_end_in_a_pipeline_that_samples(data: Path, tmp_path: Path) 
     result = train_pipeline(SMALL, data, tmp_path, vae=optimisation(3), unet=optimisation(3, ema_decay=0.9), views=2, progress=False)
     assert result["slices"] > 4
     assert result["scaling_factor"] > 0
+    assert 0 < result["val_l1"] < 2
     pipe = Pipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.vae.config.scaling_factor == result["scaling_factor"]
     assert pipe.sample(1, steps=2).shape == (1, 1, 128, 128)
@@ -68,14 +69,14 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(data: Path, tmp_path:
     def cut(self: Optimisation, step: int) -> float:
         nonlocal calls
         calls += 1
-        if calls == 3 + 2 + 4:  # within the UNet, after its checkpoint at step 2
+        if calls == 3 + 1 + 4:  # three steps of the VAE and their row, then step 3 of the UNet, after its checkpoint at 2
             raise Cut
         return lr_at(self, step)
 
     monkeypatch.setattr(Optimisation, "lr_at", cut)
     with pytest.raises(Cut):
         train_pipeline(SMALL, data, tmp_path / "cut", **arguments)
-    assert (tmp_path / "cut" / "checkpoint-unet").exists()
+    assert [p.name for p in (tmp_path / "cut").glob("checkpoint-unet*")] == ["checkpoint-unet-00000002"]
     assert not (tmp_path / "cut" / "pipeline").exists()
     monkeypatch.undo()
     train_pipeline(SMALL, data, tmp_path / "cut", **arguments)
@@ -142,8 +143,7 @@ def test_a_loss_that_is_not_finite_stops_with_everything_named(tmp_path: Path) -
     o = Optimisation(steps=9, batch_size=4, lr=0.1, amp="off", save_every=2)
     with pytest.raises(FloatingPointError, match=r"line: the loss is nan at step 5, items \[.*\]; last good checkpoint: .*checkpoint-line"):
         train(Line(), nan_at_five, 8, o, tmp_path, name="line", progress=False)
-    state = json.loads((tmp_path / "checkpoint-line" / "state.json").read_text())
-    assert state["step"] == 4
+    assert [p.name for p in tmp_path.glob("checkpoint*")] == ["checkpoint-line-00000004"]
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
@@ -151,6 +151,13 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
     train(Line(), loss_of, 8, o, tmp_path, name="line", progress=False)
     with pytest.raises(ValueError, match="tensor weight is missing"):
         train(nn.Linear(1, 1), loss_of, 8, o, tmp_path, name="line", progress=False)
+    for other, count, message in (
+        (replace(o, steps=3), 8, "steps: got 3, but .*checkpoint-line-00000002 was made with 2"),
+        (replace(o, seed=1), 8, "seed: got 1"),
+        (o, 9, "items: got 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(Line(), loss_of, count, other, tmp_path, name="line", progress=False)
 
 
 def test_an_epoch_meets_every_item_once_from_any_start() -> None:
