@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sbldm_fast import DDIMScheduler, FastSampler, UNet2D, preset
 from sbldm_fast.models import UNetConfig
+from sbldm_fast.sampling.sampler import compilation
 from sbldm_fast.training.loop import amp_dtype
 
 from .timing import interleaved, machine, summary
@@ -88,7 +89,7 @@ def _cases(
         sampler = FastSampler(model, sched, shape=noise.shape[1:], steps=steps, mode=mode, dtype=dtype)
         return lambda: sampler(noise=noise)
 
-    def loop(model: nn.Module, sched: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
+    def loop(model: Callable[..., Any], sched: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
         return lambda: stepped(lambda x, t: model(x.to(dtype), t, return_dict=False)[0].float(), sched, steps, noise)
 
     cases = {"reference": _Case(reference, torch.float32, "reference", "reference")}
@@ -105,12 +106,18 @@ def _cases(
             model = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
         cases[title] = _Case(loop(model, sched, dtype), dtype, PEER, title)
         if "compile" in modes:
-            # the same options as ours
-            options: dict[str, Any] | None = {"freezing": True} if noise.device.type == "cpu" else None
-            compiled = torch.compile(model, dynamic=False, options=options)
-            cases[f"{title} torch.compile"] = _Case(loop(compiled, sched, dtype), dtype, PEER, title)  # type: ignore[arg-type]  # torch.compile keeps the call
+            run = loop(torch.compile(model, dynamic=False), sched, dtype)
+            cases[f"{title} torch.compile"] = _Case(_as_ours(run, noise.device), dtype, PEER, title)
         cases[f"{title} under FastSampler {modes[-1]}"] = _Case(fast(peer[0], sched, modes[-1], dtype), dtype, PEER, title)
     return cases
+
+
+def _as_ours(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    def compiled_as_ours() -> Tensor:
+        with compilation(device):
+            return run()
+
+    return compiled_as_ours
 
 
 def _timed(cases: dict[str, _Case], noise: Tensor, steps: int, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:

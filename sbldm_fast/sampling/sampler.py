@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -110,9 +110,7 @@ class FastSampler:
             self._counts["samples"] += x.shape[0]
             if self.mode.endswith("graph"):
                 return self._captured(x.shape[0]).run(x, z)
-            # every sampler and every batch size is a version of the same step: Dynamo's limit of 8 is for accidents
-            limit = torch._dynamo.config.patch(recompile_limit=256) if self.mode == "compile" else nullcontext()
-            with limit:
+            with compilation(self.device) if self.mode == "compile" else nullcontext():
                 for i in range(self.steps):
                     x = self._step(x, self._rows[i : i + 1], self._bars[i], None if z is None else z[i])
             return x if self.decode is None else self.decode(x)
@@ -130,11 +128,9 @@ class FastSampler:
         )  # fmt: skip
 
     def _compiled(self) -> Callable[..., Tensor]:
-        # frozen weights let Inductor pack them for oneDNN; on CUDA freezing costs memory and gains nothing here
-        options: dict[str, Any] | None = {"freezing": True} if self.device.type == "cpu" else None
         # a graph break in our own model would be a defect; a foreign model may have its reasons
         own = isinstance(self._model, UNet2D)
-        compiled: Callable[..., Tensor] = torch.compile(self._step_eager, fullgraph=own, dynamic=False, options=options)
+        compiled: Callable[..., Tensor] = torch.compile(self._step_eager, fullgraph=own, dynamic=False)
         return compiled
 
     def _start(
@@ -215,6 +211,19 @@ class _Captured:
         for _ in range(self.steps):
             out = self.replay()
         return out.clone() if self.decode is None else self.decode(out.clone())
+
+
+@contextmanager
+def compilation(device: torch.device) -> Iterator[None]:
+    """How a step is compiled: on a CPU with frozen weights, which Inductor packs for oneDNN; on CUDA that would gain nothing.
+
+    Freezing must be set while Dynamo traces: as an option of torch.compile it leaves the weights unpacked. Every sampler and
+    every batch size is a version of one step, so Dynamo's limit of 8, made for accidents, is lifted.
+    """
+    from torch._inductor import config  # half a second that only this mode pays
+
+    with config.patch(freezing=device.type == "cpu"), torch._dynamo.config.patch(recompile_limit=256):
+        yield
 
 
 def capture(work: Callable[[], Tensor], reset: Callable[[], Any], device: torch.device, pool: Any) -> Callable[[], Tensor]:
