@@ -96,6 +96,7 @@ def train_unet(unet: UNet2D, latents: Tensor, preset: Preset, o: Optimisation, f
     device = next(unet.parameters()).device
     latents = latents.to(device)
     scheduler = DDPMScheduler.from_config(preset.scheduler)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)  # else every step copies the table there
     kind = preset.scheduler.prediction_type
 
     def loss_of(model: nn.Module, index: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
