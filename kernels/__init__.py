@@ -1,8 +1,23 @@
 """Fused kernels for small diffusion models: each op has a PyTorch reference and a Triton kernel that is proven equal to it."""
 
+from . import group_norm_silu_backward as _registered  # noqa: F401  # the op that autograd calls by name
 from ._backend import backend
 from .ddim_step import ddim_step
+from .diffuse import diffuse
+from .frequency_loss import frequency_loss
 from .group_norm_silu import GroupNormSiLU, group_norm_silu
 from .philox_normal import philox_normal
+from .solver_step import solver_step
+from .spectral_mse import spectral_mse
 
-__all__ = ["GroupNormSiLU", "backend", "ddim_step", "group_norm_silu", "philox_normal"]
+__all__ = [
+    "GroupNormSiLU",
+    "backend",
+    "ddim_step",
+    "diffuse",
+    "frequency_loss",
+    "group_norm_silu",
+    "philox_normal",
+    "solver_step",
+    "spectral_mse",
+]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._arguments import check_float, check_like
 from ._backend import needs_grad, resolve, tl, triton
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -177,13 +178,10 @@ def _check(
     x: Tensor, model_output: Tensor, a: Tensor, a_prev: Tensor, eta: float, noise: Tensor | None,
     prediction_type: str, clip_range: float | None,
 ) -> None:  # fmt: skip
-    if x.dim() < 1 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, allowed is [N, ...] in float32, float16 or bfloat16")
+    check_float("x", x)
     for name, t in (("model_output", model_output), ("noise", noise)):
-        if t is not None and (t.shape != x.shape or t.dtype != x.dtype or t.device != x.device):
-            raise ValueError(
-                f"{name}: got {t.dtype} {tuple(t.shape)} on {t.device}, allowed is the like of x, {x.dtype} {tuple(x.shape)} on {x.device}"
-            )
+        if t is not None:
+            check_like(name, t, x)
     for name, t in (("alpha_bar", a), ("alpha_bar_prev", a_prev)):
         if tuple(t.shape) not in ((), (1,), (x.shape[0],)):
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, allowed is a number, [] or [{x.shape[0]}]")

@@ -1,220 +1,278 @@
-r"""GroupNorm, time modulation and SiLU in one pass over memory.
+r"""GroupNorm, time modulation and SiLU in one pass over memory; the gradients are in group_norm_silu_backward.py.
 
-    u = (x - mean_g) * rsqrt(var_g + eps) * weight_c + bias_c
-    y = silu(u * (1 + scale_nc) + shift_nc),   silu(a) = a * sigmoid(a)
+    h = x + residual,   u = (h - mean_g) rstd_g,   rstd_g = 1 / sqrt(var_g + eps)
+    p = u a + b,        a = weight (1 + scale),    b = bias (1 + scale) + shift,   y = silu(p) = p sigmoid(p)
 
 `mean_g`, `var_g` are taken over the C/G channels and all pixels of a group, in float32, centred (never E[x^2] - m^2).
 Layouts: NCHW, channels_last and any strided view, read in place. Source: Wu & He 2018 (GroupNorm), Dhariwal & Nichol 2021
-section 3 (scale and shift from the time embedding).
+section 3 (scale and shift from the time embedding), Chan et al. 1979 (merging the statistics of tiles).
 
-A program owns one sample and a run of whole groups. Groups up to `REGISTER_TILE` elements are read once and kept in
-registers; larger ones are read twice, with the statistics of the chunks merged after Chan et al. 1979.
+A program owns one sample, a run of whole groups, and their pixels or a tile of them. A group of up to `register_tile` elements is
+read once and kept in registers. A larger one is cut into tiles, in two launches: the statistics of each tile, then each program
+merges these in one order and normalises its own tile. No atomics: the same bits from run to run.
 """
 
 from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._backend import needs_grad, resolve, tl, triton
+from ._arguments import check_float, check_like, check_shape
+from ._backend import resolve, tl, triton
 
-REGISTER_TILE = 8192  # elements, 16 a thread: twice as many spill on sm_75
-LOOP_TILE = 4096
+SPLIT_TILE = 4096  # elements of one program where a group is cut
 ACTIVATIONS = ("silu", "none")
 
 
 def group_norm_silu_reference(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: str = "silu",
-) -> Tensor:
-    """The specification of `group_norm_silu`, in float32."""
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None, activation: str = "silu",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The specification of `group_norm_silu`, in float32: y and h."""
+    h = x if residual is None else x + residual
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # PyTorch 2.13's gradient fails on a bias alone
     # not F.group_norm, which refuses a batch of one with one element a group
-    y = torch.group_norm(x.float(), num_groups, _float(weight), _float(bias), eps)
+    y = torch.group_norm(h.float(), num_groups, *(None if t is None else t.float() for t in (weight, bias)), eps)
     if scale is not None:
         y = y * (1 + scale.float()[..., None, None])
     if shift is not None:
         y = y + shift.float()[..., None, None]
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
-
-
-def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float()
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype), h
 
 
 @triton.jit
-def _affine(var, c, n, mask, weight, bias, scale, shift, scale_stride, shift_stride, eps: tl.constexpr):
-    # what is constant over the pixels folds into y = (x - mean) * a + b; the mean stays outside, where x - mean is exact
-    a = 1.0 / tl.sqrt(var + eps)
-    if weight is not None:
-        a *= tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+def place(size, TILE):
+    # the sample, channels and pixels of this program; one grid axis, as the others end at 65,535
+    C, HW, _, chunks = size
+    programs = tl.cdiv(C, TILE[0] * TILE[1]) * chunks
+    n = (tl.program_id(0) // programs).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    lane = tl.arange(0, TILE[2])
+    c = (tl.program_id(0) % programs) // chunks * (TILE[0] * TILE[1]) + lane
+    in_c = (lane < TILE[0] * TILE[1]) & (c < C)
+    s = chunk * TILE[3] + tl.arange(0, TILE[3])
+    return n, chunk, c, in_c, s, in_c[:, None] & (s < HW)[None, :]
+
+
+@triton.jit
+def offsets(n, c, s, size, strides, FLAT: tl.constexpr):
+    # FLAT: the rows follow on one another, so a pixel needs no division
+    s = s.to(tl.int64)
+    pixel = s * strides[3] if FLAT else (s // size[2]) * strides[2] + (s % size[2]) * strides[3]
+    return n * strides[0] + c.to(tl.int64)[:, None] * strides[1] + pixel[None, :]
+
+
+@triton.jit
+def per_group(v, TILE):
+    # the sum over each group's channels, handed back to every channel of the group
+    total = tl.sum(tl.reshape(v, (TILE[1], TILE[2] // TILE[1])), axis=1, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(total, (TILE[1], TILE[2] // TILE[1])), (TILE[2],))
+
+
+@triton.jit
+def load_affine(n, c, in_c, affine):
+    weight, bias, scale, shift, scale_stride, shift_stride = affine
+    a = tl.full(c.shape, 1.0, tl.float32)
     b = tl.zeros_like(a)
+    if weight is not None:
+        a = tl.load(weight + c, mask=in_c, other=0.0).to(tl.float32)
     if bias is not None:
-        b = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)
     if scale is not None:
-        factor = 1.0 + tl.load(scale + n * scale_stride + c, mask=mask, other=0.0).to(tl.float32)
+        factor = 1.0 + tl.load(scale + n * scale_stride + c, mask=in_c, other=0.0).to(tl.float32)
         a *= factor
         b *= factor
     if shift is not None:
-        b += tl.load(shift + n * shift_stride + c, mask=mask, other=0.0).to(tl.float32)
+        b += tl.load(shift + n * shift_stride + c, mask=in_c, other=0.0).to(tl.float32)
     return a, b
 
 
 @triton.jit
-def _per_group(v, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr):
-    # the sum over each group's channels, handed back to every channel of the group
-    total = tl.sum(tl.reshape(v, (GROUPS, BLOCK_C // GROUPS)), axis=1, keep_dims=True)
-    return tl.reshape(tl.broadcast_to(total, (GROUPS, BLOCK_C // GROUPS)), (BLOCK_C,))
+def store_pair(pairs, first, second, row, c, in_c, C):
+    # pairs is [rows, 2, C]
+    tl.store(pairs + row * 2 * C + c, first, mask=in_c)
+    tl.store(pairs + row * 2 * C + C + c, second, mask=in_c)
 
 
 @triton.jit
-def _offsets(c, s, WIDTH, stride_c, stride_h, stride_w, FLAT: tl.constexpr):
-    # FLAT: the rows follow on one another, so a pixel needs no division
-    pixel = s * stride_w if FLAT else (s // WIDTH) * stride_h + (s % WIDTH) * stride_w
-    return c.to(tl.int64)[:, None] * stride_c + pixel[None, :]
+def load_pairs(pairs, n, c, in_c, size, TILE):
+    # what every tile of the sample has left, as two [tiles, channels]
+    k = tl.arange(0, TILE[4])
+    at = pairs + ((n * size[3] + k) * 2 * size[0])[:, None] + c[None, :]
+    mask = (k < size[3])[:, None] & in_c[None, :]
+    return tl.load(at, mask=mask, other=0.0), tl.load(at + size[0], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_sum(x, residual, h, n, c, s, mask, size, strides, FLAT: tl.constexpr):
+    v = tl.load(x + offsets(n, c, s, size, strides[0], FLAT), mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        v += tl.load(residual + offsets(n, c, s, size, strides[1], FLAT), mask=mask, other=0.0).to(tl.float32)
+        rounded = v.to(h.dtype.element_ty)  # the statistics are those of the h that is returned
+        tl.store(h + offsets(n, c, s, size, strides[2], FLAT), rounded, mask=mask)
+        v = rounded.to(tl.float32)
+    return v
+
+
+@triton.jit
+def _tile_statistics_kernel(x, residual, h, pairs, strides, size, TILE: tl.constexpr, FLAT: tl.constexpr):
+    n, chunk, c, in_c, s, mask = place(size, TILE)
+    v = _load_sum(x, residual, h, n, c, s, mask, size, strides, FLAT)
+    pixels = tl.cast(tl.minimum(size[1] - chunk * TILE[3], TILE[3]), tl.float32)
+    mean = tl.sum(v, axis=1) / pixels
+    d = tl.where(mask, v - mean[:, None], 0.0)
+    rest = tl.sum(d, axis=1) / pixels
+    store_pair(pairs, mean + rest, tl.sum(d * d, axis=1) - rest * rest * pixels, n * size[3] + chunk, c, in_c, size[0])
 
 
 @triton.jit
 def _group_norm_silu_kernel(
-    x, y, weight, bias, scale, shift, scale_stride, shift_stride,
-    C, HW, WIDTH, xn, xc, xh, xw, yn, yc, yh, yw,
-    CHANNELS: tl.constexpr,  # channels of one group
-    GROUPS: tl.constexpr,  # groups of one program
-    BLOCK_C: tl.constexpr,
-    BLOCK_HW: tl.constexpr,
-    ONE_TILE: tl.constexpr,
-    FLAT: tl.constexpr,
-    SILU: tl.constexpr,
-    eps: tl.constexpr,
+    x, residual, h, y, stats, pairs, strides, affine, size, eps: tl.constexpr, TILE: tl.constexpr, FLAT: tl.constexpr, SILU: tl.constexpr
 ):  # fmt: skip
-    programs = tl.cdiv(C, GROUPS * CHANNELS)
-    n = (tl.program_id(0) // programs).to(tl.int64)
-    lane = tl.arange(0, BLOCK_C)
-    c = (tl.program_id(0) % programs) * (GROUPS * CHANNELS) + lane
-    in_c = (lane < GROUPS * CHANNELS) & (c < C)
-    x += n * xn
-    y += n * yn
-    area = tl.cast(HW, tl.float32)
-
-    if ONE_TILE:
-        s = tl.arange(0, BLOCK_HW)
-        mask = in_c[:, None] & (s < HW)[None, :]
-        v = tl.load(x + _offsets(c, s, WIDTH, xc, xh, xw, FLAT), mask=mask, other=0.0).to(tl.float32)
-        mean = _per_group(tl.sum(v, axis=1), GROUPS, BLOCK_C) / (area * CHANNELS)
+    n, chunk, c, in_c, s, mask = place(size, TILE)
+    v = _load_sum(x, residual, h, n, c, s, mask, size, strides, FLAT)
+    count = tl.cast(size[1], tl.float32) * TILE[0]
+    # twice: the mean of what is left after the rounded mean restores the digits that a sum far from zero has lost
+    if pairs is None:
+        mean = per_group(tl.sum(v, axis=1), TILE) / count
         d = tl.where(mask, v - mean[:, None], 0.0)
-        var = _per_group(tl.sum(d * d, axis=1), GROUPS, BLOCK_C) / (area * CHANNELS)
-        a, b = _affine(var, c, n, in_c, weight, bias, scale, shift, scale_stride, shift_stride, eps)
-        v = d * a[:, None] + b[:, None]
-        if SILU:
-            v = v * tl.sigmoid(v)
-        tl.store(y + _offsets(c, s, WIDTH, yc, yh, yw, FLAT), v.to(y.dtype.element_ty), mask=mask)
+        rest = per_group(tl.sum(d, axis=1), TILE) / count
+        d = tl.where(mask, d - rest[:, None], 0.0)
+        squares = tl.sum(d * d, axis=1)
     else:
-        count = tl.cast(0.0, tl.float32)
-        mean_c = tl.zeros((BLOCK_C,), tl.float32)
-        m2_c = tl.zeros((BLOCK_C,), tl.float32)
-        for start in range(0, HW, BLOCK_HW):
-            s = start + tl.arange(0, BLOCK_HW)
-            mask = in_c[:, None] & (s < HW)[None, :]
-            v = tl.load(x + _offsets(c, s.to(tl.int64), WIDTH, xc, xh, xw, FLAT), mask=mask, other=0.0).to(tl.float32)
-            here = tl.cast(tl.minimum(HW - start, BLOCK_HW), tl.float32)
-            mean_b = tl.sum(v, axis=1) / here
-            d = tl.where(mask, v - mean_b[:, None], 0.0)
-            delta = mean_b - mean_c
-            mean_c += delta * (here / (count + here))
-            m2_c += tl.sum(d * d, axis=1) + delta * delta * (count * here / (count + here))
-            count += here
-        mean = _per_group(tl.where(in_c, mean_c, 0.0), GROUPS, BLOCK_C) / CHANNELS
-        apart = tl.where(in_c, mean_c - mean, 0.0)
-        var = _per_group(m2_c / area + apart * apart, GROUPS, BLOCK_C) / CHANNELS
-        a, b = _affine(var, c, n, in_c, weight, bias, scale, shift, scale_stride, shift_stride, eps)
-        for start in range(0, HW, BLOCK_HW):
-            s = start + tl.arange(0, BLOCK_HW)
-            mask = in_c[:, None] & (s < HW)[None, :]
-            s = s.to(tl.int64)
-            v = tl.load(x + _offsets(c, s, WIDTH, xc, xh, xw, FLAT), mask=mask, other=0.0).to(tl.float32)
-            v = (v - mean[:, None]) * a[:, None] + b[:, None]
-            if SILU:
-                v = v * tl.sigmoid(v)
-            tl.store(y + _offsets(c, s, WIDTH, yc, yh, yw, FLAT), v.to(y.dtype.element_ty), mask=mask)
+        means, within = load_pairs(pairs, n, c, in_c, size, TILE)
+        pixels = tl.maximum(tl.minimum(size[1] - tl.arange(0, TILE[4]) * TILE[3], TILE[3]), 0).to(tl.float32)[:, None]
+        mean = per_group(tl.sum(means * pixels, axis=0), TILE) / count
+        between = tl.where(in_c[None, :], means - mean[None, :], 0.0)
+        rest = per_group(tl.sum(between * pixels, axis=0), TILE) / count
+        between = tl.where(in_c[None, :], between - rest[None, :], 0.0)
+        squares = tl.sum(within + between * between * pixels, axis=0)
+        d = v - mean[:, None] - rest[:, None]
+    rstd = 1.0 / tl.sqrt(per_group(squares, TILE) / count + eps)
+    store_pair(stats, mean + rest, rstd, n, c // TILE[0], in_c & (c % TILE[0] == 0) & (chunk == 0), size[0] // TILE[0])
+    a, b = load_affine(n, c, in_c, affine)
+    v = d * (rstd * a)[:, None] + b[:, None]
+    if SILU:
+        v = v * tl.sigmoid(v)
+    tl.store(y + offsets(n, c, s, size, strides[2], FLAT), v.to(y.dtype.element_ty), mask=mask)
 
 
-def launch_parameters(C: int, num_groups: int, HW: int, channels_last: bool, itemsize: int) -> dict[str, int | bool]:
-    """Tile shape and warps for one problem; a pure function, so that the T4 gate compiles what the launcher launches."""
-    channels = C // num_groups
-    groups, block_c, block_hw = 1, triton.next_power_of_2(channels), triton.next_power_of_2(HW)
-    if block_c == channels:
+@functools.cache
+def register_tile(device: torch.device) -> int:
+    """Elements of the largest group that one program keeps in registers: as measured on this GPU (crossover.json), else the default."""
+    tiles = json.loads(Path(__file__).with_name("crossover.json").read_text())
+    return int(tiles.get(torch.cuda.get_device_name(device) if device.type == "cuda" else "default", tiles["default"]))
+
+
+def plan(x: Tensor, num_groups: int) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
+    """`size` = (C, HW, W, chunks), `TILE` = (channels of a group, groups, lanes, pixels, 2^k >= chunks) of a program, programs, warps."""
+    N, C, H, W = x.shape
+    channels, HW = C // num_groups, H * W
+    groups, lanes, pixels = 1, triton.next_power_of_2(channels), triton.next_power_of_2(HW)
+    if lanes == channels:
         # 16 bytes for each of the 32 threads of a warp, side by side: in channels_last it is the channels that lie so
-        vector = 16 // itemsize
-        want = max(vector // channels if channels_last else 1, 32 * vector // (channels * block_hw))
+        vector = 16 // x.element_size()
+        want = max(vector // channels if x.stride(1) == 1 else 1, 32 * vector // (channels * pixels))
         groups = min(max(1, want), triton.next_power_of_2(num_groups))
-        block_c = groups * channels
-    one_tile = block_c * block_hw <= REGISTER_TILE
-    if not one_tile:
-        block_hw = max(1, LOOP_TILE // block_c)
-    num_warps = min(16, max(1, block_c * block_hw // 512))
-    return {"CHANNELS": channels, "GROUPS": groups, "BLOCK_C": block_c, "BLOCK_HW": block_hw, "ONE_TILE": one_tile,
-            "num_warps": num_warps}  # fmt: skip
+        lanes = groups * channels
+    if lanes * pixels > register_tile(x.device):
+        pixels = max(1, SPLIT_TILE // lanes)
+    chunks = triton.cdiv(HW, pixels)
+    programs = N * triton.cdiv(C, groups * channels) * chunks
+    tile = (channels, groups, lanes, pixels, triton.next_power_of_2(chunks))
+    return (C, HW, W, chunks), tile, programs, min(16, max(1, lanes * pixels // 512))
+
+
+def is_flat(*tensors: Tensor | None) -> bool:
+    return all(t is None or t.stride(2) == t.shape[3] * t.stride(3) for t in tensors)
+
+
+def affine_arguments(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return (*tensors, *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in tensors[2:]))
 
 
 torch.library.define(
     "sbldm_fast::group_norm_silu",
-    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, Tensor? shift, bool silu) -> Tensor",
+    "(Tensor x, Tensor? residual, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, Tensor? shift, bool silu)"
+    " -> (Tensor y, Tensor h, Tensor stats)",
 )
+
+
+@torch.library.register_fake("sbldm_fast::group_norm_silu")
+def _allocate(x: Tensor, residual: Tensor | None, num_groups: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    # stats: mean and rstd of each group; h: an output may not be an input, so without residual it is empty
+    h = x.new_empty(0) if residual is None else torch.empty_like(x)
+    return torch.empty_like(x), h, torch.empty(x.shape[0], 2, num_groups, dtype=torch.float32, device=x.device)
 
 
 @torch.library.impl("sbldm_fast::group_norm_silu", ("cpu", "cuda"))
 def _launch(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+    x: Tensor, residual: Tensor | None, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
     scale: Tensor | None, shift: Tensor | None, silu: bool,
-) -> Tensor:  # fmt: skip
-    y = torch.empty_like(x)
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y, h, stats = _allocate(x, residual, num_groups)
     if x.numel() == 0:
-        return y
-    N, C, H, W = x.shape
-    p = launch_parameters(C, num_groups, H * W, x.stride(1) == 1, x.element_size())
-    flat = all(t.stride(2) == W * t.stride(3) for t in (x, y))
-    grid = (N * triton.cdiv(C, int(p["GROUPS"]) * int(p["CHANNELS"])),)
+        return y, h, stats
+    size, TILE, programs, warps = plan(x, num_groups)
+    common = {"TILE": TILE, "FLAT": is_flat(x, residual, y), "num_warps": warps}
+    pairs = None
     with torch.cuda.device_of(x):
-        _group_norm_silu_kernel[grid](
-            x, y, weight, bias, scale, shift, _row_stride(scale), _row_stride(shift), C, H * W, W, *x.stride(), *y.stride(),
-            FLAT=flat, SILU=silu, eps=eps, **p,
-        )  # fmt: skip
-    return y
+        if size[3] > 1:
+            pairs = torch.empty(x.shape[0], size[3], 2, x.shape[1], dtype=torch.float32, device=x.device)
+            strides = (x.stride(), None if residual is None else residual.stride(), y.stride())
+            _tile_statistics_kernel[(programs,)](x, residual, h, pairs, strides, size, **common)
+            x, residual = (x if residual is None else h), None
+        strides = (x.stride(), None if residual is None else residual.stride(), y.stride())
+        affine = affine_arguments(weight, bias, scale, shift)
+        _group_norm_silu_kernel[(programs,)](x, residual, h, y, stats, pairs, strides, affine, size, eps=eps, SILU=silu, **common)
+    return y, h, stats
 
 
-def _row_stride(row: Tensor | None) -> int:
-    return 0 if row is None or row.shape[0] == 1 else row.stride(0)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, residual, _, weight, bias, _, scale, shift, ctx.silu = inputs
+    ctx.residual = residual is not None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(output[1] if ctx.residual else x, output[2], weight, bias, scale, shift)
 
 
-@torch.library.register_fake("sbldm_fast::group_norm_silu")
-def _fake(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
-    scale: Tensor | None, shift: Tensor | None, silu: bool,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(x)
+def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> tuple[Any, ...]:
+    if dy is None:  # y went unused
+        return dh, dh, *[None] * 7
+    saved = ctx.saved_tensors
+    dx, *rest = torch.ops.sbldm_fast.group_norm_silu_backward(dy, dh if ctx.residual else None, *saved, ctx.silu)
+    dweight, dbias, dscale, dshift = (None if t is None else g for g, t in zip(rest, saved[2:], strict=True))
+    return dx, dx if ctx.residual else None, None, dweight, dbias, None, dscale, dshift, None
 
 
+torch.library.register_autograd("sbldm_fast::group_norm_silu", _backward, setup_context=_setup_context)
+
+
+@overload
 def group_norm_silu(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: str = "silu",
-) -> Tensor:
-    """GroupNorm with optional time modulation, then SiLU.
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    scale: Tensor | None = None, shift: Tensor | None = None, residual: None = None, activation: str = "silu",
+) -> Tensor: ...  # fmt: skip
+@overload
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor, activation: str = "silu",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None, activation: str = "silu",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """GroupNorm with optional time modulation, then SiLU; with a residual, of the sum.
 
-    `y = silu((GN(x) * weight + bias) * (1 + scale) + shift)`, in the dtype and layout of `x`, statistics in float32.
+    `y = silu((GN(h) * weight + bias) * (1 + scale) + shift)`, `h = x + residual`; in the dtype and layout of `x`, also under autocast;
+    statistics in float32. Differentiable in every tensor.
 
     Args:
         x: `[N, C, H, W]`, float32, float16 or bfloat16, any strides.
@@ -222,6 +280,7 @@ def group_norm_silu(
         weight, bias: `[C]`.
         eps: added to the variance, > 0.
         scale, shift: `[N, C]` or `[1, C]`, the channels side by side in memory.
+        residual: like `x` in any layout; `(y, h)` is returned then, else y.
         activation: `"silu"` or `"none"`.
 
     Raises:
@@ -229,22 +288,22 @@ def group_norm_silu(
 
     Source: Wu & He 2018, arXiv:1803.08494; modulation as in Dhariwal & Nichol 2021, arXiv:2105.05233, section 3.
     """
-    _check(x, num_groups, weight, bias, eps, scale, shift, activation)
-    chosen, _ = resolve(x.device, needs_grad(x, weight, bias, scale, shift))
-    if chosen == "torch":
-        return group_norm_silu_reference(x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
-    out: Tensor = torch.ops.sbldm_fast.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation == "silu")
-    return out
+    _check(x, num_groups, weight, bias, eps, scale, shift, residual, activation)
+    if resolve(x.device)[0] == "torch":
+        y, h = group_norm_silu_reference(
+            x, num_groups, weight, bias, eps, scale=scale, shift=shift, residual=residual, activation=activation
+        )  # fmt: skip
+    else:
+        silu = activation == "silu"
+        y, h, _ = torch.ops.sbldm_fast.group_norm_silu(x, residual, num_groups, weight, bias, eps, scale, shift, silu)
+    return y if residual is None else (y, h)
 
 
 def _check(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
-    scale: Tensor | None, shift: Tensor | None, activation: str,
+    scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str,
 ) -> None:  # fmt: skip
-    if x.dim() != 4:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is [N, C, H, W]")
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"x: got {x.dtype}, allowed are float32, float16 and bfloat16")
+    check_float("x", x, "[N, C, H, W]")
     N, C = x.shape[:2]
     if num_groups < 1 or C % num_groups:
         raise ValueError(f"num_groups: got {num_groups}, allowed are the divisors of the {C} channels of x")
@@ -252,20 +311,14 @@ def _check(
         raise ValueError(f"eps: got {eps}, allowed is > 0")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, allowed are {', '.join(ACTIVATIONS)}")
-    for name, t, shapes in (
-        ("weight", weight, ((C,),)),
-        ("bias", bias, ((C,),)),
-        ("scale", scale, ((N, C), (1, C))),
-        ("shift", shift, ((N, C), (1, C))),
-    ):
-        if t is None:
-            continue
-        if tuple(t.shape) not in shapes:
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, allowed is {' or '.join(map(str, shapes))}")
-        if t.device != x.device:
-            raise ValueError(f"{name}: got device {t.device}, allowed is that of x, {x.device}")
-        if t.stride(-1) != 1 and C > 1:
-            raise ValueError(f"{name}: got strides {t.stride()}, allowed is the channels side by side: call .contiguous()")
+    if residual is not None:
+        check_like("residual", residual, x)
+    of_channels, rows = ((C,),), ((N, C), (1, C))
+    for name, t, shapes in (("weight", weight, of_channels), ("bias", bias, of_channels), ("scale", scale, rows), ("shift", shift, rows)):
+        if t is not None:
+            check_shape(name, t, shapes, x)
+            if t.stride(-1) != 1 and C > 1:
+                raise ValueError(f"{name}: got strides {t.stride()}, allowed is the channels side by side: call .contiguous()")
 
 
 class GroupNormSiLU(nn.Module):

@@ -21,7 +21,7 @@ BLOCK = 256  # counters, each worth four normals
 _M0, _M1, _W0, _W1, _32 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
 
-def philox_reference(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
+def philox_reference(counter: Sequence[Tensor], key: Sequence[Tensor | int]) -> list[Tensor]:
     """Philox4x32-10: four int64 tensors of 32-bit words from four counter words and a key of two."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -40,21 +40,26 @@ def _mulhilo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox_normal_reference(
-    shape: Sequence[int], seed: int, *, first_index: int = 0, stream: int = 0, device: torch.device | str | None = None
-) -> Tensor:
-    """The specification of `philox_normal`, transcendental functions in float64."""
-    numel = math.prod(shape[1:])
-    sample = torch.arange(first_index, first_index + shape[0], device=device, dtype=torch.int64)[:, None]
-    block = torch.arange((numel + 3) // 4, device=device, dtype=torch.int64)[None, :]
-    zero = torch.zeros_like(sample + block)
-    words = philox_reference((block + zero, sample + zero, zero + stream, zero), (seed & _32, seed >> 32 & _32))
+def normals_reference(seed: Tensor, sample: Tensor, stream: Tensor | int, numel: int) -> Tensor:
+    """`[N, numel]` normals from one seed and sample number a row, int64 `[N]`; transcendental functions in float64."""
+    block = torch.arange((numel + 3) // 4, device=seed.device, dtype=torch.int64)[None, :]
+    zero = torch.zeros_like(sample[:, None] + block)
+    key = (seed & _32)[:, None], (seed >> 32 & _32)[:, None]
+    words = philox_reference((block + zero, sample[:, None] + zero, zero + stream, zero), key)
     u0, u1, u2, u3 = (((w >> 9).double() + 0.5) * 2.0**-23 for w in words)
     pairs = []
     for a, b in ((u0, u1), (u2, u3)):
         r, angle = (-2 * a.log()).sqrt(), 2 * math.pi * (b - 0.5)
         pairs += [r * angle.cos(), r * angle.sin()]
-    return torch.stack(pairs, dim=-1).flatten(1)[:, :numel].reshape(tuple(shape)).float()
+    return torch.stack(pairs, dim=-1).flatten(1)[:, :numel].float()
+
+
+def philox_normal_reference(
+    shape: Sequence[int], seed: int, *, first_index: int = 0, stream: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """The specification of `philox_normal`."""
+    sample = torch.arange(first_index, first_index + shape[0], device=device, dtype=torch.int64)
+    return normals_reference(torch.full_like(sample, seed), sample, stream, math.prod(shape[1:])).reshape(tuple(shape))
 
 
 @triton.jit
@@ -80,20 +85,24 @@ def _box_muller(w0, w1):
 
 
 @triton.jit
+def normals(seed, sample, stream, block):
+    """Normals number 4 block to 4 block + 3 of a sample, for a vector of blocks: four times as many, in order."""
+    zero = block * 0
+    w0, w1, w2, w3 = tl.philox(seed, block, zero + sample, zero + stream, zero)
+    z0, z1 = _box_muller(w0, w1)
+    z2, z3 = _box_muller(w2, w3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
+@triton.jit
 def _philox_normal_kernel(y, seed, first_index, stream, numel, BLOCK: tl.constexpr):
     # one grid axis: the others end at 65,535
     blocks = tl.cdiv(numel, 4 * BLOCK)
     n = tl.program_id(0) // blocks
-    block = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    zero = block * 0
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), block, zero + (first_index + n), zero + stream, zero)
-    out = y + n.to(tl.int64) * numel + block * 4
-    z0, z1 = _box_muller(w0, w1)
-    z2, z3 = _box_muller(w2, w3)
-    tl.store(out, z0.to(y.dtype.element_ty), mask=block * 4 < numel)
-    tl.store(out + 1, z1.to(y.dtype.element_ty), mask=block * 4 + 1 < numel)
-    tl.store(out + 2, z2.to(y.dtype.element_ty), mask=block * 4 + 2 < numel)
-    tl.store(out + 3, z3.to(y.dtype.element_ty), mask=block * 4 + 3 < numel)
+    start = tl.program_id(0) % blocks * BLOCK
+    z = normals(tl.load(seed), first_index + n, stream, start + tl.arange(0, BLOCK))
+    i = start.to(tl.int64) * 4 + tl.arange(0, 4 * BLOCK)
+    tl.store(y + n.to(tl.int64) * numel + i, z.to(y.dtype.element_ty), mask=i < numel)
 
 
 torch.library.define("sbldm_fast::philox_normal", "(Tensor seed, int[] shape, int first_index, int stream, ScalarType dtype) -> Tensor")
@@ -151,6 +160,6 @@ def philox_normal(
     chosen, _ = resolve(device)
     if chosen == "torch":
         return philox_normal_reference(shape, seed, first_index=first_index, stream=stream, device=device).to(dtype)
-    key = torch.tensor([seed], dtype=torch.int64, device=device)
+    key = torch.full((1,), seed, dtype=torch.int64, device=device)  # filled there: torch.tensor would copy and wait
     out: Tensor = torch.ops.sbldm_fast.philox_normal(key, shape, first_index, stream, dtype)
     return out

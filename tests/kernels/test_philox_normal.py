@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sbldm_fast.kernels import backend, philox_normal
+from sbldm_fast.kernels._backend import tl, triton
 from sbldm_fast.kernels.philox_normal import philox_reference
 
 # Random123, examples/kat_vectors, "philox4x32 10": counter, key, result
@@ -28,6 +30,23 @@ KNOWN = [
 def test_integer_stream_is_random123s(counter: list[int], key: list[int], words: list[int]) -> None:
     got = philox_reference([torch.tensor([c]) for c in counter], (key[0], key[1]))
     assert [int(w) for w in got] == words
+
+
+@triton.jit
+def _words_kernel(out, counter, seed):
+    c0, c1, c2, c3 = tl.load(counter), tl.load(counter + 1), tl.load(counter + 2), tl.load(counter + 3)
+    words = tl.philox(tl.load(seed), c0, c1, c2, c3)
+    for i in tl.static_range(4):
+        tl.store(out + i, words[i].to(tl.uint32, bitcast=True))
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+def test_integer_stream_of_triton_is_random123s(counter: list[int], key: list[int], words: list[int], device: torch.device) -> None:
+    seed = np.array(key, dtype=np.uint32).view(np.int64)  # the kernel's seed is both words of the key
+    out = torch.zeros(4, dtype=torch.uint32, device=device)
+    counters = torch.tensor(counter, dtype=torch.uint32, device=device)
+    _words_kernel[(1,)](out, counters, torch.from_numpy(seed).to(device))
+    assert out.tolist() == words
 
 
 def test_first_normals_by_hand(device: torch.device) -> None:

@@ -1,0 +1,48 @@
+"""Checks of arguments that several ops share: each names the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._backend import needs_grad
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_float(name: str, t: Tensor, layout: str = "[N, ...]") -> None:
+    """`t` is float32, float16 or bfloat16 and has the dimensions of `layout`."""
+    dims = layout.count(",") + 1
+    if t.dtype not in DTYPES or (t.dim() < 1 if "..." in layout else t.dim() != dims):
+        raise ValueError(f"{name}: got {t.dtype} {tuple(t.shape)}, allowed is {layout} in float32, float16 or bfloat16")
+
+
+def check_like(name: str, t: Tensor, x: Tensor, of: str = "x", dtype: bool = True) -> None:
+    """`t` has the shape, device and, with `dtype`, dtype of `x`; else any of the float dtypes."""
+    if t.shape != x.shape or t.device != x.device or (t.dtype != x.dtype if dtype else t.dtype not in DTYPES):
+        kind = x.dtype if dtype else "float32, float16 or bfloat16"
+        raise ValueError(
+            f"{name}: got {t.dtype} {tuple(t.shape)} on {t.device}, allowed is the like of {of}, {kind} {tuple(x.shape)} on {x.device}"
+        )
+
+
+def check_shape(name: str, t: Tensor, shapes: tuple[tuple[int, ...], ...], x: Tensor) -> None:
+    """`t` has one of `shapes`, on the device of `x`."""
+    if tuple(t.shape) not in shapes:
+        raise ValueError(f"{name}: got shape {tuple(t.shape)}, allowed is {' or '.join(map(str, shapes))}")
+    if t.device != x.device:
+        raise ValueError(f"{name}: got device {t.device}, allowed is that of x, {x.device}")
+
+
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """Each tensor lies in memory as its indices run."""
+    for name, t in tensors.items():
+        if t is not None and not t.is_contiguous():
+            raise ValueError(f"{name}: got strides {t.stride()}, allowed is a contiguous tensor: call .contiguous()")
+
+
+def check_no_grad(**tensors: Tensor | None) -> None:
+    """No tensor asks for a gradient that the op does not have."""
+    for name, t in tensors.items():
+        if needs_grad(t):
+            raise ValueError(f"{name}: got requires_grad=True, allowed is a tensor without: this op has no gradient, use torch.no_grad()")

@@ -1,0 +1,160 @@
+r"""The gradients of `group_norm_silu`, which calls this op; formulas of u, p, a, b there.
+
+    q  = dy sigmoid(p) (1 + p (1 - sigmoid(p))),   A_nc = sum_hw q u,   B_nc = sum_hw q          (without activation q = dy)
+    dx = rstd (a q - mean_g(a q) - u mean_g(a q u)) + dh,   dresidual = dx
+    dweight = sum_n A (1 + scale),   dbias = sum_n B (1 + scale),   dscale = A weight + B bias,   dshift = B
+
+All sums in float32, in one order. Layouts, tiles and the cut of large groups as in the forward pass; dy and dh may lie in memory
+in another way than h does, as compiled graphs hand them over. Source: Wu & He 2018, differentiated by hand.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._backend import tl, triton
+from .group_norm_silu import affine_arguments, is_flat, load_affine, load_pairs, offsets, per_group, place, plan, store_pair
+
+BLOCK = 32  # channels of a program that sums over the batch
+
+
+def group_norm_silu_backward_reference(
+    dy: Tensor, dh: Tensor | None, h: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, silu: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The specification: dx, dweight, dbias, dscale, dshift, in the dtype of `h`'s maths, `stats` = mean and rstd `[N, 2, G]`."""
+    N, C = h.shape[:2]
+    mean, rstd = stats.to(h.dtype).repeat_interleave(C // stats.shape[2], 2)[..., None, None].unbind(1)
+    factor = torch.ones(1, C, dtype=h.dtype) if scale is None else 1 + scale
+    w = torch.ones(C, dtype=h.dtype) if weight is None else weight
+    v = torch.zeros(C, dtype=h.dtype) if bias is None else bias
+    a, b = (w * factor)[..., None, None], (v * factor + (0 if shift is None else shift))[..., None, None]
+    u = (h - mean) * rstd
+    p = u * a + b
+    q = dy * p.sigmoid() * (1 + p * (1 - p.sigmoid())) if silu else dy
+    A, B = (q * u).sum((2, 3)), q.sum((2, 3))
+
+    def mean_g(t: Tensor) -> Tensor:
+        return t.reshape(N, stats.shape[2], -1).mean(2).repeat_interleave(C // stats.shape[2], 1)[..., None, None]
+
+    dx = rstd * (a * q - mean_g(a * q) - u * mean_g(a * q * u)) + (0 if dh is None else dh)
+    return dx, (A * factor).sum(0), (B * factor).sum(0), A * w + B * v, B
+
+
+@triton.jit
+def _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT: tl.constexpr, SILU: tl.constexpr):
+    groups = size[0] // TILE[0]
+    at = stats + n * 2 * groups + c // TILE[0]
+    mean, rstd = tl.load(at, mask=in_c, other=0.0), tl.load(at + groups, mask=in_c, other=0.0)
+    a, b = load_affine(n, c, in_c, affine)
+    u = tl.load(h + offsets(n, c, s, size, strides[0], FLAT), mask=mask, other=0.0).to(tl.float32)
+    u = tl.where(mask, (u - mean[:, None]) * rstd[:, None], 0.0)
+    q = tl.load(dy + offsets(n, c, s, size, strides[1], FLAT), mask=mask, other=0.0).to(tl.float32)
+    if SILU:
+        p = u * a[:, None] + b[:, None]
+        sigmoid = tl.sigmoid(p)
+        q = q * sigmoid * (1.0 + p * (1.0 - sigmoid))
+    return u, q, a, rstd
+
+
+@triton.jit
+def _tile_gradients_kernel(
+    h, dy, stats, pairs, strides, affine, size, TILE: tl.constexpr, FLAT: tl.constexpr, SILU: tl.constexpr
+):  # fmt: skip
+    n, chunk, c, in_c, s, mask = place(size, TILE)
+    u, q, _, _ = _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT, SILU)
+    store_pair(pairs, tl.sum(q * u, axis=1), tl.sum(q, axis=1), n * size[3] + chunk, c, in_c, size[0])
+
+
+@triton.jit
+def _group_norm_silu_backward_kernel(
+    h, dy, dh, dx, stats, sums, pairs, strides, affine, size, TILE: tl.constexpr, FLAT: tl.constexpr, SILU: tl.constexpr
+):  # fmt: skip
+    n, chunk, c, in_c, s, mask = place(size, TILE)
+    u, q, a, rstd = _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT, SILU)
+    if pairs is None:
+        A, B = tl.sum(q * u, axis=1), tl.sum(q, axis=1)
+    else:
+        of_u, of_one = load_pairs(pairs, n, c, in_c, size, TILE)
+        A, B = tl.sum(of_u, axis=0), tl.sum(of_one, axis=0)
+    store_pair(sums, A, B, n, c, in_c & (chunk == 0), size[0])
+    count = tl.cast(size[1], tl.float32) * TILE[0]
+    by_u, by_one = per_group(a * A, TILE) / count, per_group(a * B, TILE) / count
+    d = (a[:, None] * q - by_one[:, None] - u * by_u[:, None]) * rstd[:, None]
+    if dh is not None:
+        d += tl.load(dh + offsets(n, c, s, size, strides[2], FLAT), mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx + offsets(n, c, s, size, strides[3], FLAT), d.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _parameters_kernel(sums, affine, dweight, dbias, dscale, N, C, BLOCK: tl.constexpr):
+    weight, bias, scale, _, scale_stride, _ = affine
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_c = c < C
+    of_weight, of_bias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for i in range(N):
+        n = tl.cast(i, tl.int64)
+        A = tl.load(sums + n * 2 * C + c, mask=in_c, other=0.0)
+        B = tl.load(sums + n * 2 * C + C + c, mask=in_c, other=0.0)
+        if scale is not None:
+            by = A
+            if weight is not None:
+                by *= tl.load(weight + c, mask=in_c, other=0.0).to(tl.float32)
+            if bias is not None:
+                by += B * tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)
+            tl.store(dscale + n * C + c, by.to(dscale.dtype.element_ty), mask=in_c)
+            factor = 1.0 + tl.load(scale + n * scale_stride + c, mask=in_c, other=0.0).to(tl.float32)
+            A *= factor
+            B *= factor
+        of_weight += A
+        of_bias += B
+    if weight is not None:
+        tl.store(dweight + c, of_weight.to(dweight.dtype.element_ty), mask=in_c)
+    if bias is not None:
+        tl.store(dbias + c, of_bias.to(dbias.dtype.element_ty), mask=in_c)
+
+
+torch.library.define(
+    "sbldm_fast::group_norm_silu_backward",
+    "(Tensor dy, Tensor? dh, Tensor h, Tensor stats, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, bool silu)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift)",
+)
+
+
+@torch.library.register_fake("sbldm_fast::group_norm_silu_backward")
+def _allocate(
+    dy: Tensor, dh: Tensor | None, h: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, silu: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return torch.empty_like(h), *(h.new_empty(0) if t is None else torch.empty_like(t) for t in (weight, bias, scale, shift))
+
+
+@torch.library.impl("sbldm_fast::group_norm_silu_backward", ("cpu", "cuda"))
+def _launch(
+    dy: Tensor, dh: Tensor | None, h: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, silu: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dx, dweight, dbias, dscale, dshift = _allocate(dy, dh, h, stats, weight, bias, scale, shift, silu)
+    N, C = h.shape[:2]
+    if h.numel() == 0:
+        return dx, *(g.zero_() for g in (dweight, dbias, dscale, dshift))
+    size, TILE, programs, warps = plan(h, stats.shape[2])
+    common = {"TILE": TILE, "FLAT": is_flat(h, dy, dh, dx), "SILU": silu, "num_warps": warps}
+    strides = (h.stride(), dy.stride(), None if dh is None else dh.stride(), dx.stride())
+    affine = affine_arguments(weight, bias, scale, shift)
+    sums = torch.empty(N, 2, C, dtype=torch.float32, device=h.device)
+    pairs = None
+    with torch.cuda.device_of(h):
+        if size[3] > 1:
+            pairs = torch.empty(N, size[3], 2, C, dtype=torch.float32, device=h.device)
+            _tile_gradients_kernel[(programs,)](h, dy, stats, pairs, strides, affine, size, **common)
+        _group_norm_silu_backward_kernel[(programs,)](h, dy, dh, dx, stats, sums, pairs, strides, affine, size, **common)
+        if weight is not None or bias is not None or scale is not None:
+            each = None if scale is None else scale.new_empty(N, C)
+            _parameters_kernel[(triton.cdiv(C, BLOCK),)](sums, affine, dweight, dbias, each, N, C, BLOCK=BLOCK, num_warps=1)
+            if each is not None:
+                dscale = each if each.shape == dscale.shape else each.float().sum(0, keepdim=True).to(each.dtype)
+    if shift is not None:
+        dshift = (sums[:, 1] if shift.shape[0] == N else sums[:, 1].sum(0, keepdim=True)).to(shift.dtype, copy=True)
+    return dx, dweight, dbias, dscale, dshift
