@@ -34,8 +34,8 @@ _choice = os.environ.get("SBLDM_FAST_BACKEND", "auto")
 def backend(name: str) -> Iterator[None]:
     """Choose the implementation of every fused op inside a `with` block.
 
-    `"torch"` is the readable reference, `"triton"` the kernel (an error where it cannot run), `"auto"` the kernel on CUDA
-    where no gradient is asked for and the reference elsewhere. The environment variable `SBLDM_FAST_BACKEND` sets the default.
+    `"torch"` is the readable reference, `"triton"` the kernel (an error where it cannot run), `"auto"` the kernel on CUDA and the
+    reference elsewhere. The environment variable `SBLDM_FAST_BACKEND` sets the default.
 
     Raises:
         ValueError: `name` is none of the three.
@@ -66,8 +66,10 @@ def obstacle(device: torch.device) -> str | None:
     return f"Triton has no {device.type} target (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
 
 
-def resolve(device: torch.device, needs_grad: bool = False) -> tuple[str, str]:
+def resolve(device: torch.device, no_gradient: bool = False) -> tuple[str, str]:
     """The implementation that an op on `device` gets, and the reason in one clause.
+
+    `no_gradient`: a gradient is asked for, and the op's kernel has none.
 
     Raises:
         ValueError: `"triton"` was asked for where it cannot run, or a gradient is needed that the kernel does not have.
@@ -80,15 +82,15 @@ def resolve(device: torch.device, needs_grad: bool = False) -> tuple[str, str]:
     if _choice == "triton":
         if why_not:
             raise ValueError(f"backend='triton' cannot run on {device}: {why_not}; use backend='auto' or 'torch'")
-        if needs_grad:
-            raise ValueError("backend='triton' has no backward pass yet: use torch.no_grad(), or backend='auto' or 'torch'")
+        if no_gradient:
+            raise ValueError("backend='triton' has no gradient of this op: use torch.no_grad(), or backend='auto' or 'torch'")
         return "triton", "asked for"
     if why_not:
         return "torch", why_not
     if device.type == "cpu":
         return "torch", "the interpreter is for tests, not for speed"
-    if needs_grad:
-        return "torch", "the Triton kernel has no backward pass yet"
+    if no_gradient:
+        return "torch", "this op's kernel has no gradient"
     return "triton", "CUDA device"
 
 

@@ -96,7 +96,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("sbldm_fast::ddim_step", ("cpu", "cuda"))
 def _launch(
     x: Tensor, model_output: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float, noise: Tensor | None,
     prediction_type: str, clip_range: float | None,
@@ -111,6 +110,9 @@ def _launch(
             BLOCK=BLOCK, eta=eta, PREDICTION=prediction_type, CLIP=clip_range,
         )  # fmt: skip
     return y
+
+
+torch.library.impl("sbldm_fast::ddim_step", ("cpu", "cuda"), _launch)
 
 
 def _step(a: Tensor) -> int:

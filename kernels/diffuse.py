@@ -22,7 +22,7 @@ from ._backend import resolve, tl, triton
 from .ddim_step import PREDICTION_TYPES
 from .philox_normal import _32, normals, normals_reference, philox_reference
 
-BLOCK = 256  # Philox counters of a program, each worth four elements
+BLOCK_BYTES = 2048  # of a program: 16 bytes a thread
 
 
 def diffuse_reference(
@@ -103,24 +103,27 @@ def _diffuse_kernel(
 
 torch.library.define(
     "sbldm_fast::diffuse",
-    "(Tensor z0, Tensor timesteps, Tensor alphas_cumprod, Tensor key, int first_index, str prediction_type, int threshold) -> (Tensor, Tensor)",
+    "(Tensor z0, Tensor timesteps, Tensor alphas_cumprod, Tensor key, int first_index, str prediction_type, int threshold)"
+    " -> (Tensor, Tensor)",
 )
 
 
-@torch.library.impl("sbldm_fast::diffuse", ("cpu", "cuda"))
 def _launch(
     z0: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, key: Tensor, first_index: int, prediction_type: str, threshold: int
 ) -> tuple[Tensor, Tensor]:
     z_t, target = torch.empty_like(z0), torch.empty_like(z0)
     if z0.numel():
         N, _, H, W = z0.shape
-        numel = z0.numel() // N
+        numel, block = z0.numel() // N, BLOCK_BYTES // z0.element_size() // 4
         with torch.cuda.device_of(z0):
-            _diffuse_kernel[(N * triton.cdiv(numel, 4 * BLOCK),)](
+            _diffuse_kernel[(N * triton.cdiv(numel, 4 * block),)](
                 z0, timesteps, alphas_cumprod, key, z_t, target, N, first_index, H, W, numel, alphas_cumprod.shape[0],
-                PREDICTION=prediction_type, THRESHOLD=threshold, BLOCK=BLOCK,
+                PREDICTION=prediction_type, THRESHOLD=threshold, BLOCK=block,
             )  # fmt: skip
     return z_t, target
+
+
+torch.library.impl("sbldm_fast::diffuse", ("cpu", "cuda"), _launch)
 
 
 @torch.library.register_fake("sbldm_fast::diffuse")

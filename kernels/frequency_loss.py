@@ -13,7 +13,7 @@ Layouts: any strides. Source: 000 section 3.6 prints a centred mask on an unshif
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ BLOCK = 1024
 def low_modes(H: int, W: int, cutoff: float, device: torch.device) -> Tensor:
     """Bool `[H, W]`: which modes of an unshifted FFT are low."""
     fy, fx = (torch.fft.fftfreq(n, dtype=torch.float64) for n in (H, W))
-    return ((fy[:, None].square() + fx[None, :].square()).sqrt() <= cutoff).to(device)
+    low: Tensor = (fy[:, None].square() + fx[None, :].square()).sqrt() <= cutoff
+    return low.to(device)
 
 
 def frequency_loss_reference(
@@ -41,7 +42,7 @@ def frequency_loss_reference(
         return e.mean(), e.mean(), e.mean()
     E = torch.fft.fft2(e, norm="ortho")
     power = E.real.square() + E.imag.square()
-    low = low_modes(*power.shape[-2:], cutoff, power.device)
+    low = low_modes(power.shape[-2], power.shape[-1], cutoff, power.device)
     mean_low, mean_high = (power.masked_fill(other, 0).mean() for other in (~low, low))
     return low_weight * mean_low + high_weight * mean_high, mean_low, mean_high
 
@@ -96,21 +97,22 @@ def _basis_kernel(
 
 @triton.jit
 def _spectrum_kernel(
-    spectrum, low_mask, sums, modes, W, columns, modes_of_image, numel, low_weight: tl.constexpr, high_weight: tl.constexpr, BLOCK: tl.constexpr
+    spectrum, low_mask, sums, modes, W, columns, modes_of_image, numel,
+    low_weight: tl.constexpr, high_weight: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # spectrum is [..., H, W/2 + 1, (re, im)] of rfft2: a mode stands for its mirror too, but for those that are their own column's
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < modes
-    low = tl.load(low_mask + i % modes_of_image, mask=mask, other=0) != 0
-    column = i % columns
+    mask = i < modes * 2
+    mode = i // 2
+    low = tl.load(low_mask + mode % modes_of_image, mask=mask, other=0) != 0
+    column = mode % columns
     alone = (column == 0) | (column * 2 == W)
-    at = (i * 2)[:, None] + tl.arange(0, 2)[None, :]
-    E = tl.load(spectrum + at, mask=mask[:, None], other=0.0)
-    power = tl.sum(E * E, axis=1) * tl.where(alone, 1.0, 2.0)
+    E = tl.load(spectrum + i, mask=mask, other=0.0)
+    power = E * E * tl.where(alone, 1.0, 2.0)
     tl.store(sums + tl.program_id(0) * 2, tl.sum(tl.where(low, power, 0.0)))
     tl.store(sums + tl.program_id(0) * 2 + 1, tl.sum(tl.where(low, 0.0, power)))
     weight = tl.where(low, low_weight, high_weight) * (2.0 / numel.to(tl.float32))
-    tl.store(spectrum + at, E * weight[:, None], mask=mask[:, None])
+    tl.store(spectrum + i, E * weight, mask=mask)
 
 
 @triton.jit
@@ -129,7 +131,8 @@ def _total_kernel(sums, loss, means, rows, numel, low_weight: tl.constexpr, high
 
 torch.library.define(
     "sbldm_fast::frequency_loss",
-    "(Tensor pred, Tensor target, float low_weight, float high_weight, float cutoff, bool gradient) -> (Tensor loss, Tensor means, Tensor grad)",
+    "(Tensor pred, Tensor target, float low_weight, float high_weight, float cutoff, bool gradient)"
+    " -> (Tensor loss, Tensor means, Tensor grad)",
 )
 
 
@@ -142,7 +145,6 @@ def _allocate(
     return loss, means, grad
 
 
-@torch.library.impl("sbldm_fast::frequency_loss", ("cpu", "cuda"))
 def _launch(
     pred: Tensor, target: Tensor, low_weight: float, high_weight: float, cutoff: float, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +165,7 @@ def _launch(
         else:
             spectrum = torch.fft.rfft2(pred.float() - target.float(), norm="ortho").contiguous()
             modes = spectrum.numel()
-            rows = triton.cdiv(modes, BLOCK)
+            rows = triton.cdiv(2 * modes, BLOCK)
             sums = torch.empty(rows, 2, dtype=torch.float32, device=pred.device)
             _spectrum_kernel[(rows,)](
                 torch.view_as_real(spectrum), _half_mask(H, W, cutoff, pred.device), sums, modes, W, W // 2 + 1, H * (W // 2 + 1), numel,
@@ -175,6 +177,9 @@ def _launch(
     return loss, means, grad
 
 
+torch.library.impl("sbldm_fast::frequency_loss", ("cpu", "cuda"), _launch)
+
+
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.mark_non_differentiable(*output[1:])
@@ -183,17 +188,26 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
     scaled = ctx.saved_tensors[0] * dloss
-    of_pred, of_target = ctx.needs_input_grad[:2]
+    of_pred, of_target, *rest = ctx.needs_input_grad
     return (
         scaled.to(ctx.dtypes[0]) if of_pred else None,
         -scaled.to(ctx.dtypes[1]) if of_target else None,
-        *[None] * (len(ctx.needs_input_grad) - 2),
+        *[None] * len(rest),
     )
 
 
 torch.library.register_autograd("sbldm_fast::frequency_loss", backward, setup_context=setup_context)
 
 
+@overload
+def frequency_loss(
+    pred: Tensor, target: Tensor, *, low_weight: float = 1.0, high_weight: float = 1.0, cutoff: float = 0.25,
+    return_means: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def frequency_loss(
+    pred: Tensor, target: Tensor, *, low_weight: float = 1.0, high_weight: float = 1.0, cutoff: float = 0.25, return_means: Literal[True]
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 def frequency_loss(
     pred: Tensor, target: Tensor, *, low_weight: float = 1.0, high_weight: float = 1.0, cutoff: float = 0.25, return_means: bool = False
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:

@@ -39,7 +39,8 @@ def group_norm_silu_reference(
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # PyTorch 2.13's gradient fails on a bias alone
     # not F.group_norm, which refuses a batch of one with one element a group
-    y = torch.group_norm(h.float(), num_groups, *(None if t is None else t.float() for t in (weight, bias)), eps)
+    w, b = (None if t is None else t.float() for t in (weight, bias))
+    y = torch.group_norm(h.float(), num_groups, w, b, eps)
     if scale is not None:
         y = y * (1 + scale.float()[..., None, None])
     if shift is not None:
@@ -171,8 +172,11 @@ def register_tile(device: torch.device) -> int:
     return int(tiles.get(torch.cuda.get_device_name(device) if device.type == "cuda" else "default", tiles["default"]))
 
 
-def plan(x: Tensor, num_groups: int) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
-    """`size` = (C, HW, W, chunks), `TILE` = (channels of a group, groups, lanes, pixels, 2^k >= chunks) of a program, programs, warps."""
+def plan(x: Tensor, num_groups: int, limit: int) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
+    """How to run groups of which up to `limit` elements stay whole: `size`, `TILE`, the number of programs and the warps of each.
+
+    size = (C, HW, W, chunks); TILE = (channels of a group, groups, lanes, pixels, 2^k >= chunks) of a program.
+    """
     N, C, H, W = x.shape
     channels, HW = C // num_groups, H * W
     groups, lanes, pixels = 1, triton.next_power_of_2(channels), triton.next_power_of_2(HW)
@@ -182,12 +186,12 @@ def plan(x: Tensor, num_groups: int) -> tuple[tuple[int, ...], tuple[int, ...], 
         want = max(vector // channels if x.stride(1) == 1 else 1, 32 * vector // (channels * pixels))
         groups = min(max(1, want), triton.next_power_of_2(num_groups))
         lanes = groups * channels
-    if lanes * pixels > register_tile(x.device):
+    if lanes * pixels > limit:
         pixels = max(1, SPLIT_TILE // lanes)
     chunks = triton.cdiv(HW, pixels)
     programs = N * triton.cdiv(C, groups * channels) * chunks
     tile = (channels, groups, lanes, pixels, triton.next_power_of_2(chunks))
-    return (C, HW, W, chunks), tile, programs, min(16, max(1, lanes * pixels // 512))
+    return (C, HW, W, chunks), tile, programs, min(32, max(1, lanes * pixels // 256))  # 8 elements a thread
 
 
 def is_flat(*tensors: Tensor | None) -> bool:
@@ -212,7 +216,6 @@ def _allocate(x: Tensor, residual: Tensor | None, num_groups: int, *_: object) -
     return torch.empty_like(x), h, torch.empty(x.shape[0], 2, num_groups, dtype=torch.float32, device=x.device)
 
 
-@torch.library.impl("sbldm_fast::group_norm_silu", ("cpu", "cuda"))
 def _launch(
     x: Tensor, residual: Tensor | None, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
     scale: Tensor | None, shift: Tensor | None, silu: bool,
@@ -220,7 +223,7 @@ def _launch(
     y, h, stats = _allocate(x, residual, num_groups)
     if x.numel() == 0:
         return y, h, stats
-    size, TILE, programs, warps = plan(x, num_groups)
+    size, TILE, programs, warps = plan(x, num_groups, register_tile(x.device))
     common = {"TILE": TILE, "FLAT": is_flat(x, residual, y), "num_warps": warps}
     pairs = None
     with torch.cuda.device_of(x):
@@ -233,6 +236,9 @@ def _launch(
         affine = affine_arguments(weight, bias, scale, shift)
         _group_norm_silu_kernel[(programs,)](x, residual, h, y, stats, pairs, strides, affine, size, eps=eps, SILU=silu, **common)
     return y, h, stats
+
+
+torch.library.impl("sbldm_fast::group_norm_silu", ("cpu", "cuda"), _launch)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._backend import tl, triton
-from .group_norm_silu import affine_arguments, is_flat, load_affine, load_pairs, offsets, per_group, place, plan, store_pair
+from .group_norm_silu import affine_arguments, is_flat, load_affine, load_pairs, offsets, per_group, place, plan, register_tile, store_pair
 
 BLOCK = 32  # channels of a program that sums over the batch
 
@@ -130,7 +130,6 @@ def _allocate(
     return torch.empty_like(h), *(h.new_empty(0) if t is None else torch.empty_like(t) for t in (weight, bias, scale, shift))
 
 
-@torch.library.impl("sbldm_fast::group_norm_silu_backward", ("cpu", "cuda"))
 def _launch(
     dy: Tensor, dh: Tensor | None, h: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, silu: bool,
@@ -139,7 +138,8 @@ def _launch(
     N, C = h.shape[:2]
     if h.numel() == 0:
         return dx, *(g.zero_() for g in (dweight, dbias, dscale, dshift))
-    size, TILE, programs, warps = plan(h, stats.shape[2])
+    # h and dy are kept at once, so half a group as large
+    size, TILE, programs, warps = plan(h, stats.shape[2], register_tile(h.device) // 2)
     common = {"TILE": TILE, "FLAT": is_flat(h, dy, dh, dx), "SILU": silu, "num_warps": warps}
     strides = (h.stride(), dy.stride(), None if dh is None else dh.stride(), dx.stride())
     affine = affine_arguments(weight, bias, scale, shift)
@@ -158,3 +158,6 @@ def _launch(
     if shift is not None:
         dshift = (sums[:, 1] if shift.shape[0] == N else sums[:, 1].sum(0, keepdim=True)).to(shift.dtype, copy=True)
     return dx, dweight, dbias, dscale, dshift
+
+
+torch.library.impl("sbldm_fast::group_norm_silu_backward", ("cpu", "cuda"), _launch)

@@ -108,7 +108,6 @@ def _philox_normal_kernel(y, seed, first_index, stream, numel, BLOCK: tl.constex
 torch.library.define("sbldm_fast::philox_normal", "(Tensor seed, int[] shape, int first_index, int stream, ScalarType dtype) -> Tensor")
 
 
-@torch.library.impl("sbldm_fast::philox_normal", ("cpu", "cuda"))
 def _launch(seed: Tensor, shape: Sequence[int], first_index: int, stream: int, dtype: torch.dtype) -> Tensor:
     y = torch.empty(tuple(shape), dtype=dtype, device=seed.device)
     if y.numel() == 0:
@@ -117,6 +116,9 @@ def _launch(seed: Tensor, shape: Sequence[int], first_index: int, stream: int, d
     with torch.cuda.device_of(y):
         _philox_normal_kernel[(triton.cdiv(numel, 4 * BLOCK) * y.shape[0],)](y, seed, first_index, stream, numel, BLOCK=BLOCK)
     return y
+
+
+torch.library.impl("sbldm_fast::philox_normal", ("cpu", "cuda"), _launch)
 
 
 @torch.library.register_fake("sbldm_fast::philox_normal")

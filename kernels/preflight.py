@@ -2,103 +2,76 @@
 
     python -m sbldm_fast.kernels.preflight --sm 75
 
-This stands in for a T4 until one is measured: the kernels are compiled, not run. Numbers come from the binary: registers
-and local memory from cuobjdump's resource usage, load widths from the SASS, `.f64` from the PTX.
+This stands in for a T4 until one is measured: the kernels are compiled, not run. What is compiled is what the launchers launch: they
+run on tensors without memory, and each launch is recorded instead of sent to a GPU. Registers and local memory are
+read from the binary (cuobjdump's resource usage), load widths and `.f64` from the PTX. budgets.toml says what a kernel may cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import inspect
 import json
 import math
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from ._backend import HAS_TRITON, triton
 
 # the package's attributes of these names are the functions, so the modules are asked for by name
-ddim_step, group_norm_silu, philox_normal = (
-    importlib.import_module(f"{__package__}.{name}") for name in ("ddim_step", "group_norm_silu", "philox_normal")
-)
+ddim_step, diffuse, frequency_loss, group_norm_silu, group_norm_silu_backward, philox_normal, solver_step, spectral_mse = (
+    importlib.import_module(f"{__package__}.{name}")
+    for name in (
+        "ddim_step", "diffuse", "frequency_loss", "group_norm_silu", "group_norm_silu_backward", "philox_normal", "solver_step",
+        "spectral_mse",
+    )
+)  # fmt: skip
 
-SMS = (75, 80, 86, 89, 90, 100)
-MAX_SHARED = 48 * 1024
 WIDE = 16  # bytes
-REGISTERS = 65536  # per SM, all of SMS
-WARPS = {75: 32, 80: 64, 86: 48, 89: 48, 90: 64, 100: 64}  # resident per SM at most: CUDA C programming guide, table 27
+REGISTERS = 65536  # per SM, of every architecture here
+# resident warps, resident blocks and bytes of shared memory of an SM
+ARCHITECTURES = {75: (32, 16, 65536), 80: (64, 32, 167936), 86: (48, 16, 102400), 89: (48, 24, 102400), 90: (64, 32, 233472),
+                 100: (64, 32, 233472)}  # fmt: skip
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
+         torch.bool: "i1", torch.int8: "i8"}  # fmt: skip
 
-# Every GroupNorm that the presets run, as (C, num_groups, HW, time modulation, activation); a test derives it from the models.
-PRESET_NORMS: tuple[tuple[int, int, int, bool, str], ...] = (
-    (16, 8, 4096, False, "silu"),
-    (16, 8, 16384, False, "silu"),
-    (32, 8, 64, False, "silu"),
-    (32, 8, 256, False, "silu"),
-    (32, 8, 256, True, "silu"),
-    (32, 8, 1024, False, "silu"),
-    (32, 8, 4096, False, "silu"),
-    (32, 8, 16384, False, "silu"),
-    (64, 8, 16, False, "silu"),
-    (64, 8, 64, False, "none"),
-    (64, 8, 64, False, "silu"),
-    (64, 8, 64, True, "silu"),
-    (64, 8, 256, False, "silu"),
-    (64, 8, 1024, False, "silu"),
-    (64, 8, 4096, False, "silu"),
-    (64, 8, 16384, False, "silu"),
-    (64, 32, 64, False, "silu"),
-    (64, 32, 256, False, "silu"),
-    (64, 32, 256, True, "silu"),
-    (64, 32, 1024, False, "silu"),
-    (64, 32, 1024, True, "silu"),
-    (96, 8, 64, False, "silu"),
-    (96, 8, 256, False, "silu"),
-    (96, 8, 1024, False, "silu"),
-    (128, 8, 16, False, "none"),
-    (128, 8, 16, False, "silu"),
-    (128, 8, 16, True, "silu"),
-    (128, 8, 64, False, "silu"),
-    (128, 8, 256, False, "silu"),
-    (128, 8, 1024, False, "silu"),
-    (128, 8, 4096, False, "silu"),
-    (128, 32, 16, False, "silu"),
-    (128, 32, 64, False, "none"),
-    (128, 32, 64, False, "silu"),
-    (128, 32, 64, True, "silu"),
-    (128, 32, 256, False, "none"),
-    (128, 32, 256, False, "silu"),
-    (128, 32, 256, True, "silu"),
-    (128, 32, 1024, False, "silu"),
-    (192, 8, 16, False, "silu"),
-    (192, 8, 64, False, "silu"),
-    (192, 32, 64, False, "silu"),
-    (192, 32, 256, False, "silu"),
-    (192, 32, 1024, False, "silu"),
-    (256, 8, 16, False, "silu"),
-    (256, 8, 256, False, "silu"),
-    (256, 8, 1024, False, "silu"),
-    (256, 32, 16, False, "none"),
-    (256, 32, 16, False, "silu"),
-    (256, 32, 16, True, "silu"),
-    (256, 32, 64, False, "none"),
-    (256, 32, 64, False, "silu"),
-    (256, 32, 64, True, "silu"),
-    (256, 32, 256, False, "silu"),
-    (384, 32, 16, False, "silu"),
-    (384, 32, 64, False, "silu"),
-    (384, 32, 256, False, "silu"),
-    (512, 32, 16, False, "silu"),
-    (512, 32, 64, False, "silu"),
-)
+# Every GroupNorm that the presets run; a test derives it from the models. (C, num_groups): the pixels of those with SiLU, of those with
+# SiLU after time modulation, of those without activation
+_NORMS = {
+    (16, 8): ((4096, 16384), (), ()),
+    (32, 8): ((64, 256, 1024, 4096, 16384), (256,), ()),
+    (64, 8): ((16, 64, 256, 1024, 4096, 16384), (64,), (64,)),
+    (64, 32): ((64, 256, 1024), (256, 1024), ()),
+    (96, 8): ((64, 256, 1024), (), ()),
+    (128, 8): ((16, 64, 256, 1024, 4096), (16,), (16,)),
+    (128, 32): ((16, 64, 256, 1024), (64, 256), (64, 256)),
+    (192, 8): ((16, 64), (), ()),
+    (192, 32): ((64, 256, 1024), (), ()),
+    (256, 8): ((16, 256, 1024), (), ()),
+    (256, 32): ((16, 64, 256), (16, 64), (16, 64)),
+    (384, 32): ((16, 64, 256), (), ()),
+    (512, 32): ((16, 64), (), ()),
+}
+PRESET_NORMS = tuple(
+    (C, G, HW, column == 1, "none" if column == 2 else "silu")
+    for (C, G), columns in _NORMS.items() for column, pixels in enumerate(columns) for HW in pixels
+)  # fmt: skip
 
 
 class Specialisation(NamedTuple):
@@ -107,11 +80,11 @@ class Specialisation(NamedTuple):
     name: str
     module: str
     kernel: str
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    divisible: tuple[str, ...]
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
     num_warps: int
-    wide_loads: bool  # whether the layout allows 16-byte loads
+    wide: bool  # whether the layout allows 16-byte loads
 
 
 @dataclass
@@ -119,70 +92,125 @@ class Report:
     """What one specialisation became on one architecture."""
 
     name: str
+    kernel: str
     dtype: str
     sm: int
     registers: int = 0
     spilled: int = 0
     shared: int = 0
-    load_bytes: int = 0
+    load: int = 0
     f64: int = 0
-    warps_per_sm: int = 0
+    warps: int = 0
     fault: str = ""
 
 
-def specialisation(
-    name: str, module: Any, kernel: str, args: dict[str, Any], constants: dict[str, Any], num_warps: int, wide: bool
-) -> Specialisation:
-    """What Triton's launcher would make of `args`: pointers by dtype, None and 1 as constants, multiples of 16 as such."""
-    signature, divisible, fixed = {}, [], dict(constants)
-    for key, value in args.items():
-        if value is None or (isinstance(value, int) and value == 1):
-            fixed[key] = value
-            signature[key] = "constexpr"
-        elif isinstance(value, torch.dtype):
-            signature[key] = "*" + {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}[value]
-            divisible.append(key)
-        else:
-            signature[key] = "i32"
-            if value % 16 == 0:
-                divisible.append(key)
-    signature |= dict.fromkeys(constants, "constexpr")
-    return Specialisation(name, module.__name__, kernel, signature, fixed, tuple(divisible), num_warps, wide)
+def launches(dtype: torch.dtype) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """Every launch of the presets with tensors of `dtype`, on tensors without memory: its name, whether 16-byte loads fit, the call."""
 
+    def new(*shape: int, dtype: torch.dtype = dtype, last: bool = False) -> Tensor:
+        t = torch.empty(shape, dtype=dtype, device="meta")
+        return t.contiguous(memory_format=torch.channels_last) if last else t
 
-def specialisations(dtype: torch.dtype) -> Iterator[Specialisation]:
-    """Every specialisation of the presets for one dtype, each once."""
-    seen = set()
+    fp32, i64 = torch.float32, torch.int64
     for C, G, HW, modulated, activation in PRESET_NORMS:
-        for channels_last in (False, True):
-            p = group_norm_silu.launch_parameters(C, G, HW, channels_last, dtype.itemsize)
-            key = (*p.values(), modulated, activation, channels_last)
-            if key in seen:
-                continue
-            seen.add(key)
-            width = math.isqrt(HW)
-            strides = (C * HW, 1, width * C, C) if channels_last else (C * HW, HW, width, 1)
-            args: dict[str, Any] = dict.fromkeys(("x", "y", "weight", "bias"), dtype)
-            args |= dict.fromkeys(("scale", "shift"), dtype if modulated else None)
-            args |= {"scale_stride": 0, "shift_stride": 0, "C": C, "HW": HW, "WIDTH": width}  # one row of time for the batch
-            args |= dict(zip(("xn", "xc", "xh", "xw", "yn", "yc", "yh", "yw"), strides * 2, strict=True))
-            constants = {k: v for k, v in p.items() if k != "num_warps"} | {"FLAT": True, "SILU": activation == "silu", "eps": 1e-5}
-            name = f"group_norm_silu {C}/{G} HW={HW} {'nhwc' if channels_last else 'nchw'}{' time' if modulated else ''} {activation}"
-            side_by_side = int(p["GROUPS"]) * int(p["CHANNELS"]) if channels_last else HW
-            yield specialisation(
-                name, group_norm_silu, "_group_norm_silu_kernel", args, constants, int(p["num_warps"]),
-                side_by_side * dtype.itemsize % WIDE == 0,
-            )  # fmt: skip
-    for prediction in ddim_step.PREDICTION_TYPES:
-        for eta in (0.0, 1.0):
-            args = {"x": dtype, "model_output": dtype, "noise": dtype if eta else None, "y": dtype, "alpha_bar": torch.float32,
-                    "alpha_bar_prev": torch.float32, "numel": 2048, "a_stride": 0, "a_prev_stride": 0}  # fmt: skip
-            constants = {"BLOCK": ddim_step.BLOCK, "eta": eta, "PREDICTION": prediction, "CLIP": None}
-            s = specialisation(f"ddim_step {prediction} eta={eta:g}", ddim_step, "_ddim_step_kernel", args, constants, 4, True)
-            # the two alphas are neighbours in a table, so at best one of them is aligned
-            yield s._replace(divisible=tuple(k for k in s.divisible if not k.startswith("alpha")))
-    args = {"y": dtype, "seed": torch.int64, "first_index": 0, "stream": 0, "numel": 2048}
-    yield specialisation("philox_normal", philox_normal, "_philox_normal_kernel", args, {"BLOCK": philox_normal.BLOCK}, 4, False)
+        for last in (False, True):
+            x = new(2, C, math.isqrt(HW), math.isqrt(HW), last=last)
+            _, tile, _, _ = group_norm_silu.plan(x, G, group_norm_silu.register_tile(x.device))
+            side_by_side = tile[0] * tile[1] if last else HW
+            wide = side_by_side * dtype.itemsize % WIDE == 0
+            name = f"{C}/{G} HW={HW} {'nhwc' if last else 'nchw'}{' time' if modulated else ''} {activation}"
+            for use, weights in (("sample", dtype), ("train", fp32)):  # mixed precision trains float32 weights on half-precision images
+                affine = [new(C, dtype=weights), new(C, dtype=weights), *([new(2, C, dtype=weights)] * 2 if modulated else [None] * 2)]
+                silu = activation == "silu"
+                forward = partial(group_norm_silu._launch, x, None, G, *affine[:2], 1e-5, *affine[2:], silu)
+                yield f"{name} {use}", wide, forward
+            stats = new(2, 2, G, dtype=fp32)
+            yield f"{name} backward", wide, partial(group_norm_silu_backward._launch, x, None, x, stats, *affine, silu)
+    for side in (16, 128):
+        x, w = new(2, 64, side, side), new(64, dtype=fp32)
+        yield f"64/32 HW={side * side} residual", True, partial(group_norm_silu._launch, x, x, 32, w, w, 1e-5, None, None, True)
+        backward = partial(group_norm_silu_backward._launch, x, x, x, new(2, 2, 32, dtype=fp32), w, w, None, None, True)
+        yield f"64/32 HW={side * side} residual backward", True, backward
+    for shape in ((8, 16, 16), (4, 32, 32)):
+        z, m = new(2, *shape, dtype=fp32), new(2, *shape)
+        of = "x".join(map(str, shape))
+        bars = new(50, 2, dtype=fp32)
+        for kind in ddim_step.PREDICTION_TYPES:
+            for eta in (0.0, 1.0):
+                yield f"{of} {kind} eta={eta:g}", True, partial(ddim_step._launch, m, m, bars[1, 0], bars[1, 1], eta, m, kind, None)
+            for cutmix in (0, 2**21):
+                call = partial(
+                    diffuse._launch, m, new(2, dtype=torch.int64), new(1000, dtype=fp32), new(2, dtype=torch.int64), 0, kind, cutmix
+                )
+                yield f"{of} {kind}{' cutmix' if cutmix else ''}", True, call
+        for K in range(4):
+            for guided, noisy, watched, last in product((False, True), repeat=4):
+                if K and len({guided, noisy, watched, last}) > 1:
+                    continue  # with history: nothing of the rest, or all of it
+                call = partial(
+                    solver_step._launch, z, new(4 if guided else 2, *shape, last=last),
+                    new(50, 6 + 2 * K, dtype=fp32), new(2, dtype=torch.int32),
+                    new(1, dtype=fp32) if guided else None, new(K, 2, 2, *shape, dtype=fp32) if K else None,
+                    new(2, 2, dtype=i64) if noisy else None, new(2, dtype=torch.bool) if watched else None,
+                    z if watched else None, new(2, 2, dtype=fp32) if watched else None, None,
+                )  # fmt: skip
+                words = (f"K={K}", "guided" * guided, "noise" * noisy, "watched" * watched, "nhwc" * last)
+                yield f"{of} {' '.join(filter(None, words))}", True, call
+        yield f"{of}", True, partial(philox_normal._launch, new(1, dtype=i64), z.shape, 0, 0, fp32)
+    for shape in ((8, 16, 16), (4, 32, 32), (1, 128, 128)):
+        for last, gradient in product((False, True), repeat=2):
+            pred, target = new(2, *shape, last=last), new(2, *shape, dtype=fp32)
+            name = f"{'x'.join(map(str, shape))} {'nhwc' if last else 'nchw'}{' gradient' * gradient}"
+            yield name, True, partial(frequency_loss._launch, pred, target, 1.0, 0.5, 0.25, gradient)
+            yield name, not last or shape[0] == 1, partial(spectral_mse._launch, pred, target, 256.0, gradient)
+
+
+def specialisations(dtype: torch.dtype) -> list[Specialisation]:
+    """What Triton would compile for `launches(dtype)`, each once."""
+    return unique(s for launch in launches(dtype) for s in recorded(*launch))
+
+
+def unique(found: Iterable[Specialisation]) -> list[Specialisation]:
+    """Of those that differ in no more than their names, the first."""
+    first: dict[str, Specialisation] = {}
+    for s in found:
+        first.setdefault(repr(s[1:]), s)
+    return list(first.values())
+
+
+def recorded(name: str, wide: bool, launch: Callable[[], object]) -> list[Specialisation]:
+    """The kernels that `launch` would have launched."""
+    with mock.patch.object(triton.JITFunction, "run", autospec=True) as run:
+        launch()
+    return [_specialisation(name, wide, *call.args, **call.kwargs) for call in run.call_args_list]
+
+
+def _specialisation(
+    name: str, wide: bool, kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int = 4, **kw: Any
+) -> Specialisation:
+    bound = inspect.signature(kernel.fn).bind(*args, **kw).arguments
+    fixed = {p.name for p in kernel.params if p.is_constexpr}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, (key, value) in enumerate(bound.items()):
+        signature[key] = "constexpr" if key in fixed else _describe(value, (i,), constants, attributes)
+        if key in fixed:
+            constants[i,] = value
+    return Specialisation(name, kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes, num_warps, wide)
+
+
+def _describe(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
+    # as Triton's launcher: pointers by dtype, None and 1 as constants, multiples of 16 marked as such
+    if isinstance(value, tuple):
+        return tuple(_describe(v, (*path, i), constants, attributes) for i, v in enumerate(value))
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    start = value.storage_offset() * value.element_size() if isinstance(value, Tensor) else value
+    if start % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32" if value < 2**31 else "i64"
 
 
 def compile_one(s: Specialisation, dtype: str, sm: int) -> Report:
@@ -190,59 +218,61 @@ def compile_one(s: Specialisation, dtype: str, sm: int) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(importlib.import_module(s.module), s.kernel)
-    position = {name: (i,) for i, name in enumerate(function.arg_names)}
-    report = Report(s.name, dtype, sm)
+    report = Report(s.name, s.kernel, dtype, sm)
     try:
-        source = ASTSource(
-            fn=function,
-            signature={name: s.signature[name] for name in function.arg_names},
-            constexprs={position[k]: v for k, v in s.constants.items()},
-            attrs={position[k]: [["tt.divisibility", 16]] for k in s.divisible},
-        )
+        source = ASTSource(getattr(importlib.import_module(s.module), s.kernel), s.signature, s.constants, s.attributes)
         built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": s.num_warps})
     except Exception as error:  # whatever the compiler raises is the finding
         report.fault = f"does not compile: {str(error).strip().splitlines()[-1][:120]}"
         return report
-    usage, sass = _disassemble(built.asm["cubin"])
+    usage, ptx = _resource_usage(built.asm["cubin"]), built.asm["ptx"]
     report.registers = int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]  # cuobjdump always prints it
-    report.spilled = int(re.search(r"LOCAL:(\d+)", usage).group(1)) + int(re.search(r"STACK:(\d+)", usage).group(1))  # type: ignore[union-attr]
+    report.spilled = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
     report.shared = built.metadata.shared
-    report.f64 = len(re.findall(r"\.f64", built.asm["ptx"]))
-    widths = [int(w or 32) // 8 for w in re.findall(r"LDG\.E(?:\.(?:CONSTANT|EL|EF|STRONG\.\w+))*(?:\.(\d+))?", sass)]
-    report.load_bytes = max(widths, default=0)
-    report.warps_per_sm = min(WARPS[sm], REGISTERS // (32 * max(report.registers, 1)))
-    report.fault = _fault(s, report)
+    report.f64 = len(re.findall(r"\.f64", ptx))
+    report.load = max((int(n or 1) * int(bits) // 8 for n, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[a-z](\d+) ", ptx)), default=0)
+    report.warps = _resident_warps(sm, report.registers, report.shared, s.num_warps)
+    report.fault = _fault(report, s.wide)
     return report
 
 
-def _fault(s: Specialisation, r: Report) -> str:
-    if r.spilled:
-        return f"spills {r.spilled} bytes"
-    if r.f64:
-        return f"{r.f64} .f64 instructions"
-    if r.shared > MAX_SHARED:
-        return f"{r.shared} bytes of shared memory"
-    if s.wide_loads and r.load_bytes < WIDE:
-        return f"widest load {r.load_bytes} bytes where the layout allows {WIDE}"
-    return ""
+def _resident_warps(sm: int, registers: int, shared: int, num_warps: int) -> int:
+    # registers are given out to warps in lots of 256; CUDA C programming guide, table of technical specifications
+    most_warps, most_blocks, shared_bytes = ARCHITECTURES[sm]
+    by_registers = REGISTERS // (-(-32 * max(registers, 1) // 256) * 256 * num_warps)
+    by_shared = shared_bytes // shared if shared else most_blocks
+    return min(most_blocks, most_warps // num_warps, by_registers, by_shared) * num_warps
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
+@functools.cache
+def budgets() -> dict[str, dict[str, int]]:
+    """budgets.toml: what a kernel may cost, with the defaults filled in."""
+    read = tomllib.loads(Path(__file__).with_name("budgets.toml").read_text())
+    default = read.pop("default")
+    return {"default": default} | {kernel: default | own for kernel, own in read.items()}
+
+
+def _fault(r: Report, wide: bool) -> str:
+    budget, got = budgets().get(r.kernel, budgets()["default"]), asdict(r)
+    over = [f"{k} {got[k]} > {budget[k]}" for k in ("registers", "spilled", "shared", "f64") if got[k] > budget[k]]
+    under = [f"{k} {got[k]} < {budget[k]}" for k in ("load",) * wide + ("warps",) if got[k] < budget[k]]
+    return ", ".join(over + under)
+
+
+def _resource_usage(cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = [subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-               for flag in ("--dump-resource-usage", "--dump-sass")]  # fmt: skip
-    return run[0], run[1]
+        return subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; 0 if every kernel passes, 1 if one does not, 2 where nothing can be compiled."""
+    """Print the table; 0 if every kernel keeps its budget, 1 if one does not, 2 where nothing can be compiled."""
     parser = argparse.ArgumentParser(prog="python -m sbldm_fast.kernels.preflight", description=__doc__.splitlines()[0])
-    parser.add_argument("--sm", default=",".join(map(str, SMS)), help="architectures, e.g. 75 or 75,80 (default: all)")
+    parser.add_argument("--sm", default=",".join(map(str, ARCHITECTURES)), help="architectures, e.g. 75 or 75,80 (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object per kernel instead of the table")
+    parser.add_argument("--worst", action="store_true", help="one line for each kernel and architecture: the worst figure in each column")
     options = parser.parse_args(argv)
     if not HAS_TRITON:
         print("preflight: triton is not installed, nothing can be compiled", file=sys.stderr)
@@ -251,29 +281,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         sms = [int(v) for v in options.sm.split(",")]
     except ValueError:
         sms = []
-    if not sms or set(sms) - set(SMS):
-        parser.error(f"--sm: got {options.sm}, allowed are {', '.join(map(str, SMS))}")
+    if not sms or set(sms) - set(ARCHITECTURES):
+        parser.error(f"--sm: got {options.sm}, allowed are {', '.join(map(str, ARCHITECTURES))}")
     jobs = [
-        (s, name, sm)
-        for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16))
+        (s, TYPES[dtype], sm)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
         for s in specialisations(dtype)
         for sm in sms
-        if name != "bf16" or sm >= 80
+        if dtype != torch.bfloat16 or sm >= 80
     ]
-    failures = 0
+    reports = []
     if not options.json:
-        print(f"{'kernel':58} {'dtype':5} {'sm':>3} {'regs':>4} {'spill':>5} {'shared':>6} {'load':>4} {'.f64':>4} {'warps/SM':>8}")
+        print(f"{'kernel':24} {'launch':40} {'dtype':5} {'sm':>3} {'regs':>4} {'spill':>5} {'shared':>6} {'load':>4} {'.f64':>4} warps/SM")
     with ProcessPoolExecutor() as pool:
         for r in pool.map(compile_one, *zip(*jobs, strict=True), chunksize=4):
-            failures += bool(r.fault)
+            reports.append(r)
             if options.json:
                 print(json.dumps(asdict(r)), flush=True)
-            else:
-                line = f"{r.name:58} {r.dtype:5} {r.sm:>3} {r.registers:>4} {r.spilled:>5} {r.shared:>6} {r.load_bytes:>3}B"
-                line += f" {r.f64:>4} {r.warps_per_sm:>8}"
-                print(line + (f"  FAIL: {r.fault}" if r.fault else ""), flush=True)
+            elif not options.worst or r.fault:
+                print(_line(r), flush=True)
+    if options.worst:
+        for kernel, sm in dict.fromkeys((r.kernel, r.sm) for r in reports):
+            print(_line(_worst([r for r in reports if (r.kernel, r.sm) == (kernel, sm)])))
+    failures = sum(bool(r.fault) for r in reports)
     print(f"{len(jobs)} kernels compiled for sm {options.sm}, {failures} failed; compiled, not run", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _line(r: Report) -> str:
+    kernel = r.kernel.strip("_").removesuffix("_kernel")
+    line = (
+        f"{kernel:24} {r.name:40} {r.dtype:5} {r.sm:>3} {r.registers:>4} {r.spilled:>5} {r.shared:>6} {r.load:>3}B {r.f64:>4} {r.warps:>8}"
+    )
+    return line + (f"  FAIL: {r.fault}" if r.fault else "")
+
+
+def _worst(reports: Sequence[Report]) -> Report:
+    r = reports[0]
+    top = {key: max(getattr(r, key) for r in reports) for key in ("registers", "spilled", "shared", "f64")}
+    low = {key: min(getattr(r, key) for r in reports) for key in ("load", "warps")}
+    return Report(f"worst of {len(reports)}", r.kernel, "all", r.sm, **top, **low)
 
 
 if __name__ == "__main__":

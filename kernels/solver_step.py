@@ -143,7 +143,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("sbldm_fast::solver_step", ("cpu", "cuda"))
 def _launch(
     x: Tensor, model_output: Tensor, table: Tensor, counter: Tensor, guidance: Tensor | None, history: Tensor | None,
     seeds: Tensor | None, frozen: Tensor | None, x0: Tensor | None, statistics: Tensor | None, clip_range: float | None,
@@ -168,6 +167,9 @@ def _launch(
     if sums is not None and sums is not statistics:
         torch.sum(sums, 1, out=statistics)
     return y
+
+
+torch.library.impl("sbldm_fast::solver_step", ("cpu", "cuda"), _launch)
 
 
 @torch.library.register_fake("sbldm_fast::solver_step")
@@ -241,7 +243,8 @@ def _check(
     K = _history_length(history)
     if table.dim() != 2 or table.shape[1] != COLUMNS + 2 * K or table.dtype != torch.float32 or table.device != x.device:
         raise ValueError(
-            f"table: got {table.dtype} {tuple(table.shape)} on {table.device}, allowed is float32 [steps, {COLUMNS} + 2 * {K}] on {x.device}"
+            f"table: got {table.dtype} {tuple(table.shape)} on {table.device}, "
+            f"allowed is float32 [steps, {COLUMNS} + 2 * {K}] on {x.device}"
         )
     for name, t, dtype, shapes in (
         ("counter", counter, torch.int32, ((2,),)),

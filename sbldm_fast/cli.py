@@ -198,6 +198,25 @@ def bench_sampling(
     print("\n".join(json.dumps(row) for row in rows) if as_json else sampling_table(rows))
 
 
+@bench_app.command("kernels")
+def bench_kernels(
+    op: Annotated[list[str] | None, typer.Option(help="An op to time; may be given again. Default: all.")] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved repetitions.")] = 10,
+    large: Annotated[bool, typer.Option(help="Also problems of 64 MB and more.")] = True,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append the rows to.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time each fused op against PyTorch and torch.compile. Example: sbldm-fast bench kernels --op group_norm_silu --no-large"""
+    from sbldm_fast.benchmarks.kernels import OPS, kernels_table
+    from sbldm_fast.benchmarks.kernels import bench_kernels as run
+    from sbldm_fast.benchmarks.timing import append
+
+    rows = run(op or OPS, rounds=rounds, large=large, say=_say)
+    if out is not None:
+        append(out, rows)
+    print("\n".join(json.dumps(row) for row in rows) if as_json else kernels_table(rows))
+
+
 @app.command()
 def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("demo")) -> None:
     """See it all work: doctor, 16 images, latency against diffusers, ONNX. Example: sbldm-fast demo -o demo"""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sbldm_fast.kernels import ddim_step, group_norm_silu, philox_normal
+from sbldm_fast.kernels import ddim_step, diffuse, frequency_loss, group_norm_silu, philox_normal, solver_step, spectral_mse
 from sbldm_fast.kernels._backend import obstacle, resolve
 from sbldm_fast.training.loop import amp_dtype
 
@@ -68,9 +68,17 @@ def parity(device: torch.device) -> dict[str, dict[str, Any]]:
     normals = torch.tensor(
         [math.sqrt(-2 * math.log(a)) * f(2 * math.pi * (b - 0.5)) for a, b in ((u0, u1), (u2, u3)) for f in (math.cos, math.sin)]
     )
+    row = torch.tensor([[1 / a**0.5, -((1 - a) ** 0.5) / a**0.5, before**0.5, 0, 0, (1 - before) ** 0.5]], device=device)
+    solved = solver_step(x, m, row, torch.zeros(2, dtype=torch.int32, device=device))
+    mse = (x.double() - m.double()).square().mean()
+    z_t, e = diffuse(x, torch.tensor([0, 0], device=device), torch.tensor([a], device=device), 0)
     errors = {
         "group_norm_silu": (group_norm_silu(x, 32, w, b).double() - exact).abs().max(),
         "ddim_step": (ddim_step(x, m, a, before).double() - step).abs().max(),
+        "solver_step": (solved.double() - step).abs().max(),
+        "frequency_loss": (frequency_loss(x, m).double() - mse).abs(),
+        "spectral_mse": (spectral_mse(x, m).double() / 256 - mse).abs(),
+        "diffuse": (z_t.double() - a**0.5 * x.double() - (1 - a) ** 0.5 * e.double()).abs().max(),
         "philox_normal": (philox_normal((1, 4), 0, device=device)[0].cpu() - normals).abs().max(),
     }
     return {name: {"error": float(e), "ok": float(e) <= TOLERANCE} for name, e in errors.items()}

@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.backends.cudnn.allow_tf32 = False  # parity is judged in float32
 if not torch.cuda.is_available():
     # before any kernel file is imported: Triton decides at decoration time whether it interprets
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# SBLDM_FAST_FUZZ=nightly pytest tests/kernels/test_fuzz.py --hypothesis-show-statistics
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=25, derandomize=True, **_common)
+settings.register_profile("nightly", max_examples=1000, **_common)
+settings.load_profile(os.environ.get("SBLDM_FAST_FUZZ", "ci"))
 
 ATOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])
@@ -29,15 +36,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def three_way() -> Callable[..., None]:
     """`err(ours, fp64) <= 2 err(torch in the same dtype, fp64) + atol(dtype)`, NaN and Inf in the same places."""
 
-    def check(ours: torch.Tensor, same: torch.Tensor, exact: torch.Tensor, gradient: bool = False) -> None:
+    def check(ours: torch.Tensor, same: torch.Tensor, exact: torch.Tensor, gradient: bool = False, unit: float = 1.0) -> None:
         assert ours.dtype == same.dtype
         assert ours.shape == same.shape == exact.shape
         finite = exact.isfinite() & same.isfinite()
         assert torch.equal(ours.isfinite(), same.isfinite()), "NaN or Inf where the reference has none, or the reverse"
         if finite.any():
             error = float((ours.double() - exact)[finite].abs().max())
-            # a gradient is a sum over pixels or the batch: its rounding goes with its size, not with one
-            unit = max(1.0, float(exact[finite].abs().max())) if gradient else 1.0
+            # a gradient is a sum over pixels or the batch: its rounding goes with its size, not with one; unit: the size of its terms
+            unit = max(1.0, unit, float(exact[finite].abs().max()) if gradient else 0.0)
             allowed = 2 * float((same.double() - exact)[finite].abs().max()) + ATOL[ours.dtype] * unit
             assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 

@@ -13,9 +13,9 @@ def test_auto_is_the_reference_on_a_cpu() -> None:
     assert _backend.resolve(torch.device("cpu"))[0] == "torch"
 
 
-def test_auto_is_the_kernel_on_cuda_unless_a_gradient_is_needed() -> None:
+def test_auto_is_the_kernel_on_cuda_unless_it_lacks_a_gradient_that_is_asked_for() -> None:
     assert _backend.resolve(torch.device("cuda")) == ("triton", "CUDA device")
-    assert _backend.resolve(torch.device("cuda"), needs_grad=True)[0] == "torch"
+    assert _backend.resolve(torch.device("cuda"), no_gradient=True)[0] == "torch"
 
 
 def test_context_ends_with_its_block_even_by_an_error() -> None:

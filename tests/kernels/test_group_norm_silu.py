@@ -12,7 +12,7 @@ from sbldm_fast.kernels import GroupNormSiLU, backend, group_norm_silu
 from sbldm_fast.kernels.group_norm_silu_backward import group_norm_silu_backward_reference
 from torch import Tensor
 
-module = importlib.import_module("sbldm_fast.kernels.group_norm_silu")  # the package's attribute is the function
+module, backward_module = (importlib.import_module(f"sbldm_fast.kernels.group_norm_silu{part}") for part in ("", "_backward"))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [  # N, C, H, W, groups
     (2, 64, 16, 16, 32),
@@ -196,11 +196,12 @@ def test_known_gradient(device: torch.device) -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_one_launch_and_two_agree(channels_last: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch, three_way: Any) -> None:
     x, groups, others = problem((2, 12, 16, 15, 2), torch.float32, device, 10.0, channels_last)
-    assert module.plan(x, groups)[0][3] == 1
+    assert module.plan(x, groups, 8192)[0][3] == 1
     whole = compare(x, groups, others, True, three_way)
-    monkeypatch.setattr(module, "register_tile", lambda _: 256)
+    for m in (module, backward_module):
+        monkeypatch.setattr(m, "register_tile", lambda _: 256)
     monkeypatch.setattr(module, "SPLIT_TILE", 256)
-    assert module.plan(x, groups)[0][3] == 8
+    assert module.plan(x, groups, 256)[0][3] == 8
     torch.testing.assert_close(whole, compare(x, groups, others, True, three_way), rtol=1e-5, atol=1e-5)
 
 

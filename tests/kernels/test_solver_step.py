@@ -191,7 +191,8 @@ def test_batch_of_none(name: str) -> None:
 def test_opcheck(device: torch.device) -> None:
     x, m = torch.randn(2, 3, 4, device=device), torch.randn(4, 3, 4, device=device)
     op = torch.ops.sbldm_fast.solver_step.default
-    arguments = (torch.randn(5, 10, device=device), new_counter(device), torch.ones(1, device=device), torch.zeros(2, 2, *x.shape, device=device),
+    arguments = (torch.randn(5, 10, device=device), new_counter(device), torch.ones(1, device=device),
+                 torch.zeros(2, 2, *x.shape, device=device),
                  torch.zeros(2, 2, dtype=torch.int64, device=device), torch.zeros(2, dtype=torch.bool, device=device),
                  torch.zeros_like(x), torch.zeros(2, 2, device=device), 1.0)  # fmt: skip
     torch.library.opcheck(op, (x, m, *arguments))

@@ -1,0 +1,107 @@
+"""group_norm_silu, forward and with its backward, against PyTorch, torch.compile and, where installed, Liger-Kernel.
+
+python -m sbldm_fast.benchmarks.bench_group_norm_silu     on a GPU: measures the crossover and writes it to kernels/crossover.json
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from sbldm_fast.kernels import group_norm_silu
+from torch import Tensor
+
+from sbldm_fast.files import whole_file
+
+from .kernels import Case, Providers, on_device, ours
+from .timing import interleaved, summary
+
+module = importlib.import_module("sbldm_fast.kernels.group_norm_silu")  # the package's attribute is the function
+# the paper's UNet at its three widths, its VAE's widest norm, and 64 MB in float32
+SHAPES = ((1, 64, 16, 32), (16, 64, 16, 32), (16, 256, 4, 32), (1, 32, 128, 8), (16, 64, 128, 32))
+TILES = (512, 1024, 2048, 4096, 8192)
+
+
+def eager(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x, groups, weight, bias))
+
+
+def cases(device: torch.device, large: bool) -> Iterator[Case]:
+    for dtype in on_device(device):
+        for (N, C, side, groups), last, train in (
+            (shape, last, train) for shape in SHAPES[: None if large else -1] for last in (False, True) for train in (False, True)
+        ):
+            x = torch.randn(N, C, side, side, device=device, dtype=dtype)
+            x = x.contiguous(memory_format=torch.channels_last) if last else x
+            dy, arguments = torch.randn_like(x), (groups, *torch.randn(2, C, device=device, dtype=dtype))
+            compiled = torch.compile(eager, dynamic=False)
+            calls: dict[str, Callable[..., Any]] = {"eager": eager, "torch.compile": compiled, "ours": group_norm_silu}
+            if device.type == "cuda" and not last:
+                calls["Liger-Kernel, then silu"] = _liger
+            providers: Providers = {name: _step(f, x, dy, arguments, train) for name, f in calls.items()}
+            providers["ours"] = ours(providers["ours"])
+            size, limit = x.numel() * x.element_size(), module.register_tile(device)
+            cut, cut_back = (int(module.plan(x, groups, tile)[0][3] > 1) for tile in (limit, limit // 2))
+            # forward reads x and writes y, backward reads x and dy and writes dx; a group that is cut is read twice, in one more launch
+            yield Case(
+                f"{N}x{C}x{side}x{side}/{groups}{' forward and backward' if train else ''}", dtype, "nhwc" if last else "nchw",
+                size * (5 if train else 2), x.numel() * (35 if train else 12), (3 + cut + cut_back if train else 1 + cut), providers,
+                size * (cut + 2 * cut_back * train),
+            )  # fmt: skip
+
+
+def _step(f: Callable[..., Tensor], x: Tensor, dy: Tensor, arguments: tuple[Any, ...], train: bool) -> Callable[[], Any]:
+    if not train:
+        return torch.no_grad()(lambda: f(x, *arguments))
+    leaves = [x.detach().requires_grad_(), *(t.detach().requires_grad_() for t in arguments[1:])]
+
+    def step() -> tuple[Tensor, ...]:
+        y = f(leaves[0], arguments[0], *leaves[1:])
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    return step
+
+
+def _liger(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
+    function = importlib.import_module("liger_kernel.ops.group_norm").LigerGroupNormFunction
+    y: Tensor = function.apply(x.flatten(2), weight, bias, x.shape[1], groups, 1e-5)
+    return F.silu(y).view_as(x)
+
+
+def measure_crossover(rounds: int = 20) -> int:
+    """The largest group that is faster in one launch than in two on this GPU, in elements."""
+    best = TILES[0]
+    for tile in TILES:
+        x = torch.randn(4, 32, tile, 1, device="cuda", dtype=torch.float16)
+        calls = {f"limit {limit}": partial(_with_limit, x, limit) for limit in (tile, tile - 1)}
+        for call in calls.values():
+            call()
+        one, two = (summary(t)["median_s"] for t in interleaved(calls, rounds).values())
+        if one > two:
+            break
+        best = tile
+    return best
+
+
+def _with_limit(x: Tensor, limit: int) -> None:
+    with mock.patch.object(module, "register_tile", return_value=limit):
+        for _ in range(50):
+            group_norm_silu(x, 32)
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("the crossover is measured on a CUDA device, and this PyTorch sees none")
+    path = Path(importlib.import_module("sbldm_fast.kernels").__path__[0]) / "crossover.json"
+    table = json.loads(path.read_text()) | {torch.cuda.get_device_name(): measure_crossover()}
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(table, indent=2) + "\n")
+    print(json.dumps(table, indent=2))

@@ -1,0 +1,28 @@
+"""spectral_mse, value and gradient, against Parseval's form in PyTorch: the literal transform would be a weaker baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from sbldm_fast.kernels import spectral_mse
+from torch import Tensor
+
+from .bench_frequency_loss import with_gradient
+from .kernels import Case, Providers, on_device, ours
+
+
+def eager(pred: Tensor, target: Tensor) -> Tensor:
+    return pred.shape[-1] * pred.shape[-2] * F.mse_loss(pred.float(), target.float())
+
+
+def cases(device: torch.device, large: bool) -> Iterator[Case]:
+    for dtype in on_device(device):
+        for N in (16, *([8192] if large else [])):
+            pred, target = torch.randn(2, N, 8, 16, 16, device=device, dtype=dtype)
+            providers: Providers = {"eager": with_gradient(eager, pred, target)}
+            providers["torch.compile"] = with_gradient(torch.compile(eager, dynamic=False), pred, target)
+            providers["ours"] = ours(with_gradient(spectral_mse, pred, target))
+            # read both, write the gradient, and scale it
+            yield Case(f"{N}x8x16x16", dtype, "nchw", pred.numel() * (2 * pred.element_size() + 12), 5 * pred.numel(), 3, providers)

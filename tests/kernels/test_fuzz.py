@@ -1,0 +1,264 @@
+"""Every op on problems that nobody chose: shapes, layouts, dtypes, options and values, forward and backward.
+
+SBLDM_FAST_FUZZ=nightly runs 1,000 cases a test, else 25 that are the same each time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from sbldm_fast.kernels import backend, ddim_step, diffuse, frequency_loss, group_norm_silu, philox_normal, solver_step, spectral_mse
+from sbldm_fast.kernels.ddim_step import PREDICTION_TYPES
+from torch import Tensor
+
+norm, backward_of_norm = (importlib.import_module(f"sbldm_fast.kernels.group_norm_silu{part}") for part in ("", "_backward"))
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+SEEDS = st.integers(0, 2**32)
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nchw": lambda x: x.contiguous(),
+    "nhwc": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "half of a concatenation": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "every other row": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
+    "every other column": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "one sample for all": lambda x: x[:1].expand(x.shape),
+}
+HUGE = {torch.float32: 1e15, torch.bfloat16: 1e15, torch.float16: 3e4}
+TINY = {torch.float32: 1e-40, torch.bfloat16: 1e-40, torch.float16: 1e-7}  # below the smallest normal number
+VALUES: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
+    "normal": lambda x, _: x,
+    "mean 10": lambda x, _: x + 10,
+    "mean 100": lambda x, _: x + 100,
+    "constant": lambda x, _: torch.full_like(x, 3),
+    "denormal": lambda x, dtype: x * TINY[dtype],
+    "huge": lambda x, dtype: x.clamp(-1, 1) * HUGE[dtype],
+}
+layouts, values = st.sampled_from(sorted(LAYOUTS)), st.sampled_from(sorted(VALUES))
+bad_values = st.sampled_from([None, None, None, float("nan"), float("inf"), -float("inf")])
+
+
+def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str, value: str, bad: float | None = None) -> Tensor:
+    x = VALUES[value](torch.randn(shape), dtype).to(dtype)
+    if bad is not None:
+        x.view(-1)[int(torch.randint(x.numel(), ()))] = bad
+    return LAYOUTS[layout](x)
+
+
+def with_gradients(run: Any, tensors: dict[str, Tensor], dtype: torch.dtype | None, *upstream: Tensor) -> dict[str, Tensor]:
+    leaves = {k: (t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_() for k, t in tensors.items()}
+    outputs = run(**leaves)
+    torch.autograd.backward(outputs, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
+    grads = {f"d{k}": t.grad for k, t in leaves.items() if t.grad is not None}
+    return {f"out{i}": o.detach() for i, o in enumerate(outputs)} | grads
+
+
+@given(
+    N=st.integers(0, 3), groups=st.integers(1, 6), per_group=st.integers(1, 6), H=st.integers(1, 12), W=st.integers(1, 12), dtype=DTYPES,
+    layout=layouts, value=values, bad=bad_values, layout_of_dy=layouts, silu=st.booleans(), tile=st.sampled_from([8, 64, 8192]), seed=SEEDS,
+    given_too=st.sets(st.sampled_from(["weight", "bias", "scale", "shift", "residual"])), half_weights=st.booleans(),
+)  # fmt: skip
+def test_group_norm_silu(
+    N: int, groups: int, per_group: int, H: int, W: int, dtype: torch.dtype, layout: str, value: str, bad: float | None, layout_of_dy: str,
+    silu: bool, tile: int, seed: int, given_too: set[str], half_weights: bool, three_way: Any,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    C = groups * per_group
+    shape = (N, C, H, W)
+    x = tensor(shape, dtype, layout, value if N else "normal", bad if N else None)
+    of_weights = dtype if half_weights else torch.float32
+    others = {"weight": torch.randn(C), "bias": torch.randn(C), "scale": torch.randn(N, C), "shift": torch.randn(N, C)}
+    tensors = {"x": x} | {k: t.to(of_weights) for k, t in others.items() if k in given_too}
+    if "residual" in given_too:
+        tensors["residual"] = tensor(shape, dtype, "nchw", "normal")
+    dy, dh = LAYOUTS[layout_of_dy](torch.randn(shape).to(dtype)), torch.randn(shape).to(dtype)
+    upstream = (dy, dh) if "residual" in given_too else (dy,)
+
+    def ours(x: Tensor, **rest: Tensor) -> tuple[Tensor, ...]:
+        out: Any = group_norm_silu(x, groups, **rest, activation="silu" if silu else "none")  # type: ignore[call-overload]  # by options
+        return out if "residual" in rest else (out,)
+
+    def theirs(x: Tensor, **rest: Tensor) -> tuple[Tensor, ...]:
+        h = x + rest["residual"] if "residual" in rest else x
+        weight, bias = rest.get("weight"), rest.get("bias")
+        weight = torch.ones_like(bias) if weight is None and bias is not None else weight
+        y = torch.group_norm(h.contiguous(), groups, *(None if t is None else t.to(h.dtype) for t in (weight, bias)))
+        y = y * (1 + rest["scale"].to(y.dtype)[..., None, None]) if "scale" in rest else y
+        y = y + rest["shift"].to(y.dtype)[..., None, None] if "shift" in rest else y
+        return (F.silu(y) if silu else y, h)[: 1 + ("residual" in rest)]
+
+    with (
+        backend("triton"),
+        mock.patch.object(norm, "register_tile", return_value=tile),
+        mock.patch.object(backward_of_norm, "register_tile", return_value=tile),
+        mock.patch.object(norm, "SPLIT_TILE", tile),
+    ):
+        found = with_gradients(ours, tensors, None, *upstream)
+    same, exact = with_gradients(theirs, tensors, None, *upstream), with_gradients(theirs, tensors, torch.float64, *upstream)
+    for name, got in found.items():
+        three_way(got, same[name], exact[name], gradient=name.startswith("d"))
+
+
+@given(
+    N=st.integers(0, 3), rest=st.lists(st.integers(1, 9), max_size=3), dtype=DTYPES, value=values, bad=bad_values,
+    a=st.floats(1e-4, 0.9999), up=st.floats(0, 1), eta=st.floats(0, 1),
+    kind=st.sampled_from(PREDICTION_TYPES), clip=st.sampled_from([None, 1.0]), seed=SEEDS,
+)  # fmt: skip
+def test_ddim_step(
+    N: int, rest: list[int], dtype: torch.dtype, value: str, bad: float | None, a: float, up: float, eta: float, kind: str,
+    clip: float | None, seed: int, three_way: Any,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    b = a + (1 - a) * up
+    shape = (N, *rest)
+    x, m, z = (VALUES["normal" if value == "huge" else value](torch.randn(shape), dtype).to(dtype) for _ in range(3))
+    if bad is not None and x.numel():
+        x.view(-1)[0] = bad
+
+    def formula(x: Tensor, m: Tensor, z: Tensor) -> Tensor:
+        a32, b32 = (float(torch.tensor(v, dtype=torch.float32)) for v in (a, b))  # the numbers that the op is given
+        x0, e = {
+            "epsilon": lambda: ((x - (1 - a32) ** 0.5 * m) / a32**0.5, m),
+            "sample": lambda: (m, (x - a32**0.5 * m) / (1 - a32) ** 0.5),
+            "v_prediction": lambda: (a32**0.5 * x - (1 - a32) ** 0.5 * m, a32**0.5 * m + (1 - a32) ** 0.5 * x),
+        }[kind]()
+        x0 = x0 if clip is None else x0.clamp(-clip, clip)
+        sigma = eta * ((1 - b32) / (1 - a32) * max(0.0, 1 - a32 / b32)) ** 0.5
+        return b32**0.5 * x0 + max(0.0, 1 - b32 - sigma**2) ** 0.5 * e + sigma * z
+
+    with backend("triton"):
+        ours = ddim_step(x, m, a, b, eta=eta, noise=z, prediction_type=kind, clip_range=clip)
+    # 1 - a in float32 is a number of its own where a is near 1: what it does to x' is the op's input, not its error
+    exact = formula(x.double(), m.double(), z.double())
+    if x.numel():
+        three_way(ours, formula(x, m, z), exact, gradient=True)
+    else:
+        assert ours.shape == x.shape
+
+
+@given(
+    N=st.integers(0, 3), numel=st.integers(1, 5000), K=st.integers(0, 3), dtype=DTYPES, dtype_of_m=DTYPES, guided=st.booleans(),
+    noisy=st.booleans(), watched=st.booleans(), frozen=st.booleans(), clip=st.sampled_from([None, 0.5]), value=values, seed=SEEDS,
+)  # fmt: skip
+def test_solver_step(
+    N: int, numel: int, K: int, dtype: torch.dtype, dtype_of_m: torch.dtype, guided: bool, noisy: bool, watched: bool, frozen: bool,
+    clip: float | None, value: str, seed: int, three_way: Any,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    table = torch.randn(2, 6 + 2 * K)
+    table[:, 6:] *= torch.rand(2 * K) < 0.7
+    x = VALUES["normal" if value == "huge" else value](torch.randn(N, numel), dtype).to(dtype)
+    m = torch.randn((1 + guided) * N, numel).to(dtype_of_m)
+    w, stop, seeds = torch.rand(N) * 5, torch.rand(N) < 0.5, torch.randint(2**40, (N, 2)) % torch.tensor([2**40, 1000])
+    history, before = torch.randn(K, 2, N, numel).to(dtype), torch.randn(N, numel).to(dtype)
+    row, past = table[1], history.clone()
+    z = torch.cat([torch.empty(0, numel), *(philox_normal((1, numel), int(s), first_index=int(i), stream=2) for s, i in seeds)])
+
+    def formula(kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        v, u = x.to(kind), m[:N].to(kind)
+        u = u + w.to(kind)[:, None] * (m[N:].to(kind) - u) if guided else u
+        c_x, c_m, d, s, a, b, *rest = row.to(kind)
+        x0 = c_x * v + c_m * u
+        x0 = x0 if clip is None else x0.clamp(-clip, clip)
+        y = a * v + b * u + d * x0 + (s * z.to(kind) if noisy else 0)
+        for k in range(K):
+            xk, mk = past[(1 - k - 1) % K].to(kind)
+            y = y + rest[2 * k] * xk + rest[2 * k + 1] * mk
+        delta = x0 - before.to(kind)
+        sums = torch.stack([u.square().sum(1), delta.square().sum(1)], 1)
+        if frozen:
+            y, sums = torch.where(stop[:, None], v, y), sums.masked_fill(stop[:, None], 0)
+        return y, x0, sums
+
+    counter, x0, sums = torch.tensor([1, 0], dtype=torch.int32), before.clone(), torch.full((N, 2), torch.nan)
+    with backend("triton"):
+        y = solver_step(
+            x, m, table, counter, guidance_scale=w if guided else None, history=history if K else None, seeds=seeds if noisy else None,
+            frozen=stop if frozen else None, x0=x0 if watched else None, statistics=sums if watched else None, clip_range=clip,
+        )  # fmt: skip
+    assert counter.tolist() == [2, 0]
+    if N == 0:
+        return
+    # PyTorch in the lower of the two dtypes
+    low = dtype if dtype != torch.float32 else dtype_of_m
+    exact, same = formula(torch.float64), formula(low)
+    three_way(y, same[0].to(dtype), exact[0], gradient=True)
+    if watched:
+        moves = ~stop if frozen else torch.ones(N, dtype=torch.bool)
+        three_way(x0[moves], same[1][moves].to(dtype), exact[1][moves], gradient=True)
+        three_way(sums, formula(torch.float32)[2], exact[2], gradient=True)
+        assert torch.equal(x0[~moves], before[~moves])
+    if K:
+        kept = ~stop if frozen else torch.ones(N, dtype=torch.bool)
+        assert torch.equal(history[1 % K, 0][kept], x[kept])
+
+
+@pytest.mark.parametrize("op", ["frequency_loss", "spectral_mse"])
+@given(
+    N=st.integers(1, 2), C=st.integers(1, 3), H=st.integers(1, 40), W=st.integers(1, 40), dtypes=st.tuples(DTYPES, DTYPES),
+    of_pred=layouts, of_target=layouts, value=values, bad=bad_values, cutoff=st.floats(0, 1), low=st.floats(0, 4), high=st.floats(0, 4),
+    norm=st.sampled_from(["backward", "ortho", "forward"]), seed=SEEDS,
+)  # fmt: skip
+def test_losses(
+    op: str, N: int, C: int, H: int, W: int, dtypes: tuple[torch.dtype, torch.dtype], of_pred: str, of_target: str, value: str,
+    bad: float | None, cutoff: float, low: float, high: float, norm: str, seed: int, three_way: Any,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    shape = (N, C, H, W)
+    tensors = {"pred": tensor(shape, dtypes[0], of_pred, value, bad), "target": tensor(shape, dtypes[1], of_target, "normal")}
+
+    def ours(pred: Tensor, target: Tensor) -> tuple[Tensor]:
+        if op == "spectral_mse":
+            return (spectral_mse(pred, target, norm=norm),)
+        return (frequency_loss(pred, target, low_weight=low, high_weight=high, cutoff=cutoff),)
+
+    def literal(pred: Tensor, target: Tensor) -> tuple[Tensor]:
+        kind = torch.float64 if pred.dtype == torch.float64 else torch.float32
+        power = torch.fft.fft2(pred.to(kind) - target.to(kind), norm=norm if op == "spectral_mse" else "ortho").abs() ** 2
+        f = [torch.fft.fftfreq(n, dtype=torch.float64) for n in (H, W)]
+        mask = (f[0][:, None] ** 2 + f[1] ** 2).sqrt() <= cutoff
+        return ((power if op == "spectral_mse" else torch.where(mask, low, high) * power).mean(),)
+
+    one = torch.tensor(1.0)
+    with backend("triton"):
+        found = with_gradients(ours, tensors, None, one)
+    same, exact = with_gradients(literal, tensors, None, one), with_gradients(literal, tensors, torch.float64, one)
+    if not tensors["pred"].isfinite().all():
+        assert not found["out0"].isfinite()
+        return
+    # what cancels in a part without weight was there before: the terms are as large as the error under the larger weight
+    e, weight = (tensors["pred"].double() - tensors["target"].double()).abs(), max(low, high) if op == "frequency_loss" else 1.0
+    for name, got in found.items():
+        unit = float((e**2).mean() if name == "out0" else 2 * e.max() / e.numel()) * weight
+        three_way(got, same[name], exact[name], gradient=True, unit=unit)
+
+
+@given(
+    shape=st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)), dtype=DTYPES, value=values,
+    kind=st.sampled_from(PREDICTION_TYPES), p=st.floats(0, 1), seed=st.integers(0, 2**63 - 1), stream=st.integers(0, 2**31 - 1),
+    first=st.integers(0, 2**30),
+)  # fmt: skip
+def test_diffuse_and_philox_normal(
+    shape: tuple[int, ...], dtype: torch.dtype, value: str, kind: str, p: float, seed: int, stream: int, first: int, three_way: Any
+) -> None:
+    torch.manual_seed(seed)
+    z0, t, bars = VALUES[value](torch.randn(shape), dtype).to(dtype), torch.randint(50, shape[:1]), torch.rand(50)
+    options: dict[str, Any] = {"first_index": first, "stream": stream}
+    out = {}
+    for name in ("torch", "triton"):
+        with backend(name):
+            out[name] = diffuse(z0, t, bars, seed, prediction_type=kind, cutmix_prob=p, **options)
+            out[name] += (philox_normal(shape, seed, **options),)
+    torch.testing.assert_close(out["triton"][2], out["torch"][2], rtol=0, atol=1e-6)
+    with backend("torch"):
+        exact = diffuse(z0.float(), t, bars, seed, prediction_type=kind, cutmix_prob=p, **options)
+    if shape[0]:
+        for ours, same, reference in zip(out["triton"], out["torch"], exact, strict=False):
+            three_way(ours, same, reference.double(), gradient=True)
