@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/sbldm-fast demo -o demo
 
 test: .venv/installed
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/pytest -q
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8
 
 lint: .venv/installed build/tree
 	$(BIN)/ruff check .
@@ -23,7 +23,7 @@ lint: .venv/installed build/tree
 	PYTHONSAFEPATH=1 MYPYPATH=build/tree $(BIN)/mypy -p sbldm_fast
 
 preflight: .venv/installed
-	$(BIN)/python -m sbldm_fast.kernels.preflight --sm 75
+	$(BIN)/python -m sbldm_fast.kernels.preflight --worst
 
 # On any CUDA machine with torch >= 2.8: the Python that is there, nothing downloaded, nothing changed outside build/.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))

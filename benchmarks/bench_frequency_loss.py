@@ -25,7 +25,7 @@ def with_gradient(loss: Callable[[Tensor, Tensor], Tensor], pred: Tensor, target
 
 
 def cases(device: torch.device, large: bool) -> Iterator[Case]:
-    for N, C, side in ((16, 8, 16), (16, 4, 32), (16, 1, 128), *([(64, 4, 256)] if large else [])):
+    for N, C, side in ((16, 8, 16), (16, 4, 32), (16, 1, 128), *([(8192, 8, 16), (64, 4, 256)] if large else [])):
         for dtype in on_device(device):
             pred, target = torch.randn(2, N, C, side, side, device=device, dtype=dtype)
             low = module.low_modes(side, side, 0.25, device)
@@ -46,7 +46,7 @@ def cases(device: torch.device, large: bool) -> Iterator[Case]:
             providers["ours"] = ours(with_gradient(op, pred, target))
             modes = int(low.sum()) if device.type != "meta" else int(module.low_modes(side, side, 0.25, torch.device("cpu")).sum())
             small = side <= module.BASIS_SIDE
-            # by the basis: read pred and target, write the gradient; by FFT: three more trips of the spectrum; then scale the gradient
-            moved = pred.numel() * (2 * pred.element_size() + 4 + 8 + (0 if small else 24))
+            # read pred and target, write the gradient; ours also scales it in a pass of its own, and by FFT moves the spectrum three times
+            moved, again = pred.numel() * 3 * pred.element_size(), pred.numel() * (8 if small else 32)
             flops = pred.numel() * (4 * modes if small else 60)
-            yield Case(f"{N}x{C}x{side}x{side}", dtype, "nchw", moved, flops, 3 if small else 8, providers)
+            yield Case(f"{N}x{C}x{side}x{side}", dtype, "nchw", moved, flops, 3 if small else 8, providers, again)

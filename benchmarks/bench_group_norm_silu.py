@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from sbldm_fast.kernels import group_norm_silu
+from sbldm_fast.kernels import _group_tiles, group_norm_silu
 from torch import Tensor
 
 from sbldm_fast.files import whole_file
@@ -24,7 +24,6 @@ from sbldm_fast.files import whole_file
 from .kernels import Case, Providers, on_device, ours
 from .timing import interleaved, summary
 
-module = importlib.import_module("sbldm_fast.kernels.group_norm_silu")  # the package's attribute is the function
 # the paper's UNet at its three widths, its VAE's widest norm, and 64 MB in float32
 SHAPES = ((1, 64, 16, 32), (16, 64, 16, 32), (16, 256, 4, 32), (1, 32, 128, 8), (16, 64, 128, 32))
 TILES = (512, 1024, 2048, 4096, 8192)
@@ -48,8 +47,10 @@ def cases(device: torch.device, large: bool) -> Iterator[Case]:
                 calls["Liger-Kernel, then silu"] = _liger
             providers: Providers = {name: _step(f, x, dy, arguments, train) for name, f in calls.items()}
             providers["ours"] = ours(providers["ours"])
-            size, limit = x.numel() * x.element_size(), module.register_tile(device)
-            cut, cut_back = (int(module.plan(x, groups, tile)[0][3] > 1) for tile in (limit, limit // 2))
+            size, limit = x.numel() * x.element_size(), _group_tiles.register_tile(device)
+            cut, cut_back = (
+                int(_group_tiles.plan(x.shape, groups, last, x.element_size(), tile)[0][3] > 1) for tile in (limit, limit // 2)
+            )
             # forward reads x and writes y, backward reads x and dy and writes dx; a group that is cut is read twice, in one more launch
             yield Case(
                 f"{N}x{C}x{side}x{side}/{groups}{' forward and backward' if train else ''}", dtype, "nhwc" if last else "nchw",
@@ -92,7 +93,7 @@ def measure_crossover(rounds: int = 20) -> int:
 
 
 def _with_limit(x: Tensor, limit: int) -> None:
-    with mock.patch.object(module, "register_tile", return_value=limit):
+    with mock.patch.object(importlib.import_module("sbldm_fast.kernels.group_norm_silu"), "register_tile", return_value=limit):
         for _ in range(50):
             group_norm_silu(x, 32)
 

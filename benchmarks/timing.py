@@ -40,7 +40,7 @@ def summary(raw: Sequence[float]) -> dict[str, Any]:
     """Median, p10, p90, interquartile range and n of `raw`, in its unit, with the raw values."""
     t = torch.tensor(raw, dtype=torch.float64)
     p10, q1, median, q3, p90 = torch.quantile(t, torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)).tolist()
-    return {"median_s": median, "p10_s": p10, "p90_s": p90, "iqr_s": q3 - q1, "n": len(raw), "raw_s": [round(v, 6) for v in raw]}
+    return {"median_s": median, "p10_s": p10, "p90_s": p90, "iqr_s": q3 - q1, "n": len(raw), "raw_s": [round(v, 9) for v in raw]}
 
 
 def machine() -> dict[str, Any]:

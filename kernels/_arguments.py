@@ -26,12 +26,26 @@ def check_like(name: str, t: Tensor, x: Tensor, of: str = "x", dtype: bool = Tru
         )
 
 
-def check_shape(name: str, t: Tensor, shapes: tuple[tuple[int, ...], ...], x: Tensor) -> None:
-    """`t` has one of `shapes`, on the device of `x`."""
+def check_shape(name: str, t: Tensor, shapes: tuple[tuple[int, ...], ...], x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """`t` has one of `shapes` and of `dtypes`, on the device of `x`."""
     if tuple(t.shape) not in shapes:
         raise ValueError(f"{name}: got shape {tuple(t.shape)}, allowed is {' or '.join(map(str, shapes))}")
+    if t.dtype not in dtypes:
+        raise ValueError(f"{name}: got {t.dtype}, allowed is {' or '.join(map(str, dtypes))}")
     if t.device != x.device:
         raise ValueError(f"{name}: got device {t.device}, allowed is that of x, {x.device}")
+
+
+def check_count(name: str, value: object, top: int) -> None:
+    """`value` is an integer from 0 to below `top`."""
+    if not isinstance(value, int) or not 0 <= value < top:
+        raise ValueError(f"{name}: got {value!r}, allowed is an integer from 0 to {top - 1}")
+
+
+def check_clip(clip_range: float | None) -> None:
+    """`clip_range` is None or above 0."""
+    if clip_range is not None and not clip_range > 0:
+        raise ValueError(f"clip_range: got {clip_range}, allowed is > 0 or None")
 
 
 def check_contiguous(**tensors: Tensor | None) -> None:
@@ -46,3 +60,9 @@ def check_no_grad(**tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if needs_grad(t):
             raise ValueError(f"{name}: got requires_grad=True, allowed is a tensor without: this op has no gradient, use torch.no_grad()")
+
+
+def check_first_derivative(op: str) -> None:
+    """A backward pass is not itself being recorded."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: got create_graph=True, allowed is a first derivative: the kernel has no second, backend('torch') has")

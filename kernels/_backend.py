@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,10 +61,16 @@ def obstacle(device: torch.device) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
     if device.type == "cuda":
-        return None
+        return _too_old(device)
     if device.type == "cpu" and interpreted():
         return None
     return f"Triton has no {device.type} target (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (7, 0)
+    return None if major >= 7 else f"Triton needs compute capability 7.0 or newer, and {device} has {major}.{minor}"
 
 
 def resolve(device: torch.device, no_gradient: bool = False) -> tuple[str, str]:

@@ -3,7 +3,7 @@ r"""One DDIM step in one pass: x0 from the model's output, clipping, direction, 
     x0    = (x - sqrt(1-a) m) / sqrt(a)          epsilon      e = m
           = m                                    sample       e = (x - sqrt(a) m) / sqrt(1-a)
           = sqrt(a) x - sqrt(1-a) m              v_prediction e = sqrt(a) m + sqrt(1-a) x
-    sigma = eta sqrt((1-a')/(1-a)) sqrt(1 - a/a')
+    sigma = eta sqrt((1-a')/(1-a)) sqrt((a'-a)/a')          = 1 - a/a', without its cancellation
     x'    = sqrt(a') clip(x0) + sqrt(1 - a' - sigma^2) e + sigma z
 
 a is alphas_cumprod at this timestep, a' at the previous one. As in diffusers, e is not derived again after clipping.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._arguments import check_float, check_like
+from ._arguments import check_clip, check_float, check_like, check_shape
 from ._backend import needs_grad, resolve, tl, triton
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -46,7 +46,7 @@ def ddim_step_reference(
         x0 = x0.clamp(-clip_range, clip_range)
     if eta == 0:
         return (a_prev.sqrt() * x0 + (1 - a_prev).sqrt() * e).to(x.dtype)
-    sigma = eta * ((1 - a_prev) / (1 - a)).sqrt() * (1 - a / a_prev).clamp(min=0).sqrt()
+    sigma = eta * ((1 - a_prev) / (1 - a)).sqrt() * ((a_prev - a) / a_prev).clamp(min=0).sqrt()
     y = a_prev.sqrt() * x0 + (1 - a_prev - sigma**2).clamp(min=0).sqrt() * e
     return (y if noise is None else y + sigma * noise.float()).to(x.dtype)
 
@@ -81,7 +81,7 @@ def _ddim_step_kernel(
         x0 = tl.where(x0 > CLIP, CLIP, tl.where(x0 < -CLIP, -CLIP, x0))
     direction = 1.0 - a_prev
     if eta != 0:
-        sigma = eta * tl.sqrt((1.0 - a_prev) / (1.0 - a)) * tl.sqrt(tl.maximum(1.0 - a / a_prev, 0.0))
+        sigma = eta * tl.sqrt((1.0 - a_prev) / (1.0 - a)) * tl.sqrt(tl.maximum((a_prev - a) / a_prev, 0.0))
         direction = tl.maximum(direction - sigma * sigma, 0.0)
     out = tl.sqrt(a_prev) * x0 + tl.sqrt(direction) * e
     if noise is not None:
@@ -143,7 +143,7 @@ def ddim_step(
     Args:
         x, model_output: `[N, ...]`, one dtype, one dense layout.
         alpha_bar, alpha_bar_prev: alphas_cumprod now and at the previous timestep: a number, `[]` or one per sample `[N]`.
-            Inside a loop give tensors on the device of `x`; a number is copied there at each call.
+            Tensors must be on the device of `x`.
         eta: 0 is deterministic, 1 has DDPM's variance.
         noise: like `x`; needed if `eta > 0`.
         prediction_type: what the model predicts: `"epsilon"`, `"sample"` (x0) or `"v_prediction"`.
@@ -154,16 +154,18 @@ def ddim_step(
 
     Source: Song et al. 2021, arXiv:2010.02502, equation 12; v as in Salimans & Ho 2022, arXiv:2202.00512.
     """
-    a, a_prev = (torch.as_tensor(v, dtype=torch.float32, device=x.device) for v in (alpha_bar, alpha_bar_prev))
+    a, a_prev = (
+        v.float() if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float32, device=x.device) for v in (alpha_bar, alpha_bar_prev)
+    )
     _check(x, model_output, a, a_prev, eta, noise, prediction_type, clip_range)
-    chosen, _ = resolve(x.device, needs_grad(x, model_output, noise))
-    if chosen == "torch":
-        return ddim_step_reference(x, model_output, a, a_prev, eta=eta, noise=noise, prediction_type=prediction_type, clip_range=clip_range)
     for name, t in (("x", x), ("model_output", model_output), ("noise", noise)):
         if t is not None and (_strides(t) != _strides(x) or not _dense(t)):
             raise ValueError(
                 f"{name}: got strides {t.stride()}, allowed is one dense layout for x, model_output and noise: call .contiguous()"
             )
+    chosen, _ = resolve(x.device, needs_grad(x, model_output, noise))
+    if chosen == "torch":
+        return ddim_step_reference(x, model_output, a, a_prev, eta=eta, noise=noise, prediction_type=prediction_type, clip_range=clip_range)
     out: Tensor = torch.ops.sbldm_fast.ddim_step(x, model_output, a, a_prev, eta, noise, prediction_type, clip_range)
     return out
 
@@ -185,13 +187,11 @@ def _check(
         if t is not None:
             check_like(name, t, x)
     for name, t in (("alpha_bar", a), ("alpha_bar_prev", a_prev)):
-        if tuple(t.shape) not in ((), (1,), (x.shape[0],)):
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, allowed is a number, [] or [{x.shape[0]}]")
+        check_shape(name, t, ((), (1,), (x.shape[0],)), x)
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type: got {prediction_type!r}, allowed are {', '.join(PREDICTION_TYPES)}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: got {eta}, allowed is 0 to 1")
     if eta and noise is None:
         raise ValueError(f"noise: got None, allowed is a tensor like x where eta > 0 (eta = {eta})")
-    if clip_range is not None and clip_range <= 0:
-        raise ValueError(f"clip_range: got {clip_range}, allowed is > 0 or None")
+    check_clip(clip_range)

@@ -17,10 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._arguments import check_contiguous, check_float, check_no_grad, check_shape
+from ._arguments import check_contiguous, check_count, check_float, check_no_grad, check_shape
 from ._backend import resolve, tl, triton
 from .ddim_step import PREDICTION_TYPES
-from .philox_normal import _32, normals, normals_reference, philox_reference
+from .philox_normal import _32, normals, normals_reference, philox_reference, uniform
 
 BLOCK_BYTES = 2048  # of a program: 16 bytes a thread
 
@@ -53,14 +53,9 @@ def diffuse_reference(
 
 
 @triton.jit
-def _unit(word):
-    return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-
-
-@triton.jit
 def _inside(at, length, side, centre):
-    size = tl.floor(length.to(tl.float32) * side)
-    start = tl.floor(length.to(tl.float32) * centre) - tl.floor(size / 2)
+    size = tl.floor(tl.cast(length, tl.float32) * side)
+    start = tl.floor(tl.cast(length, tl.float32) * centre) - tl.floor(size / 2)
     return (at.to(tl.float32) >= start) & (at.to(tl.float32) < start + size)
 
 
@@ -83,11 +78,11 @@ def _diffuse_kernel(
         zero = n * 0
         w0, w1, w2, w3 = tl.philox(seed, zero, first_index + n, stream, zero + 1)
         if (w0 >> 9).to(tl.int32) < THRESHOLD:
-            side = tl.sqrt_rn(_unit(w1))
-            box = _inside(i // W % H, H, side, _unit(w2)) & _inside(i % W, W, side, _unit(w3))
+            side = tl.sqrt_rn(uniform(w1))
+            box = _inside(i // W % H, H, side, uniform(w2)) & _inside(i % W, W, side, uniform(w3))
             other = (n + 1) % N
             e = tl.where(box, normals(seed, first_index + other, stream, block), e)
-            z = tl.where(box, tl.load(z0 + other.to(tl.int64) * numel + i, mask=mask & box, other=0.0).to(tl.float32), z)
+            z = tl.where(box, tl.load(z0 + other.to(tl.int64) * numel + i, mask=mask, other=0.0).to(tl.float32), z)
     t = tl.load(timesteps + n)
     a = tl.load(alphas_cumprod + t, mask=(t >= 0) & (t < t_max), other=float("nan"))
     root_a, root_b = tl.sqrt(a), tl.sqrt(1.0 - a)
@@ -143,7 +138,7 @@ def diffuse(
         alphas_cumprod: float32 `[T]`, on the device of `z0`.
         seed, stream: of the noise, as in `philox_normal`; in training, the step is the stream. A tensor of one int64 on the device
             of `z0` can change under a captured graph.
-        first_index: the number of the first sample, so that a shard draws its part of a larger batch.
+        first_index: the number of the first sample, so that a shard draws its part of a larger batch; CutMix stays within the shard.
         prediction_type: the target: `"epsilon"`, `"sample"` (z0) or `"v_prediction"`.
         cutmix_prob: the probability that a box of a sample is its neighbour's.
 
@@ -158,11 +153,9 @@ def diffuse(
     check_float("z0", z0, "[N, C, H, W]")
     check_no_grad(z0=z0)
     check_contiguous(z0=z0, timesteps=timesteps, alphas_cumprod=alphas_cumprod)
-    check_shape("timesteps", timesteps, ((z0.shape[0],),), z0)
-    check_shape("alphas_cumprod", alphas_cumprod, (tuple(alphas_cumprod.shape[:1]),), z0)
-    for name, t, dtype in (("timesteps", timesteps, torch.int64), ("alphas_cumprod", alphas_cumprod, torch.float32)):
-        if t.dtype != dtype:
-            raise ValueError(f"{name}: got {t.dtype}, allowed is {dtype}")
+    check_shape("timesteps", timesteps, ((z0.shape[0],),), z0, (torch.int64,))
+    check_shape("alphas_cumprod", alphas_cumprod, (tuple(alphas_cumprod.shape[:1]),), z0, (torch.float32,))
+    check_count("first_index", first_index, 2**31)
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type: got {prediction_type!r}, allowed are {', '.join(PREDICTION_TYPES)}")
     if not 0 <= cutmix_prob <= 1:
@@ -170,12 +163,11 @@ def diffuse(
     words = []
     for name, value, top in (("seed", seed, 2**63), ("stream", stream, 2**31)):
         if isinstance(value, Tensor):
-            check_shape(name, value, ((), (1,)), z0)
-            words.append(value.to(torch.int64).reshape(1))
-        elif isinstance(value, int) and 0 <= value < top:
-            words.append(torch.full((1,), value, dtype=torch.int64, device=z0.device))
+            check_shape(name, value, ((), (1,)), z0, (torch.int64,))
+            words.append(value.reshape(1))
         else:
-            raise ValueError(f"{name}: got {value!r}, allowed is an integer from 0 to {top - 1}, or a tensor of one")
+            check_count(name, value, top)
+            words.append(torch.full((1,), value, dtype=torch.int64, device=z0.device))
     arguments = (z0, timesteps, alphas_cumprod, torch.cat(words), first_index, prediction_type, round(cutmix_prob * 2**23))
     if resolve(z0.device)[0] == "torch":
         return diffuse_reference(*arguments)

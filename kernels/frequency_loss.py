@@ -18,7 +18,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ._arguments import check_float, check_like
+from ._arguments import check_first_derivative, check_float, check_like
 from ._backend import needs_grad, resolve, tl, triton
 
 BASIS_SIDE = 32  # largest side that takes the basis
@@ -65,7 +65,8 @@ def low_basis(H: int, W: int, cutoff: float, device: torch.device) -> Tensor:
 
 @functools.cache
 def _half_mask(H: int, W: int, cutoff: float, device: torch.device) -> Tensor:
-    return low_modes(H, W, cutoff, device)[:, : W // 2 + 1].to(torch.int8).contiguous()
+    # last of all to the device, and waiting for it: another stream may be the next to read
+    return low_modes(H, W, cutoff, torch.device("cpu"))[:, : W // 2 + 1].to(torch.int8).contiguous().to(device)
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def _basis_kernel(
     tl.store(sums + tl.program_id(0) * 2, tl.sum(low * low))
     tl.store(sums + tl.program_id(0) * 2 + 1, tl.sum(high * high))
     if grad is not None:
-        g = (low_weight * low + high_weight * high) * (2.0 / numel.to(tl.float32))
+        g = (low_weight * low + high_weight * high) * (2.0 / tl.cast(numel, tl.float32))
         tl.store(grad + n * gs[0] + c * gs[1] + y * gs[2] + x * gs[3], g, mask=mask)
 
 
@@ -111,7 +112,7 @@ def _spectrum_kernel(
     power = E * E * tl.where(alone, 1.0, 2.0)
     tl.store(sums + tl.program_id(0) * 2, tl.sum(tl.where(low, power, 0.0)))
     tl.store(sums + tl.program_id(0) * 2 + 1, tl.sum(tl.where(low, 0.0, power)))
-    weight = tl.where(low, low_weight, high_weight) * (2.0 / numel.to(tl.float32))
+    weight = tl.where(low, low_weight, high_weight) * (2.0 / tl.cast(numel, tl.float32))
     tl.store(spectrum + i, E * weight, mask=mask)
 
 
@@ -123,7 +124,7 @@ def _total_kernel(sums, loss, means, rows, numel, low_weight: tl.constexpr, high
         i = start + tl.arange(0, BLOCK)
         low += tl.load(sums + i * 2, mask=i < rows, other=0.0)
         high += tl.load(sums + i * 2 + 1, mask=i < rows, other=0.0)
-    mean_low, mean_high = tl.sum(low) / numel.to(tl.float32), tl.sum(high) / numel.to(tl.float32)
+    mean_low, mean_high = tl.sum(low) / tl.cast(numel, tl.float32), tl.sum(high) / tl.cast(numel, tl.float32)
     tl.store(means, mean_low)
     tl.store(means + 1, mean_high)
     tl.store(loss, low_weight * mean_low + high_weight * mean_high)
@@ -187,6 +188,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    check_first_derivative("frequency_loss, spectral_mse")
     scaled = ctx.saved_tensors[0] * dloss
     of_pred, of_target, *rest = ctx.needs_input_grad
     return (
@@ -215,7 +217,7 @@ def frequency_loss(
 
     Args:
         pred, target: `[N, C, H, W]`, float32, float16 or bfloat16 each, any strides; computed in float32, also under autocast.
-        low_weight, high_weight: of the modes at and below `cutoff`, and of the others.
+        low_weight, high_weight: of the modes at and below `cutoff`, and of the others; each new pair compiles a kernel.
         cutoff: in cycles per pixel, 0 (the mean alone is low) to 1; from sqrt(1/2) on all modes are low.
         return_means: return `(loss, mean_low, mean_high)`, the two means for logging, without gradient.
 

@@ -7,26 +7,34 @@ r"""GroupNorm, time modulation and SiLU in one pass over memory; the gradients a
 Layouts: NCHW, channels_last and any strided view, read in place. Source: Wu & He 2018 (GroupNorm), Dhariwal & Nichol 2021
 section 3 (scale and shift from the time embedding), Chan et al. 1979 (merging the statistics of tiles).
 
-A program owns one sample, a run of whole groups, and their pixels or a tile of them. A group of up to `register_tile` elements is
-read once and kept in registers. A larger one is cut into tiles, in two launches: the statistics of each tile, then each program
-merges these in one order and normalises its own tile. No atomics: the same bits from run to run.
+A group of up to `register_tile` elements is read once and kept in registers. A larger one is cut into tiles, in two launches: the
+statistics of each tile, then each program merges these in one order and normalises its own tile. No atomics: the same bits from run to run.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-from pathlib import Path
 from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._arguments import check_float, check_like, check_shape
+from ._arguments import check_first_derivative, check_float, check_like, check_shape
 from ._backend import resolve, tl, triton
+from ._group_tiles import (
+    affine_arguments,
+    is_flat,
+    load_affine,
+    load_pairs,
+    offsets,
+    per_group,
+    place,
+    plan,
+    register_tile,
+    spread,
+    store_pair,
+)
 
-SPLIT_TILE = 4096  # elements of one program where a group is cut
 ACTIVATIONS = ("silu", "none")
 
 
@@ -49,69 +57,6 @@ def group_norm_silu_reference(
 
 
 @triton.jit
-def place(size, TILE):
-    # the sample, channels and pixels of this program; one grid axis, as the others end at 65,535
-    C, HW, _, chunks = size
-    programs = tl.cdiv(C, TILE[0] * TILE[1]) * chunks
-    n = (tl.program_id(0) // programs).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
-    lane = tl.arange(0, TILE[2])
-    c = (tl.program_id(0) % programs) // chunks * (TILE[0] * TILE[1]) + lane
-    in_c = (lane < TILE[0] * TILE[1]) & (c < C)
-    s = chunk * TILE[3] + tl.arange(0, TILE[3])
-    return n, chunk, c, in_c, s, in_c[:, None] & (s < HW)[None, :]
-
-
-@triton.jit
-def offsets(n, c, s, size, strides, FLAT: tl.constexpr):
-    # FLAT: the rows follow on one another, so a pixel needs no division
-    s = s.to(tl.int64)
-    pixel = s * strides[3] if FLAT else (s // size[2]) * strides[2] + (s % size[2]) * strides[3]
-    return n * strides[0] + c.to(tl.int64)[:, None] * strides[1] + pixel[None, :]
-
-
-@triton.jit
-def per_group(v, TILE):
-    # the sum over each group's channels, handed back to every channel of the group
-    total = tl.sum(tl.reshape(v, (TILE[1], TILE[2] // TILE[1])), axis=1, keep_dims=True)
-    return tl.reshape(tl.broadcast_to(total, (TILE[1], TILE[2] // TILE[1])), (TILE[2],))
-
-
-@triton.jit
-def load_affine(n, c, in_c, affine):
-    weight, bias, scale, shift, scale_stride, shift_stride = affine
-    a = tl.full(c.shape, 1.0, tl.float32)
-    b = tl.zeros_like(a)
-    if weight is not None:
-        a = tl.load(weight + c, mask=in_c, other=0.0).to(tl.float32)
-    if bias is not None:
-        b = tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)
-    if scale is not None:
-        factor = 1.0 + tl.load(scale + n * scale_stride + c, mask=in_c, other=0.0).to(tl.float32)
-        a *= factor
-        b *= factor
-    if shift is not None:
-        b += tl.load(shift + n * shift_stride + c, mask=in_c, other=0.0).to(tl.float32)
-    return a, b
-
-
-@triton.jit
-def store_pair(pairs, first, second, row, c, in_c, C):
-    # pairs is [rows, 2, C]
-    tl.store(pairs + row * 2 * C + c, first, mask=in_c)
-    tl.store(pairs + row * 2 * C + C + c, second, mask=in_c)
-
-
-@triton.jit
-def load_pairs(pairs, n, c, in_c, size, TILE):
-    # what every tile of the sample has left, as two [tiles, channels]
-    k = tl.arange(0, TILE[4])
-    at = pairs + ((n * size[3] + k) * 2 * size[0])[:, None] + c[None, :]
-    mask = (k < size[3])[:, None] & in_c[None, :]
-    return tl.load(at, mask=mask, other=0.0), tl.load(at + size[0], mask=mask, other=0.0)
-
-
-@triton.jit
 def _load_sum(x, residual, h, n, c, s, mask, size, strides, FLAT: tl.constexpr):
     v = tl.load(x + offsets(n, c, s, size, strides[0], FLAT), mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
@@ -123,14 +68,22 @@ def _load_sum(x, residual, h, n, c, s, mask, size, strides, FLAT: tl.constexpr):
 
 
 @triton.jit
+def _centred(v, mask, count, TILE):
+    # twice: the mean of what is left after the rounded mean restores the digits that a sum far from zero has lost
+    mean = per_group(tl.sum(v, axis=1), TILE) / count
+    d = tl.where(mask, v - mean[:, None], 0.0)
+    rest = per_group(tl.sum(d, axis=1), TILE) / count
+    d = tl.where(mask, d - rest[:, None], 0.0)
+    return d, mean + rest, per_group(tl.sum(d * d, axis=1), TILE)
+
+
+@triton.jit
 def _tile_statistics_kernel(x, residual, h, pairs, strides, size, TILE: tl.constexpr, FLAT: tl.constexpr):
     n, chunk, c, in_c, s, mask = place(size, TILE)
     v = _load_sum(x, residual, h, n, c, s, mask, size, strides, FLAT)
-    pixels = tl.cast(tl.minimum(size[1] - chunk * TILE[3], TILE[3]), tl.float32)
-    mean = tl.sum(v, axis=1) / pixels
-    d = tl.where(mask, v - mean[:, None], 0.0)
-    rest = tl.sum(d, axis=1) / pixels
-    store_pair(pairs, mean + rest, tl.sum(d * d, axis=1) - rest * rest * pixels, n * size[3] + chunk, c, in_c, size[0])
+    count = tl.cast(tl.minimum(size[1] - chunk * TILE[3], TILE[3]) * TILE[0], tl.float32)
+    _, mean, squares = _centred(v, mask, count, TILE)
+    store_pair(pairs, mean, squares, n * size[3] + chunk, c // TILE[0], in_c & (c % TILE[0] == 0), size[0] // TILE[0])
 
 
 @triton.jit
@@ -140,66 +93,25 @@ def _group_norm_silu_kernel(
     n, chunk, c, in_c, s, mask = place(size, TILE)
     v = _load_sum(x, residual, h, n, c, s, mask, size, strides, FLAT)
     count = tl.cast(size[1], tl.float32) * TILE[0]
-    # twice: the mean of what is left after the rounded mean restores the digits that a sum far from zero has lost
     if pairs is None:
-        mean = per_group(tl.sum(v, axis=1), TILE) / count
-        d = tl.where(mask, v - mean[:, None], 0.0)
-        rest = per_group(tl.sum(d, axis=1), TILE) / count
-        d = tl.where(mask, d - rest[:, None], 0.0)
-        squares = tl.sum(d * d, axis=1)
+        d, mean, squares = _centred(v, mask, count, TILE)
     else:
-        means, within = load_pairs(pairs, n, c, in_c, size, TILE)
-        pixels = tl.maximum(tl.minimum(size[1] - tl.arange(0, TILE[4]) * TILE[3], TILE[3]), 0).to(tl.float32)[:, None]
-        mean = per_group(tl.sum(means * pixels, axis=0), TILE) / count
-        between = tl.where(in_c[None, :], means - mean[None, :], 0.0)
-        rest = per_group(tl.sum(between * pixels, axis=0), TILE) / count
-        between = tl.where(in_c[None, :], between - rest[None, :], 0.0)
-        squares = tl.sum(within + between * between * pixels, axis=0)
-        d = v - mean[:, None] - rest[:, None]
-    rstd = 1.0 / tl.sqrt(per_group(squares, TILE) / count + eps)
-    store_pair(stats, mean + rest, rstd, n, c // TILE[0], in_c & (c % TILE[0] == 0) & (chunk == 0), size[0] // TILE[0])
+        means, within = load_pairs(pairs, n, c, size, TILE)
+        counts = tl.maximum(tl.minimum(size[1] - tl.arange(0, TILE[4]) * TILE[3], TILE[3]), 0).to(tl.float32)[:, None] * TILE[0]
+        about = tl.sum(means * counts, axis=0) / count
+        between = means - about[None, :]
+        rest = tl.sum(between * counts, axis=0) / count
+        between = between - rest[None, :]
+        squares = spread(tl.sum(within + between * between * counts, axis=0), TILE)
+        mean = spread(about + rest, TILE)
+        d = v - spread(about, TILE)[:, None] - spread(rest, TILE)[:, None]
+    rstd = 1.0 / tl.sqrt(squares / count + eps)
+    store_pair(stats, mean, rstd, n, c // TILE[0], in_c & (c % TILE[0] == 0) & (chunk == 0), size[0] // TILE[0])
     a, b = load_affine(n, c, in_c, affine)
     v = d * (rstd * a)[:, None] + b[:, None]
     if SILU:
         v = v * tl.sigmoid(v)
     tl.store(y + offsets(n, c, s, size, strides[2], FLAT), v.to(y.dtype.element_ty), mask=mask)
-
-
-@functools.cache
-def register_tile(device: torch.device) -> int:
-    """Elements of the largest group that one program keeps in registers: as measured on this GPU (crossover.json), else the default."""
-    tiles = json.loads(Path(__file__).with_name("crossover.json").read_text())
-    return int(tiles.get(torch.cuda.get_device_name(device) if device.type == "cuda" else "default", tiles["default"]))
-
-
-def plan(x: Tensor, num_groups: int, limit: int) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
-    """How to run groups of which up to `limit` elements stay whole: `size`, `TILE`, the number of programs and the warps of each.
-
-    size = (C, HW, W, chunks); TILE = (channels of a group, groups, lanes, pixels, 2^k >= chunks) of a program.
-    """
-    N, C, H, W = x.shape
-    channels, HW = C // num_groups, H * W
-    groups, lanes, pixels = 1, triton.next_power_of_2(channels), triton.next_power_of_2(HW)
-    if lanes == channels:
-        # 16 bytes for each of the 32 threads of a warp, side by side: in channels_last it is the channels that lie so
-        vector = 16 // x.element_size()
-        want = max(vector // channels if x.stride(1) == 1 else 1, 32 * vector // (channels * pixels))
-        groups = min(max(1, want), triton.next_power_of_2(num_groups))
-        lanes = groups * channels
-    if lanes * pixels > limit:
-        pixels = max(1, SPLIT_TILE // lanes)
-    chunks = triton.cdiv(HW, pixels)
-    programs = N * triton.cdiv(C, groups * channels) * chunks
-    tile = (channels, groups, lanes, pixels, triton.next_power_of_2(chunks))
-    return (C, HW, W, chunks), tile, programs, min(32, max(1, lanes * pixels // 256))  # 8 elements a thread
-
-
-def is_flat(*tensors: Tensor | None) -> bool:
-    return all(t is None or t.stride(2) == t.shape[3] * t.stride(3) for t in tensors)
-
-
-def affine_arguments(*tensors: Tensor | None) -> tuple[Any, ...]:
-    return (*tensors, *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in tensors[2:]))
 
 
 torch.library.define(
@@ -223,12 +135,12 @@ def _launch(
     y, h, stats = _allocate(x, residual, num_groups)
     if x.numel() == 0:
         return y, h, stats
-    size, TILE, programs, warps = plan(x, num_groups, register_tile(x.device))
+    size, TILE, programs, warps = plan(x.shape, num_groups, x.stride(1) == 1, x.element_size(), register_tile(x.device))
     common = {"TILE": TILE, "FLAT": is_flat(x, residual, y), "num_warps": warps}
     pairs = None
     with torch.cuda.device_of(x):
         if size[3] > 1:
-            pairs = torch.empty(x.shape[0], size[3], 2, x.shape[1], dtype=torch.float32, device=x.device)
+            pairs = torch.empty(x.shape[0], size[3], 2, num_groups, dtype=torch.float32, device=x.device)
             strides = (x.stride(), None if residual is None else residual.stride(), y.stride())
             _tile_statistics_kernel[(programs,)](x, residual, h, pairs, strides, size, **common)
             x, residual = (x if residual is None else h), None
@@ -250,6 +162,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> tuple[Any, ...]:
+    check_first_derivative("group_norm_silu")
     if dy is None:  # y went unused
         return dh, dh, *[None] * 7
     saved = ctx.saved_tensors
@@ -313,7 +226,7 @@ def _check(
     N, C = x.shape[:2]
     if num_groups < 1 or C % num_groups:
         raise ValueError(f"num_groups: got {num_groups}, allowed are the divisors of the {C} channels of x")
-    if eps <= 0:
+    if not eps > 0:
         raise ValueError(f"eps: got {eps}, allowed is > 0")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, allowed are {', '.join(ACTIVATIONS)}")

@@ -14,9 +14,21 @@ import torch
 from torch import Tensor
 
 from ._backend import tl, triton
-from .group_norm_silu import affine_arguments, is_flat, load_affine, load_pairs, offsets, per_group, place, plan, register_tile, store_pair
+from ._group_tiles import (
+    affine_arguments,
+    is_flat,
+    load_affine,
+    load_pairs,
+    offsets,
+    per_group,
+    place,
+    plan,
+    register_tile,
+    spread,
+    store_pair,
+)
 
-BLOCK = 32  # channels of a program that sums over the batch
+ROWS, BLOCK = 16, 32  # samples at a time and channels of a program that sums over the batch
 
 
 def group_norm_silu_backward_reference(
@@ -60,59 +72,64 @@ def _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT:
 
 @triton.jit
 def _tile_gradients_kernel(
-    h, dy, stats, pairs, strides, affine, size, TILE: tl.constexpr, FLAT: tl.constexpr, SILU: tl.constexpr
+    h, dy, stats, sums, pairs, strides, affine, size, TILE: tl.constexpr, FLAT: tl.constexpr, SILU: tl.constexpr
 ):  # fmt: skip
     n, chunk, c, in_c, s, mask = place(size, TILE)
-    u, q, _, _ = _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT, SILU)
-    store_pair(pairs, tl.sum(q * u, axis=1), tl.sum(q, axis=1), n * size[3] + chunk, c, in_c, size[0])
+    u, q, a, _ = _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT, SILU)
+    A, B = tl.sum(q * u, axis=1), tl.sum(q, axis=1)
+    row = n * size[3] + chunk
+    store_pair(sums, A, B, row, c, in_c, size[0])
+    one_lane = in_c & (c % TILE[0] == 0)
+    store_pair(pairs, per_group(a * A, TILE), per_group(a * B, TILE), row, c // TILE[0], one_lane, size[0] // TILE[0])
 
 
 @triton.jit
 def _group_norm_silu_backward_kernel(
     h, dy, dh, dx, stats, sums, pairs, strides, affine, size, TILE: tl.constexpr, FLAT: tl.constexpr, SILU: tl.constexpr
 ):  # fmt: skip
-    n, chunk, c, in_c, s, mask = place(size, TILE)
+    n, _, c, in_c, s, mask = place(size, TILE)
     u, q, a, rstd = _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT, SILU)
     if pairs is None:
         A, B = tl.sum(q * u, axis=1), tl.sum(q, axis=1)
+        store_pair(sums, A, B, n, c, in_c, size[0])
+        by_u, by_one = per_group(a * A, TILE), per_group(a * B, TILE)
     else:
-        of_u, of_one = load_pairs(pairs, n, c, in_c, size, TILE)
-        A, B = tl.sum(of_u, axis=0), tl.sum(of_one, axis=0)
-    store_pair(sums, A, B, n, c, in_c & (chunk == 0), size[0])
+        of_u, of_one = load_pairs(pairs, n, c, size, TILE)
+        by_u, by_one = spread(tl.sum(of_u, axis=0), TILE), spread(tl.sum(of_one, axis=0), TILE)
     count = tl.cast(size[1], tl.float32) * TILE[0]
-    by_u, by_one = per_group(a * A, TILE) / count, per_group(a * B, TILE) / count
-    d = (a[:, None] * q - by_one[:, None] - u * by_u[:, None]) * rstd[:, None]
+    d = (a[:, None] * q - (by_one / count)[:, None] - u * (by_u / count)[:, None]) * rstd[:, None]
     if dh is not None:
         d += tl.load(dh + offsets(n, c, s, size, strides[2], FLAT), mask=mask, other=0.0).to(tl.float32)
     tl.store(dx + offsets(n, c, s, size, strides[3], FLAT), d.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _parameters_kernel(sums, affine, dweight, dbias, dscale, N, C, BLOCK: tl.constexpr):
+def _parameters_kernel(sums, affine, dweight, dbias, dscale, N, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     weight, bias, scale, _, scale_stride, _ = affine
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    in_c = c < C
-    of_weight, of_bias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for i in range(N):
-        n = tl.cast(i, tl.int64)
-        A = tl.load(sums + n * 2 * C + c, mask=in_c, other=0.0)
-        B = tl.load(sums + n * 2 * C + C + c, mask=in_c, other=0.0)
+    c = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    of_weight, of_bias = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, N, ROWS):
+        n = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        mask = (n < N) & (c < C)
+        A = tl.load(sums + n * 2 * C + c, mask=mask, other=0.0)
+        B = tl.load(sums + n * 2 * C + C + c, mask=mask, other=0.0)
         if scale is not None:
             by = A
             if weight is not None:
-                by *= tl.load(weight + c, mask=in_c, other=0.0).to(tl.float32)
+                by = by * tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
             if bias is not None:
-                by += B * tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)
-            tl.store(dscale + n * C + c, by.to(dscale.dtype.element_ty), mask=in_c)
-            factor = 1.0 + tl.load(scale + n * scale_stride + c, mask=in_c, other=0.0).to(tl.float32)
+                by += B * tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+            tl.store(dscale + n * C + c, by.to(dscale.dtype.element_ty), mask=mask)
+            factor = 1.0 + tl.load(scale + n * scale_stride + c, mask=mask, other=0.0).to(tl.float32)
             A *= factor
             B *= factor
         of_weight += A
         of_bias += B
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if weight is not None:
-        tl.store(dweight + c, of_weight.to(dweight.dtype.element_ty), mask=in_c)
+        tl.store(dweight + c, tl.sum(of_weight, axis=0).to(dweight.dtype.element_ty), mask=c < C)
     if bias is not None:
-        tl.store(dbias + c, of_bias.to(dbias.dtype.element_ty), mask=in_c)
+        tl.store(dbias + c, tl.sum(of_bias, axis=0).to(dbias.dtype.element_ty), mask=c < C)
 
 
 torch.library.define(
@@ -139,20 +156,21 @@ def _launch(
     if h.numel() == 0:
         return dx, *(g.zero_() for g in (dweight, dbias, dscale, dshift))
     # h and dy are kept at once, so half a group as large
-    size, TILE, programs, warps = plan(h, stats.shape[2], register_tile(h.device) // 2)
+    size, TILE, programs, warps = plan(h.shape, stats.shape[2], h.stride(1) == 1, h.element_size(), register_tile(h.device) // 2)
     common = {"TILE": TILE, "FLAT": is_flat(h, dy, dh, dx), "SILU": silu, "num_warps": warps}
     strides = (h.stride(), dy.stride(), None if dh is None else dh.stride(), dx.stride())
     affine = affine_arguments(weight, bias, scale, shift)
-    sums = torch.empty(N, 2, C, dtype=torch.float32, device=h.device)
+    sums = torch.empty(N, size[3], 2, C, dtype=torch.float32, device=h.device)
     pairs = None
     with torch.cuda.device_of(h):
         if size[3] > 1:
-            pairs = torch.empty(N, size[3], 2, C, dtype=torch.float32, device=h.device)
-            _tile_gradients_kernel[(programs,)](h, dy, stats, pairs, strides, affine, size, **common)
+            pairs = torch.empty(N, size[3], 2, stats.shape[2], dtype=torch.float32, device=h.device)
+            _tile_gradients_kernel[(programs,)](h, dy, stats, sums, pairs, strides, affine, size, **common)
         _group_norm_silu_backward_kernel[(programs,)](h, dy, dh, dx, stats, sums, pairs, strides, affine, size, **common)
+        sums = sums.sum(1) if size[3] > 1 else sums[:, 0]
         if weight is not None or bias is not None or scale is not None:
             each = None if scale is None else scale.new_empty(N, C)
-            _parameters_kernel[(triton.cdiv(C, BLOCK),)](sums, affine, dweight, dbias, each, N, C, BLOCK=BLOCK, num_warps=1)
+            _parameters_kernel[(triton.cdiv(C, BLOCK),)](sums, affine, dweight, dbias, each, N, C, ROWS=ROWS, BLOCK=BLOCK)
             if each is not None:
                 dscale = each if each.shape == dscale.shape else each.float().sum(0, keepdim=True).to(each.dtype)
     if shift is not None:

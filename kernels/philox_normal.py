@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._arguments import DTYPES, check_count
 from ._backend import resolve, tl, triton
 
 BLOCK = 256  # counters, each worth four normals
@@ -63,7 +64,7 @@ def philox_normal_reference(
 
 
 @triton.jit
-def _uniform(w):
+def uniform(w):
     return ((w >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
 
 
@@ -71,14 +72,14 @@ def _uniform(w):
 def _box_muller(w0, w1):
     # the angle in turns, -1/2 to 1/2, is brought to an eighth of a turn without rounding, where Taylor series reach float32's
     # last digit; libdevice's sine would bring its path for huge angles along, with float64 and local memory
-    turn = _uniform(w1) - 0.5
+    turn = uniform(w1) - 0.5
     quarter = tl.floor(turn * 4.0 + 0.5)
     a = (turn - quarter * 0.25) * 6.283185307179586
     a2 = a * a
     sin = a * (1.0 + a2 * (-1.0 / 6 + a2 * (1.0 / 120 + a2 * (-1.0 / 5040 + a2 / 362880))))
     cos = 1.0 + a2 * (-0.5 + a2 * (1.0 / 24 + a2 * (-1.0 / 720 + a2 * (1.0 / 40320 - a2 / 3628800))))
     odd, half = (quarter == 1.0) | (quarter == -1.0), (quarter == 2.0) | (quarter == -2.0)
-    r = tl.sqrt(-2.0 * tl.log(_uniform(w0)))
+    r = tl.sqrt(-2.0 * tl.log(uniform(w0)))
     z0 = tl.where(odd, -quarter * sin, tl.where(half, -cos, cos))
     z1 = tl.where(odd, quarter * cos, tl.where(half, -sin, sin))
     return r * z0, r * z1
@@ -153,11 +154,10 @@ def philox_normal(
         raise ValueError(f"shape: got {tuple(shape)}, allowed is [N, ...] with no negative size")
     if math.prod(shape[1:]) >= 2**31:
         raise ValueError(f"shape: got {tuple(shape)}, allowed is fewer than 2^31 elements a sample")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed: got {seed!r}, allowed is an integer from 0 to 2^63 - 1")
-    for name, value in (("first_index", first_index), ("stream", stream)):
-        if not 0 <= value < 2**31:
-            raise ValueError(f"{name}: got {value}, allowed is 0 to 2^31 - 1")
+    for name, value, top in (("seed", seed, 2**63), ("first_index", first_index, 2**31), ("stream", stream, 2**31)):
+        check_count(name, value, top)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype}, allowed are float32, float16 and bfloat16")
     device = torch.device(device or "cpu")
     chosen, _ = resolve(device)
     if chosen == "torch":

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ._backend import HAS_TRITON, triton
+from ._group_tiles import plan, register_tile
 
 # the package's attributes of these names are the functions, so the modules are asked for by name
 ddim_step, diffuse, frequency_loss, group_norm_silu, group_norm_silu_backward, philox_normal, solver_step, spectral_mse = (
@@ -115,7 +116,7 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, bool, Callable[[], objec
     for C, G, HW, modulated, activation in PRESET_NORMS:
         for last in (False, True):
             x = new(2, C, math.isqrt(HW), math.isqrt(HW), last=last)
-            _, tile, _, _ = group_norm_silu.plan(x, G, group_norm_silu.register_tile(x.device))
+            _, tile, _, _ = plan(x.shape, G, x.stride(1) == 1, x.element_size(), register_tile(x.device))
             side_by_side = tile[0] * tile[1] if last else HW
             wide = side_by_side * dtype.itemsize % WIDE == 0
             name = f"{C}/{G} HW={HW} {'nhwc' if last else 'nchw'}{' time' if modulated else ''} {activation}"

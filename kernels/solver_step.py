@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._arguments import check_contiguous, check_float, check_no_grad, check_shape
+from ._arguments import check_clip, check_contiguous, check_float, check_no_grad, check_shape
 from ._backend import resolve, tl, triton
 from .philox_normal import normals, normals_reference
 
@@ -77,7 +77,7 @@ def _solver_step_kernel(
     i = start.to(tl.int64) * 4 + tl.arange(0, 4 * BLOCK)
     mask = i < numel
     at = n * numel + i
-    all_samples = N.to(tl.int64) * numel
+    all_samples = tl.cast(N, tl.int64) * numel
     step = tl.load(counter)
     row = table + tl.cast(step, tl.int64) * (6 + 2 * K)
     in_table = step < steps
@@ -110,27 +110,29 @@ def _solver_step_kernel(
                 out += a * tl.load(past, mask=mask, other=0.0).to(tl.float32)
             if b != 0.0:
                 out += b * tl.load(past + all_samples, mask=mask, other=0.0).to(tl.float32)
-        # over what was read last, K steps back
-        here = history + (step % K).to(tl.int64) * 2 * all_samples + at
-        tl.store(here, v.to(history.dtype.element_ty), mask=moves)
-        tl.store(here + all_samples, m.to(history.dtype.element_ty), mask=moves)
     if seeds is not None:
         s = tl.load(row + 3, mask=in_table, other=nan)
         if s != 0.0:
             sample = tl.cast(tl.load(seeds + n * 2 + 1), tl.int32)
             out += s * normals(tl.load(seeds + n * 2), sample, step + 1, start + tl.arange(0, BLOCK))
     if sums is not None:
-        before = tl.load(x0 + at, mask=mask & (step > 0), other=0.0).to(tl.float32)
-        delta = now - before
-        tl.store(x0 + at, now.to(x0.dtype.element_ty), mask=moves)
+        delta = now - tl.load(x0 + at, mask=mask & (step > 0), other=0.0).to(tl.float32)
         tl.store(sums + tl.program_id(0) * 2, tl.sum(tl.where(moves, m * m, 0.0)))
         tl.store(sums + tl.program_id(0) * 2 + 1, tl.sum(tl.where(moves, delta * delta, 0.0)))
+    # what is overwritten below may have been read by another warp, and the counter must have been read by all
+    tl.debug_barrier()
+    if history is not None:
+        # over what was read last, K steps back
+        here = history + (step % K).to(tl.int64) * 2 * all_samples + at
+        tl.store(here, v.to(history.dtype.element_ty), mask=moves)
+        tl.store(here + all_samples, m.to(history.dtype.element_ty), mask=moves)
+    if sums is not None:
+        tl.store(x0 + at, now.to(x0.dtype.element_ty), mask=moves)
     out = out.to(y.dtype.element_ty)
     if frozen is not None:
         out = tl.where(moves, out, v.to(y.dtype.element_ty))
     tl.store(y + at, out, mask=mask)
-    # all warps have read the counter before this program says so; the last program of all may then advance it
-    tl.debug_barrier()
+    # the last program of all advances the counter: every other has read it and said so
     if tl.atomic_add(counter + 1, 1) == tl.num_programs(0) - 1:
         tl.store(counter + 1, 0)
         tl.store(counter, step + 1)
@@ -238,8 +240,12 @@ def _check(
     check_float("model_output", model_output)
     check_shape("model_output", model_output, ((batch, *rest),), x)
     last = x.dim() == 4 and model_output.is_contiguous(memory_format=torch.channels_last)
-    check_contiguous(x=x, model_output=None if last else model_output, table=table, history=history,
-                     seeds=seeds, x0=x0, statistics=statistics)  # fmt: skip
+    check_contiguous(
+        x=x, model_output=None if last else model_output, table=table, counter=counter, guidance_scale=guidance, history=history,
+        seeds=seeds, frozen=frozen, x0=x0, statistics=statistics,
+    )  # fmt: skip
+    if history is not None and (history.dim() != x.dim() + 2 or history.shape[0] == 0):
+        raise ValueError(f"history: got shape {tuple(history.shape)}, allowed is [K, 2, {', '.join(map(str, x.shape))}] with K >= 1")
     K = _history_length(history)
     if table.dim() != 2 or table.shape[1] != COLUMNS + 2 * K or table.dtype != torch.float32 or table.device != x.device:
         raise ValueError(
@@ -255,12 +261,8 @@ def _check(
         ("x0", x0, x.dtype, ((N, *rest),)),
         ("statistics", statistics, torch.float32, ((N, 2),)),
     ):
-        if t is None:
-            continue
-        check_shape(name, t, shapes, x)
-        if t.dtype != dtype:
-            raise ValueError(f"{name}: got {t.dtype}, allowed is {dtype}")
+        if t is not None:
+            check_shape(name, t, shapes, x, (dtype,))
     if (x0 is None) != (statistics is None):
         raise ValueError(f"{'x0' if x0 is None else 'statistics'}: got None, allowed are x0 and statistics together or neither")
-    if clip_range is not None and clip_range <= 0:
-        raise ValueError(f"clip_range: got {clip_range}, allowed is > 0 or None")
+    check_clip(clip_range)

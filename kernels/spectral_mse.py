@@ -3,7 +3,8 @@ r"""The mean squared error of two Fourier transforms, without a Fourier transfor
     mean |FFT2(pred) - FFT2(target)|^2 = factor mean (pred - target)^2,   dpred = 2 factor / numel (pred - target) = -dtarget
     factor = H W (norm "backward"), 1 ("ortho"), 1 / (H W) ("forward")
 
-This is Parseval's theorem: the loss favours no frequency, it rescales the mean squared error. Layouts: any strides; where pred and
+This is Parseval's theorem: the loss favours no frequency, it rescales the mean squared error. Infinity gives infinity, where a literal
+transform gives NaN. Layouts: any strides; where pred and
 target lie alike and without gaps, in one run. Source: 001 equation 4.
 """
 
@@ -45,7 +46,7 @@ def _spectral_mse_kernel(
     e = tl.load(pred + at_p, mask=mask, other=0.0).to(tl.float32) - tl.load(target + at_t, mask=mask, other=0.0).to(tl.float32)
     tl.store(sums + tl.program_id(0), tl.sum(e * e))
     if grad is not None:
-        tl.store(grad + at_g, e * (2.0 * factor / numel.to(tl.float32)), mask=mask)
+        tl.store(grad + at_g, e * (2.0 * factor / tl.cast(numel, tl.float32)), mask=mask)
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def _mean_kernel(sums, loss, rows, numel, factor: tl.constexpr, BLOCK: tl.conste
     for start in range(0, rows, BLOCK):
         i = start + tl.arange(0, BLOCK)
         total += tl.load(sums + i, mask=i < rows, other=0.0)
-    tl.store(loss, factor * tl.sum(total) / numel.to(tl.float32))
+    tl.store(loss, factor * tl.sum(total) / tl.cast(numel, tl.float32))
 
 
 torch.library.define("sbldm_fast::spectral_mse", "(Tensor pred, Tensor target, float factor, bool gradient) -> (Tensor loss, Tensor grad)")

@@ -25,6 +25,16 @@ def test_context_ends_with_its_block_even_by_an_error() -> None:
     assert _backend._choice == before
 
 
+def test_a_gpu_too_old_for_triton_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 0))
+    _backend._too_old.cache_clear()
+    name, reason = _backend.resolve(torch.device("cuda"))
+    _backend._too_old.cache_clear()
+    assert name == "torch"
+    assert "7.0 or newer, and cuda has 6.0" in reason
+
+
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match="backend: got 'cuda', allowed are auto, torch, triton"), backend("cuda"):
         pass

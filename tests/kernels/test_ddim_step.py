@@ -130,7 +130,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"x": X.double()}, "x: got torch.float64"),
     "shape": ({"model_output": X[:1]}, r"model_output: got torch.float32 \(1, 3, 4, 4\) on cpu, allowed is the like of x"),
     "mixed dtypes": ({"model_output": X.half()}, "model_output: got torch.float16"),
-    "alpha_bar": ({"alpha_bar": torch.ones(3)}, r"alpha_bar: got shape \(3,\), allowed is a number, \[\] or \[2\]"),
+    "alpha_bar": ({"alpha_bar": torch.ones(3)}, r"alpha_bar: got shape \(3,\), allowed is \(\) or \(1,\) or \(2,\)"),
+    "device": ({"model_output": X.to("meta")}, "model_output: got .* on meta"),
+    "device of alpha": ({"alpha_bar": torch.ones((), device="meta")}, "alpha_bar: got device meta"),
     "eta": ({"eta": 1.5}, "eta: got 1.5, allowed is 0 to 1"),
     "no noise": ({"eta": 0.5}, "noise: got None"),
     "prediction": ({"prediction_type": "score"}, "prediction_type: got 'score', allowed are epsilon, sample, v_prediction"),
@@ -149,3 +151,14 @@ def test_layouts_must_agree(device: torch.device) -> None:
     x = X.to(device)
     with backend("triton"), pytest.raises(ValueError, match="model_output: got strides"):
         ddim_step(x, x.contiguous(memory_format=torch.channels_last), A, A_PREV)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_noise_of_a_short_step_is_exact(name: str, device: torch.device) -> None:
+    """1 - a/a' would lose all but two digits of a step this short."""
+    a, b = (torch.tensor(v, device=device) for v in (0.625, 0.625004))
+    x, z = torch.zeros(1, 1, 1, 1, device=device), torch.ones(1, 1, 1, 1, device=device)
+    with backend(name):
+        y = ddim_step(x, x, a, b, eta=1.0, noise=z)
+    p, q = float(a), float(b)
+    assert y.item() == pytest.approx(math.sqrt((1 - q) / (1 - p) * (1 - p / q)), rel=1e-6)

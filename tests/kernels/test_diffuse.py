@@ -152,6 +152,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": -1}, "seed: got -1, allowed is an integer from 0"),
     "seed type": ({"seed": 1.5}, "seed: got 1.5"),
     "stream": ({"stream": 2**31}, "stream: got 2147483648"),
+    "seed tensor": ({"seed": torch.tensor(1.5)}, "seed: got torch.float32, allowed is torch.int64"),
+    "first": ({"first_index": -1}, "first_index: got -1, allowed is an integer from 0"),
+    "device": ({"timesteps": TS.to("meta")}, "timesteps: got device meta"),
     "kind": ({"prediction_type": "score"}, "prediction_type: got 'score', allowed are epsilon, sample, v_prediction"),
     "cutmix": ({"cutmix_prob": 1.5}, "cutmix_prob: got 1.5, allowed is 0 to 1"),
 }

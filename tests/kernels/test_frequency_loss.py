@@ -119,6 +119,12 @@ def test_same_bits_from_run_to_run(device: torch.device) -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+def test_a_second_derivative_is_an_error(device: torch.device) -> None:
+    pred = torch.randn(1, 1, 4, 4, device=device, requires_grad=True)
+    with backend("triton"), pytest.raises(RuntimeError, match="frequency_loss, spectral_mse: got create_graph=True"):
+        torch.autograd.grad(frequency_loss(pred, torch.zeros_like(pred)), pred, create_graph=True)
+
+
 @pytest.mark.parametrize("side", [8, 40])
 def test_opcheck(side: int, device: torch.device) -> None:
     pred, target = torch.randn(2, 1, 2, side, side, device=device)
@@ -176,6 +182,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dims": ({"pred": X[0]}, r"pred: got torch.float32 \(2, 4, 4\), allowed is \[N, C, H, W\]"),
     "dtype": ({"pred": X.double()}, "pred: got torch.float64"),
     "target": ({"target": X[:, :1]}, r"target: got torch.float32 \(1, 1, 4, 4\) on cpu, allowed is the like of pred"),
+    "device": ({"target": X.to("meta")}, "target: got torch.float32 .* on meta"),
     "cutoff": ({"cutoff": -0.1}, "cutoff: got -0.1, allowed is 0 to 1"),
     "low": ({"low_weight": -1.0}, "low_weight: got -1.0"),
     "high": ({"high_weight": float("nan")}, "high_weight: got nan"),

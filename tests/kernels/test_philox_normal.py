@@ -101,6 +101,13 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(torch.ops.sbldm_fast.philox_normal.default, (seed, [2, 3, 4], 0, 0, torch.float32))
 
 
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_compiles_without_a_graph_break(name: str) -> None:
+    with backend(name):
+        got = torch.compile(philox_normal, fullgraph=True, backend="aot_eager")((2, 3, 4), 5)
+        assert torch.equal(got, philox_normal((2, 3, 4), 5))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,6 +117,8 @@ def test_opcheck(device: torch.device) -> None:
         ({"seed": -1}, "seed: got -1, allowed is an integer from 0"),
         ({"seed": 2**63}, "seed: got"),
         ({"seed": 0.5}, "seed: got 0.5"),
+        ({"dtype": torch.float64}, "dtype: got torch.float64, allowed are float32"),
+        ({"first_index": 1.5}, "first_index: got 1.5"),
         ({"first_index": -1}, "first_index: got -1"),
         ({"stream": 2**31}, "stream: got"),
     ],

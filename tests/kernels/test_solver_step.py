@@ -226,6 +226,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "seeds": ({"seeds": torch.zeros(2, 2)}, "seeds: got torch.float32, allowed is torch.int64"),
     "frozen": ({"frozen": torch.zeros(3, dtype=torch.bool)}, r"frozen: got shape \(3,\)"),
     "half a watch": ({"x0": X.clone()}, "statistics: got None, allowed are x0 and statistics together"),
+    "device": ({"model_output": X.to("meta")}, "model_output: got device meta, allowed is that of x, cpu"),
+    "no history in a history": ({"table": torch.ones(1, 6), "history": torch.ones(0, 2, *X.shape)}, r"history: got shape .* with K >= 1"),
+    "strided guidance": ({"model_output": torch.cat([X, X]), "guidance_scale": torch.ones(4)[::2]}, "guidance_scale: got strides"),
+    "strided mask": ({"frozen": torch.ones(4, dtype=torch.bool)[::2]}, "frozen: got strides"),
+    "strided counter": ({"counter": torch.zeros(4, dtype=torch.int32)[::2]}, "counter: got strides"),
+    "clip that is no number": ({"clip_range": float("nan")}, "clip_range: got nan"),
     "clip": ({"clip_range": 0.0}, "clip_range: got 0.0"),
     "gradient": ({"x": X.clone().requires_grad_()}, "x: got requires_grad=True"),
 }
