@@ -158,7 +158,7 @@ def philox_normal(
         check_count(name, value, top)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype}, allowed are float32, float16 and bfloat16")
-    device = torch.device(device or "cpu")
+    device = torch.empty(0, device=device).device  # None is the default device, as in PyTorch's own factories
     chosen, _ = resolve(device)
     if chosen == "torch":
         return philox_normal_reference(shape, seed, first_index=first_index, stream=stream, device=device).to(dtype)

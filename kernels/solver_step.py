@@ -155,7 +155,8 @@ def _launch(
         counter[:1] += 1
         return y
     numel = x.numel() // N
-    blocks = triton.cdiv(numel, 4 * BLOCK)
+    block = min(BLOCK, triton.next_power_of_2(triton.cdiv(numel, 4)))
+    blocks = triton.cdiv(numel, 4 * block)
     sums = statistics
     if statistics is not None and blocks > 1:
         sums = torch.empty(N, blocks, 2, dtype=torch.float32, device=x.device)
@@ -163,8 +164,8 @@ def _launch(
         _solver_step_kernel[(N * blocks,)](
             x, model_output, y, table, counter, guidance, history, seeds, frozen, x0, sums, N, numel, table.shape[0],
             int(guidance is not None and guidance.numel() > 1), x.shape[1] if x.dim() > 1 else 1, K=_history_length(history),
-            CLIP=clip_range, M_LAST=not model_output.is_contiguous(), BLOCK=min(BLOCK, triton.next_power_of_2(triton.cdiv(numel, 4))),
-            num_warps=4,
+            CLIP=clip_range, M_LAST=not model_output.is_contiguous(), BLOCK=block,
+            num_warps=block // 32 or 1,
         )  # fmt: skip
     if sums is not None and sums is not statistics:
         torch.sum(sums, 1, out=statistics)

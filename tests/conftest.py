@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,13 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU (Triton's interpreter) and, where there is one, the GPU."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def on_device(device: torch.device) -> Iterator[None]:
+    """New tensors lie on the CPU (Triton's interpreter) and, where there is one, on the GPU."""
+    with device:
+        yield
 
 
 @pytest.fixture

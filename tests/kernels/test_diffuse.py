@@ -6,30 +6,35 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sbldm_fast.kernels import backend, diffuse, philox_normal
 from torch import Tensor
 
 BOTH = pytest.mark.parametrize("name", ["torch", "triton"])
 KINDS = ("epsilon", "sample", "v_prediction")
-BARS = torch.linspace(0.999, 0.01, 100)
+
+
+def bars() -> Tensor:
+    return torch.linspace(0.999, 0.01, 100)  # on the default device
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("kind", KINDS)
 def test_formula(name: str, kind: str) -> None:
     z0, t = torch.randn(3, 2, 5, 4), torch.tensor([0, 50, 99])
     with backend(name):
-        z_t, target = diffuse(z0, t, BARS, 5, first_index=2, stream=9, prediction_type=kind)
+        z_t, target = diffuse(z0, t, bars(), 5, first_index=2, stream=9, prediction_type=kind)
         e = philox_normal(z0.shape, 5, first_index=2, stream=9).double()
-    a = BARS[t].double()[:, None, None, None]
+    a = bars()[t].double()[:, None, None, None]
     torch.testing.assert_close(z_t.double(), a.sqrt() * z0 + (1 - a).sqrt() * e, rtol=0, atol=1e-6)
     expected = {"epsilon": e, "sample": z0.double(), "v_prediction": a.sqrt() * e - (1 - a).sqrt() * z0}[kind]
     torch.testing.assert_close(target.double(), expected, rtol=0, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.usefixtures("on_device")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 5), st.integers(1, 3), st.integers(1, 17), st.integers(1, 17), st.sampled_from(KINDS), st.sampled_from([0.0, 0.25, 1.0]),
     st.integers(0, 2**63 - 1), st.integers(0, 1000), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
@@ -39,7 +44,7 @@ def test_both_backends_agree(N: int, C: int, H: int, W: int, kind: str, p: float
     out = []
     for name in ("torch", "triton"):
         with backend(name):
-            out.append(diffuse(z0, t, BARS, seed, stream=stream, prediction_type=kind, cutmix_prob=p))
+            out.append(diffuse(z0, t, bars(), seed, stream=stream, prediction_type=kind, cutmix_prob=p))
     for a, b in zip(*out, strict=True):
         atol = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]  # one rounding of values up to 5
         torch.testing.assert_close(a, b, rtol=0, atol=atol)
@@ -58,6 +63,7 @@ def boxes(name: str, p: float, N: int = 400, side: int = 8) -> Tensor:
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 def test_cutmix_replaces_one_rectangle_by_the_neighbour_in_a_quarter_of_the_samples(name: str) -> None:
     moved = boxes(name, 0.25)
     for box in moved:
@@ -74,6 +80,7 @@ def test_cutmix_replaces_one_rectangle_by_the_neighbour_in_a_quarter_of_the_samp
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 def test_noise_moves_with_the_box(name: str) -> None:
     z0, t = torch.zeros(50, 1, 6, 6), torch.zeros(50, dtype=torch.int64)
     with backend(name):
@@ -86,33 +93,37 @@ def test_noise_moves_with_the_box(name: str) -> None:
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 def test_a_shard_draws_its_part(name: str) -> None:
     z0, t = torch.randn(6, 2, 3, 3), torch.arange(6)
     with backend(name):
-        whole = diffuse(z0, t, BARS, 4)
-        parts = [diffuse(z0[i : i + 3], t[i : i + 3], BARS, 4, first_index=i) for i in (0, 3)]
+        whole = diffuse(z0, t, bars(), 4)
+        parts = [diffuse(z0[i : i + 3], t[i : i + 3], bars(), 4, first_index=i) for i in (0, 3)]
     for w, *p in zip(whole, *parts, strict=True):
         assert torch.equal(w, torch.cat(p))
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 def test_a_timestep_off_the_table_is_nan(name: str) -> None:
     with backend(name):
-        z_t, _ = diffuse(torch.randn(3, 1, 2, 2), torch.tensor([-1, 5, 100]), BARS, 0)
+        z_t, _ = diffuse(torch.randn(3, 1, 2, 2), torch.tensor([-1, 5, 100]), bars(), 0)
     assert z_t.isnan().flatten(1).all(1).tolist() == [True, False, True]
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 def test_seed_and_stream_may_live_on_the_device(name: str) -> None:
     z0, t = torch.randn(2, 1, 3, 3), torch.tensor([3, 4])
     with backend(name):
-        assert torch.equal(diffuse(z0, t, BARS, torch.tensor(7), stream=torch.tensor([2]))[0], diffuse(z0, t, BARS, 7, stream=2)[0])
+        assert torch.equal(diffuse(z0, t, bars(), torch.tensor(7), stream=torch.tensor([2]))[0], diffuse(z0, t, bars(), 7, stream=2)[0])
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 def test_batch_of_none(name: str) -> None:
     with backend(name):
-        z_t, target = diffuse(torch.empty(0, 2, 3, 3), torch.empty(0, dtype=torch.int64), BARS, 0)
+        z_t, target = diffuse(torch.empty(0, 2, 3, 3), torch.empty(0, dtype=torch.int64), bars(), 0)
     assert z_t.shape == target.shape == (0, 2, 3, 3)
 
 
@@ -120,7 +131,7 @@ def test_batch_of_none(name: str) -> None:
 def test_every_element_is_written(device: torch.device) -> None:
     z0 = torch.randn(2, 3, 17, 23, device=device)
     with backend("triton"):
-        z_t, target = diffuse(z0, torch.tensor([1, 2], device=device), BARS.to(device), 0, cutmix_prob=1.0)
+        z_t, target = diffuse(z0, torch.tensor([1, 2], device=device), bars().to(device), 0, cutmix_prob=1.0)
     assert z_t.isfinite().all()
     assert target.isfinite().all()
 
@@ -128,19 +139,19 @@ def test_every_element_is_written(device: torch.device) -> None:
 def test_opcheck(device: torch.device) -> None:
     z0, t, key = torch.randn(2, 2, 3, 3, device=device), torch.tensor([1, 2], device=device), torch.tensor([5, 0], device=device)
     for kind in KINDS:
-        torch.library.opcheck(torch.ops.sbldm_fast.diffuse.default, (z0, t, BARS.to(device), key, 0, kind, 2**21))
+        torch.library.opcheck(torch.ops.sbldm_fast.diffuse.default, (z0, t, bars().to(device), key, 0, kind, 2**21))
 
 
 @BOTH
 def test_compiles_without_a_graph_break(name: str) -> None:
     z0, t = torch.randn(2, 2, 3, 3), torch.tensor([1, 2])
     with backend(name):
-        expected = diffuse(z0, t, BARS, 5, cutmix_prob=0.5)
-        got = torch.compile(diffuse, fullgraph=True, backend="aot_eager")(z0, t, BARS, 5, cutmix_prob=0.5)
+        expected = diffuse(z0, t, bars(), 5, cutmix_prob=0.5)
+        got = torch.compile(diffuse, fullgraph=True, backend="aot_eager")(z0, t, bars(), 5, cutmix_prob=0.5)
     torch.testing.assert_close(got, expected)
 
 
-Z, TS = torch.randn(2, 2, 3, 3), torch.tensor([1, 2])
+Z, TS, BARS = torch.randn(2, 2, 3, 3), torch.tensor([1, 2]), bars()
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dims": ({"z0": Z[0]}, r"z0: got torch.float32 \(2, 3, 3\), allowed is \[N, C, H, W\]"),
     "layout": ({"z0": Z.contiguous(memory_format=torch.channels_last)}, "z0: got strides"),

@@ -70,6 +70,7 @@ def with_gradients(run: Any, tensors: dict[str, Tensor], dtype: torch.dtype | No
     return {f"out{i}": o.detach() for i, o in enumerate(outputs)} | grads
 
 
+@pytest.mark.usefixtures("on_device")
 @given(
     N=st.integers(0, 3), groups=st.integers(1, 6), per_group=st.integers(1, 6), H=st.integers(1, 12), W=st.integers(1, 12), dtype=DTYPES,
     layout=layouts, value=values, bad=bad_values, layout_of_dy=layouts, silu=st.booleans(), tile=st.sampled_from([32, 8192]),
@@ -124,6 +125,7 @@ def test_group_norm_silu(
         three_way(got, same[name], exact[name], gradient=name.startswith("d"))
 
 
+@pytest.mark.usefixtures("on_device")
 @given(
     N=st.integers(0, 3), rest=st.lists(st.integers(1, 9), max_size=3), dtype=DTYPES, value=values, bad=bad_values,
     a=st.floats(1e-4, 0.9999), up=st.floats(0, 1), eta=st.floats(0, 1),
@@ -161,6 +163,7 @@ def test_ddim_step(
         assert ours.shape == x.shape
 
 
+@pytest.mark.usefixtures("on_device")
 @given(
     N=st.integers(0, 3), numel=st.integers(1, 5000), K=st.integers(0, 3), dtype=DTYPES, dtype_of_m=DTYPES, guided=st.booleans(),
     noisy=st.booleans(), watched=st.booleans(), frozen=st.booleans(), clip=st.sampled_from([None, 0.5]), value=values,
@@ -221,6 +224,7 @@ def test_solver_step(
 
 
 @pytest.mark.parametrize("op", ["frequency_loss", "spectral_mse"])
+@pytest.mark.usefixtures("on_device")
 @given(
     N=st.integers(0, 2), C=st.integers(1, 3), H=st.integers(1, 40), W=st.integers(1, 40), dtypes=st.tuples(DTYPES, DTYPES),
     of_pred=layouts, of_target=layouts, value=values, bad=bad_values, cutoff=st.floats(0, 1), low=st.floats(0, 4), high=st.floats(0, 4),
@@ -270,6 +274,7 @@ def test_losses(
         three_way(got, same[name], exact[name], gradient=True, unit=unit)
 
 
+@pytest.mark.usefixtures("on_device")
 @given(
     shape=st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)), dtype=DTYPES, value=values,
     bad=bad_values,

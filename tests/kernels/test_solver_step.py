@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sbldm_fast.kernels import backend, ddim_step, philox_normal, solver_step
 from torch import Tensor
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BOTH = pytest.mark.parametrize("name", ["torch", "triton"])
 
 
-def new_counter(device: torch.device | str = "cpu") -> Tensor:
+def new_counter(device: torch.device | None = None) -> Tensor:
     return torch.zeros(2, dtype=torch.int32, device=device)
 
 
@@ -65,7 +65,8 @@ def test_parity(shape: tuple[int, ...], K: int, clip: float | None, dtype: torch
     assert counter.tolist() == [5, 0]
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.usefixtures("on_device")
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 3), st.integers(1, 3000), st.integers(0, 3), st.booleans(), st.booleans(), st.booleans(), st.booleans(),
     st.sampled_from([None, 0.5]), st.integers(0, 2**31),
@@ -103,6 +104,7 @@ def ddim_rows(alphas_cumprod: Tensor) -> Tensor:
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 def test_a_run_of_ddim(name: str) -> None:
     bars = torch.linspace(0.01, 0.999, 51, dtype=torch.float64)
     table, counter = ddim_rows(bars).float(), new_counter()
@@ -116,6 +118,7 @@ def test_a_run_of_ddim(name: str) -> None:
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 def test_known_answer(name: str) -> None:
     # a = 0.36, a' = 0.64, as in ddim_step: x0 = (1 - 0.8 m) / 0.6; m = 0 + 2 (0.25 - 0) = 0.5 by guidance; x' = 0.8 x0 + 0.6 m = 1.1
     table = torch.tensor([[1 / 0.6, -0.8 / 0.6, 0.8, 0.0, 0.0, 0.6]])
@@ -129,6 +132,7 @@ def test_known_answer(name: str) -> None:
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 def test_noise_is_that_of_philox_normal(name: str) -> None:
     table = torch.zeros(2, 6)
     table[:, 3] = torch.tensor([1.0, 2.0])
@@ -141,6 +145,7 @@ def test_noise_is_that_of_philox_normal(name: str) -> None:
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 def test_a_frozen_sample_stays(name: str) -> None:
     table = torch.tensor([[1.0, 0.0, 0.5, 0.0, 0.0, 0.0]])
     x, m, x0, statistics = torch.randn(2, 9), torch.randn(2, 9), torch.full((2, 9), 5.0), torch.ones(2, 2)
@@ -154,6 +159,7 @@ def test_a_frozen_sample_stays(name: str) -> None:
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 def test_a_step_beyond_the_table_is_nan(name: str) -> None:
     counter, x = new_counter(), torch.randn(1, 5)
     with backend(name):
@@ -162,6 +168,7 @@ def test_a_step_beyond_the_table_is_nan(name: str) -> None:
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_channels_last_output_is_read_in_place(name: str, guided: bool) -> None:
     table, x = torch.randn(1, 6), torch.randn(2, 3, 4, 5)
@@ -181,6 +188,7 @@ def test_half_precision_output_with_a_float32_sample(device: torch.device) -> No
 
 
 @BOTH
+@pytest.mark.usefixtures("on_device")
 def test_batch_of_none(name: str) -> None:
     x, counter = torch.empty(0, 4), new_counter()
     with backend(name):
