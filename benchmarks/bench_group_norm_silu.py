@@ -54,7 +54,7 @@ def cases(device: torch.device, large: bool) -> Iterator[Case]:
             # forward reads x and writes y, backward reads x and dy and writes dx; a group that is cut is read twice, in one more launch
             yield Case(
                 f"{N}x{C}x{side}x{side}/{groups}{' forward and backward' if train else ''}", dtype, "nhwc" if last else "nchw",
-                size * (5 if train else 2), x.numel() * (35 if train else 12), (3 + cut + cut_back if train else 1 + cut), providers,
+                size * (5 if train else 2), x.numel() * (35 if train else 12), (3 + cut + 2 * cut_back if train else 1 + cut), providers,
                 size * (cut + 2 * cut_back * train),
             )  # fmt: skip
 
