@@ -3,9 +3,10 @@ r"""One DDIM step in one pass: x0 from the model's output, clipping, direction, 
     x0    = (x - sqrt(1-a) m) / sqrt(a)          epsilon      e = m
           = m                                    sample       e = (x - sqrt(a) m) / sqrt(1-a)
           = sqrt(a) x - sqrt(1-a) m              v_prediction e = sqrt(a) m + sqrt(1-a) x
-    sigma = eta sqrt((1-a')/(1-a)) sqrt((a'-a)/a')          = 1 - a/a', without its cancellation
-    x'    = sqrt(a') clip(x0) + sqrt(1 - a' - sigma^2) e + sigma z
+    sigma = eta sqrt((1-a')/(1-a)) sqrt((a'-a)/a')
+    x'    = sqrt(a') clip(x0) + sqrt(1 - a' - sigma^2) e + sigma z,   1 - a' - sigma^2 = (1-a') (1 - eta^2 + eta^2 a (1-a') / (a' (1-a)))
 
+The right-hand forms of 1 - a/a' and 1 - a' - sigma^2 are computed: sums of what is not negative, in which nothing cancels.
 a is alphas_cumprod at this timestep, a' at the previous one. As in diffusers, e is not derived again after clipping.
 Any dense layout; x, model_output and noise must share it. Source: Song et al. 2021, arXiv:2010.02502, equation 12.
 """
@@ -47,7 +48,8 @@ def ddim_step_reference(
     if eta == 0:
         return (a_prev.sqrt() * x0 + (1 - a_prev).sqrt() * e).to(x.dtype)
     sigma = eta * ((1 - a_prev) / (1 - a)).sqrt() * ((a_prev - a) / a_prev).clamp(min=0).sqrt()
-    y = a_prev.sqrt() * x0 + (1 - a_prev - sigma**2).clamp(min=0).sqrt() * e
+    direction = (1 - a_prev) * (1 - eta**2 + eta**2 * (a * (1 - a_prev) / (a_prev * (1 - a))).clamp(max=1))
+    y = a_prev.sqrt() * x0 + direction.sqrt() * e
     return (y if noise is None else y + sigma * noise.float()).to(x.dtype)
 
 
@@ -82,7 +84,7 @@ def _ddim_step_kernel(
     direction = 1.0 - a_prev
     if eta != 0:
         sigma = eta * tl.sqrt((1.0 - a_prev) / (1.0 - a)) * tl.sqrt(tl.maximum((a_prev - a) / a_prev, 0.0))
-        direction = tl.maximum(direction - sigma * sigma, 0.0)
+        direction *= 1.0 - eta * eta + eta * eta * tl.minimum(a * (1.0 - a_prev) / (a_prev * (1.0 - a)), 1.0)
     out = tl.sqrt(a_prev) * x0 + tl.sqrt(direction) * e
     if noise is not None:
         out += sigma * tl.load(noise + at, mask=mask, other=0.0).to(tl.float32)
