@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from sbldm_fast.benchmarks.kernels import OPS
 
 from sbldm_fast import AutoencoderKL, Pipeline, UNet2D, preset
 from sbldm_fast.cli import main
@@ -63,14 +64,14 @@ def test_doctor(run: Any) -> None:
     report = json.loads(out)
     assert code == 0
     assert report["ok"]
-    assert set(report["parity"]) == {"group_norm_silu", "ddim_step", "philox_normal"}
+    assert set(report["parity"]) == set(OPS)
     assert "fastest safe mode here: " in run("doctor")[1]
 
 
 def test_doctor_fails_when_an_op_is_wrong(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import sbldm_fast.doctor as module
 
-    for name in ("group_norm_silu", "ddim_step", "philox_normal"):
+    for name in OPS:
         right = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, right=right, **k: right(*a, **k) + 1e-3)
         code, out, _ = run("doctor")
