@@ -85,7 +85,8 @@ def test_doctor_fails_when_an_op_is_wrong(run: Any, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["doctor"], ["prepare"], ["train"], ["sample"], ["export"], ["bench"], ["bench", "sampling"], ["demo"]]
+    "command",
+    [[], ["doctor"], ["prepare"], ["train"], ["sample"], ["export"], ["bench"], ["bench", "sampling"], ["bench", "kernels"], ["demo"]],
 )
 def test_every_command_has_help_with_an_example(command: list[str], run: Any) -> None:
     code, out, _ = run(*command, "--help")
