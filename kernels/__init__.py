@@ -11,13 +11,5 @@ from .solver_step import solver_step
 from .spectral_mse import spectral_mse
 
 __all__ = [
-    "GroupNormSiLU",
-    "backend",
-    "ddim_step",
-    "diffuse",
-    "frequency_loss",
-    "group_norm_silu",
-    "philox_normal",
-    "solver_step",
-    "spectral_mse",
-]
+    "GroupNormSiLU", "backend", "ddim_step", "diffuse", "frequency_loss", "group_norm_silu", "philox_normal", "solver_step", "spectral_mse",
+]  # fmt: skip

@@ -24,16 +24,9 @@ BLOCK = 1024
 
 
 def ddim_step_reference(
-    x: Tensor,
-    model_output: Tensor,
-    alpha_bar: Tensor,
-    alpha_bar_prev: Tensor,
-    *,
-    eta: float = 0.0,
-    noise: Tensor | None = None,
-    prediction_type: str = "epsilon",
-    clip_range: float | None = None,
-) -> Tensor:
+    x: Tensor, model_output: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, *, eta: float = 0.0, noise: Tensor | None = None,
+    prediction_type: str = "epsilon", clip_range: float | None = None,
+) -> Tensor:  # fmt: skip
     """The specification of `ddim_step`, in float32; `alpha_bar` of shape `[]` or `[N]`."""
     a, a_prev = (v.float().reshape(-1, *[1] * (x.dim() - 1)) for v in (alpha_bar, alpha_bar_prev))
     z, m = x.float(), model_output.float()
@@ -130,16 +123,9 @@ def _fake(
 
 
 def ddim_step(
-    x: Tensor,
-    model_output: Tensor,
-    alpha_bar: Tensor | float,
-    alpha_bar_prev: Tensor | float,
-    *,
-    eta: float = 0.0,
-    noise: Tensor | None = None,
-    prediction_type: str = "epsilon",
-    clip_range: float | None = None,
-) -> Tensor:
+    x: Tensor, model_output: Tensor, alpha_bar: Tensor | float, alpha_bar_prev: Tensor | float, *, eta: float = 0.0,
+    noise: Tensor | None = None, prediction_type: str = "epsilon", clip_range: float | None = None,
+) -> Tensor:  # fmt: skip
     """The sample one DDIM step earlier: `x' = sqrt(a') x0 + sqrt(1 - a' - sigma^2) e + sigma z`.
 
     Args:

@@ -128,14 +128,9 @@ def _fake(seed: Tensor, shape: Sequence[int], first_index: int, stream: int, dty
 
 
 def philox_normal(
-    shape: Sequence[int],
-    seed: int,
-    *,
-    first_index: int = 0,
-    stream: int = 0,
-    device: torch.device | str | None = None,
+    shape: Sequence[int], seed: int, *, first_index: int = 0, stream: int = 0, device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Standard normals of `shape`, where `shape[0]` counts samples: sample i is number `first_index + i` of the seed.
 
     Args:

@@ -185,19 +185,10 @@ def _history_length(history: Tensor | None) -> int:
 
 
 def solver_step(
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    counter: Tensor,
-    *,
-    guidance_scale: Tensor | float | None = None,
-    history: Tensor | None = None,
-    seeds: Tensor | None = None,
-    frozen: Tensor | None = None,
-    x0: Tensor | None = None,
-    statistics: Tensor | None = None,
-    clip_range: float | None = None,
-) -> Tensor:
+    x: Tensor, model_output: Tensor, table: Tensor, counter: Tensor, *, guidance_scale: Tensor | float | None = None,
+    history: Tensor | None = None, seeds: Tensor | None = None, frozen: Tensor | None = None, x0: Tensor | None = None,
+    statistics: Tensor | None = None, clip_range: float | None = None,
+) -> Tensor:  # fmt: skip
     """The sample one solver step on, `x' = a_0 x + b_0 m + d x0 + s z + sum_k (a_k x_-k + b_k m_-k)`; the counter moves one row on.
 
     Args:

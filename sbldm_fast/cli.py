@@ -117,15 +117,12 @@ def train(
 def sample(
     pipeline: Annotated[str, typer.Argument(help="A pipeline folder, or demo for the bundled weights.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the PNG files and the grid.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 16,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 16, seed: Annotated[int, typer.Option(min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Solver steps, 1 to 1000.")] = 50,
     mode: Annotated[Mode, typer.Option(help="auto: loop-graph on CUDA, else eager.")] = Mode.auto,
-    eta: Annotated[float, typer.Option(help="0: DDIM, 1: the noise of DDPM.")] = 0.0,
-    batch: Annotated[int, typer.Option(min=1)] = 16,
-    dtype: Annotated[Dtype | None, typer.Option(help="Arithmetic of the UNet (default: float32).")] = None,
-    as_json: Json = False,
-) -> None:
+    eta: Annotated[float, typer.Option(help="0: DDIM, 1: the noise of DDPM.")] = 0.0, batch: Annotated[int, typer.Option(min=1)] = 16,
+    dtype: Annotated[Dtype | None, typer.Option(help="Arithmetic of the UNet (default: float32).")] = None, as_json: Json = False,
+) -> None:  # fmt: skip
     """Make images. Example: sbldm-fast sample demo -n 16 --seed 0 -o images"""
     import torch
     from tqdm import tqdm
@@ -178,13 +175,11 @@ def export(
 
 @bench_app.command("sampling")
 def bench_sampling(
-    steps: Annotated[int, typer.Option()] = 50,
-    batch: Annotated[str, typer.Option(help="Batch sizes, e.g. 1,8.")] = "1,8",
+    steps: Annotated[int, typer.Option()] = 50, batch: Annotated[str, typer.Option(help="Batch sizes, e.g. 1,8.")] = "1,8",
     preset: Annotated[str, typer.Option(help="paper, template or demo.")] = "paper",
     rounds: Annotated[int, typer.Option(help="Interleaved repetitions.")] = 5,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append the rows to.")] = None,
-    as_json: Json = False,
-) -> None:
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append the rows to.")] = None, as_json: Json = False,
+) -> None:  # fmt: skip
     """Time our modes against diffusers. Example: sbldm-fast bench sampling --steps 50 --batch 1,8 --json"""
     from sbldm_fast.benchmarks.sampling import bench_sampling as run
     from sbldm_fast.benchmarks.table import sampling_table

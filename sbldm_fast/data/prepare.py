@@ -38,16 +38,9 @@ class Scan:
 
 
 def prepare(
-    sources: Sequence[str],
-    out: str | Path,
-    *,
-    split: str = "subject",
-    seed: int = 42,
-    volume: int | None = None,
-    every: int = 1,
-    strict: bool = False,
-    progress: bool = True,
-) -> dict[str, Any]:
+    sources: Sequence[str], out: str | Path, *, split: str = "subject", seed: int = 42, volume: int | None = None, every: int = 1,
+    strict: bool = False, progress: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Write `slices.npy` (`[N, 128, 128]` float16 in [-1, 1]) and `manifest.json` to the folder `out`; return the manifest.
 
     Args:

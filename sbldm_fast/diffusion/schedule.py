@@ -43,16 +43,9 @@ class NoiseSchedule:
     """
 
     def __init__(
-        self,
-        name: str = "cosine_ramp",
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        *,
-        gamma: float = 0.5,
-        normalise: str = "none",
-        zero_terminal_snr: bool = False,
-    ) -> None:
+        self, name: str = "cosine_ramp", num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *,
+        gamma: float = 0.5, normalise: str = "none", zero_terminal_snr: bool = False,
+    ) -> None:  # fmt: skip
         if name not in NAMES:
             raise ValueError(f"name: got {name!r}, allowed are {', '.join(NAMES)}")
         if num_train_timesteps < 2:

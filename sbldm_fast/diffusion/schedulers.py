@@ -133,16 +133,9 @@ class DDIMScheduler(_Scheduler):
     """
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: torch.Generator | None = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput:
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False,
+        generator: torch.Generator | None = None, variance_noise: Tensor | None = None, return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
         """The sample one timestep earlier; arguments as in diffusers, the result is a tuple in either case.
 
         Raises:
@@ -191,13 +184,9 @@ class DDPMScheduler(_Scheduler):
         return int([*steps, -1][steps.index(timestep) + 1])
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | None = None,
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: torch.Generator | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput:
+    ) -> SchedulerOutput:  # fmt: skip
         """The sample one timestep earlier; arguments as in diffusers, the result is a tuple in either case."""
         t = int(timestep)
         before = self.previous_timestep(t)

@@ -80,18 +80,9 @@ class Pipeline:
         return self._samplers[key]
 
     def sample(
-        self,
-        n: int,
-        *,
-        seed: int = 0,
-        steps: int = 50,
-        mode: str = "auto",
-        eta: float = 0.0,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 16,
-        first_index: int = 0,
-        progress: bool = False,
-    ) -> Tensor:
+        self, n: int, *, seed: int = 0, steps: int = 50, mode: str = "auto", eta: float = 0.0, dtype: torch.dtype | None = None,
+        batch_size: int = 16, first_index: int = 0, progress: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Images `[n, 1, S, S]` in [-1, 1], on the CPU. Synthetic, not for diagnosis.
 
         Image i depends on `seed` and `first_index + i` alone, to rounding, whatever the batch size or the device.

@@ -52,18 +52,10 @@ class FastSampler:
     """
 
     def __init__(
-        self,
-        model: Callable[..., Any],
-        scheduler: Any,
-        *,
-        shape: Sequence[int],
-        steps: int = 50,
-        mode: str = "auto",
-        dtype: torch.dtype | None = None,
-        eta: float = 0.0,
-        decode: Callable[[Tensor], Tensor] | None = None,
+        self, model: Callable[..., Any], scheduler: Any, *, shape: Sequence[int], steps: int = 50, mode: str = "auto",
+        dtype: torch.dtype | None = None, eta: float = 0.0, decode: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if mode not in MODES:
             raise ValueError(f"mode: got {mode!r}, allowed are {', '.join(MODES)}")
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None

@@ -77,15 +77,9 @@ def batches(count: int, batch_size: int, seed: int, start: int) -> Iterator[Tens
 
 
 def train(
-    model: nn.Module,
-    loss_of: Callable[[nn.Module, Tensor, int], tuple[Tensor, dict[str, float]]],
-    count: int,
-    o: Optimisation,
-    folder: Path,
-    *,
-    name: str,
-    progress: bool = True,
-) -> nn.Module:
+    model: nn.Module, loss_of: Callable[[nn.Module, Tensor, int], tuple[Tensor, dict[str, float]]], count: int, o: Optimisation,
+    folder: Path, *, name: str, progress: bool = True,
+) -> nn.Module:  # fmt: skip
     """Train `model` for `o.steps` steps, continuing from the newest `folder/checkpoint-<name>-<step>`; return the EMA (or `model`).
 
     `loss_of(model, index, step)` gives the loss of the training items `index` and scalars to log. All randomness of a step
