@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sbldm_fast import DDIMScheduler, FastSampler, UNet2D, preset
 from sbldm_fast.models import UNetConfig
-from sbldm_fast.sampling.sampler import compilation
+from sbldm_fast.sampling.loop import compilation
 from sbldm_fast.training.loop import amp_dtype
 
 from .timing import interleaved, machine, summary

@@ -16,7 +16,8 @@ bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measu
 app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Mode = StrEnum("Mode", ["eager", "compile", "step-graph", "loop-graph", "auto"])
+Scheduler = StrEnum("Scheduler", ["ddim", "ddpm", "dpm", "unipc"])
+Format = StrEnum("Format", ["png", "npy", "nifti"])
 Split = StrEnum("Split", ["subject", "slice"])
 Amp = StrEnum("Amp", ["auto", "off", "fp16", "bf16"])
 Dtype = StrEnum("Dtype", ["float32", "float16", "bfloat16"])
@@ -116,42 +117,41 @@ def train(
 @app.command()
 def sample(
     pipeline: Annotated[str, typer.Argument(help="A pipeline folder, or demo for the bundled weights.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the PNG files and the grid.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the images; run again, it is completed.")],
     n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 16, seed: Annotated[int, typer.Option(min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Solver steps, 1 to 1000.")] = 50,
-    mode: Annotated[Mode, typer.Option(help="auto: loop-graph on CUDA, else eager.")] = Mode.auto,
-    eta: Annotated[float, typer.Option(help="0: DDIM, 1: the noise of DDPM.")] = 0.0, batch: Annotated[int, typer.Option(min=1)] = 16,
-    dtype: Annotated[Dtype | None, typer.Option(help="Arithmetic of the UNet (default: float32).")] = None, as_json: Json = False,
+    scheduler: Annotated[Scheduler, typer.Option(help="dpm and unipc need diffusers.")] = Scheduler.ddim,
+    mode: Annotated[str, typer.Option(help="auto, eager, compile, step-graph, loop-graph, a torch.compile mode, or graph+mode.")] = "auto",
+    eta: Annotated[float, typer.Option(help="0: DDIM, 1: the noise of DDPM.")] = 0.0,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time, at most.")] = 16,
+    dtype: Annotated[Dtype | None, typer.Option(help="Arithmetic of the UNet (default: float32).")] = None,
+    form: Annotated[Format, typer.Option("--format", help="A PNG each, one array, or one NIfTI stack.")] = Format.png,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Make images. Example: sbldm-fast sample demo -n 16 --seed 0 -o images"""
+    """Make images, the missing ones. Example: sbldm-fast sample demo -n 16 --seed 0 -o images
+
+    On several devices: torchrun --nproc-per-node=2 -m sbldm_fast sample demo -n 64 -o images
+    """
     import torch
-    from tqdm import tqdm
 
-    from sbldm_fast import Pipeline
-    from sbldm_fast.sampling.images import NOTICE, save_grid, save_png, to_uint8
+    from sbldm_fast.sampling.images import NOTICE
+    from sbldm_fast.sampling.job import sample_to_folder
 
-    pipe = Pipeline.from_pretrained(pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
-    precision = None if dtype is None else getattr(torch, dtype.value)
-    sampler = pipe.sampler(steps, mode.value, eta=eta, dtype=precision)
-    print(f"mode {sampler.mode}: {sampler.reason}", file=sys.stderr)
-    start, images = time.monotonic(), []
-    for first in tqdm(range(0, n, batch), desc="sample", unit="batch", disable=as_json):
-        part = pipe.sample(min(batch, n - first), seed=seed, steps=steps, mode=mode.value, eta=eta, dtype=precision,
-                           batch_size=batch, first_index=first)  # fmt: skip
-        for i, image in enumerate(to_uint8(part)):
-            save_png(image, out / f"{first + i:06d}.png")
-        images.append(part)
+    start = time.monotonic()
+    try:
+        done = sample_to_folder(
+            pipeline, out, n, seed=seed, steps=steps, scheduler=scheduler.value, mode=mode, eta=eta,
+            dtype=None if dtype is None else getattr(torch, dtype.value), batch_size=batch, form=form.value, progress=not as_json,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"sbldm-fast: interrupted; what is finished stays in {out}, the same command makes the rest", file=sys.stderr)
+        raise typer.Exit(130) from None
     seconds = time.monotonic() - start
-    save_grid(torch.cat(images), out / "grid.png")
-    done = {
-        "out": str(out),
-        "n": n,
-        "mode": sampler.mode,
-        "seconds": round(seconds, 2),
-        "images_per_s": round(n / seconds, 3),
-        "notice": NOTICE,
-    }
-    print(json.dumps(done) if as_json else f"{n} images in {seconds:.1f} s ({n / seconds:.2f}/s) in {out}; {NOTICE}")
+    rate = done["made"] / seconds
+    done |= {"seconds": round(seconds, 2), "images_per_s": round(rate, 3), "notice": NOTICE}
+    print(f"mode {done['mode']}: {done['reason']}", file=sys.stderr)
+    text = f"{done['made']} images in {seconds:.1f} s ({rate:.2f}/s), {done['kept']} were there: {out}; {NOTICE}"
+    print(json.dumps(done) if as_json else text)
 
 
 @app.command()
@@ -224,7 +224,7 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.
     from sbldm_fast.doctor import doctor as examine
     from sbldm_fast.export import export as run
     from sbldm_fast.files import whole_file
-    from sbldm_fast.sampling.images import save_grid
+    from sbldm_fast.sampling.images import save_grid, to_uint8
 
     start = time.monotonic()
     print("1/4 doctor")
@@ -233,7 +233,7 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.
     print("2/4 sixteen images from the bundled weights, 50 DDIM steps")
     pipe = Pipeline.from_pretrained("demo").to("cuda" if torch.cuda.is_available() else "cpu")
     images = pipe.sample(16, seed=0, steps=50, progress=True)
-    save_grid(images, out / "samples.png")
+    save_grid(to_uint8(images), out / "samples.png")
     print("3/4 latency of the paper-size UNet against diffusers")
     rows = bench(steps=50, batches=(1,), rounds=3, half=False, say=_say)
     append(out / "latency.jsonl", rows)
@@ -267,7 +267,7 @@ def main() -> None:
         app()
     except OSError as error:
         sys.exit(f"sbldm-fast: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, MemoryError) as error:
         sys.exit(f"sbldm-fast: {error}")
 
 

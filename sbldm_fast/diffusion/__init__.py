@@ -1,7 +1,15 @@
-"""Noise schedules and schedulers."""
+"""Noise schedules, schedulers and the tables they turn into."""
 
 from .schedule import NoiseSchedule
-from .schedulers import DDIMScheduler, DDPMScheduler
-from .table import DDIMTable, ddim_table
+from .schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from .table import NotLinear, SolverTable
 
-__all__ = ["DDIMScheduler", "DDIMTable", "DDPMScheduler", "NoiseSchedule", "ddim_table"]
+__all__ = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "NoiseSchedule",
+    "NotLinear",
+    "SolverTable",
+    "UniPCMultistepScheduler",
+]

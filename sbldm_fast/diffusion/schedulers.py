@@ -67,10 +67,15 @@ class _Scheduler:
             ValueError: not 1 to num_train_timesteps steps, or an offset that runs past the last timestep.
         """
         T, n = self.config.num_train_timesteps, num_inference_steps
+        steps: np.ndarray
         if not 1 <= n <= T:
             raise ValueError(f"num_inference_steps: got {n}, allowed is 1 to {T}")
-        if self.config.timestep_spacing == "linspace":
-            steps: np.ndarray = np.linspace(0, T - 1, n).round()[::-1]
+        if self.config.compat == "monai":
+            # MONAI: linspace in float32, and the offset shortens the range instead of shifting it
+            offset = self.config.steps_offset
+            steps = (torch.linspace(T - 1 - offset, 0, n).round().long() + offset).numpy()
+        elif self.config.timestep_spacing == "linspace":
+            steps = np.linspace(0, T - 1, n).round()[::-1]
         elif self.config.timestep_spacing == "leading":
             steps = (np.arange(n) * (T // n))[::-1] + self.config.steps_offset
         else:
@@ -81,14 +86,25 @@ class _Scheduler:
         self.timesteps = torch.from_numpy(steps.astype(np.int64)).to(device)
 
     def previous_timestep(self, timestep: int) -> int:
-        """The timestep that `step` leads to, negative for x0: one stride down, as in diffusers, also where spacing is uneven.
+        """The timestep that `step` leads to, negative for x0.
+
+        With `prev="stride"` one stride T // n down, as in diffusers and MONAI, which is wrong where timesteps are unevenly spaced
+        (linspace, and trailing where n does not divide T; diffusers #12633, MONAI #8600); with `prev="lookup"` the next of `timesteps`.
 
         Raises:
-            ValueError: `set_timesteps` was not called.
+            ValueError: `set_timesteps` was not called, or a timestep to look up that is not in `timesteps`.
         """
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps: got None, call set_timesteps first")
+        if self.config.prev == "lookup":
+            return self._next_timestep(timestep)
         return timestep - self.config.num_train_timesteps // self.num_inference_steps
+
+    def _next_timestep(self, timestep: int) -> int:
+        steps = self.timesteps.tolist()
+        if timestep not in steps:
+            raise ValueError(f"timestep: got {timestep}, allowed are the {len(steps)} in self.timesteps")
+        return int([*steps, -1][steps.index(timestep) + 1])
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The sample itself: these schedulers do not scale."""
@@ -176,12 +192,7 @@ class DDPMScheduler(_Scheduler):
         Raises:
             ValueError: a timestep that is not in `timesteps`.
         """
-        if self.num_inference_steps is None:
-            return timestep - 1
-        steps = self.timesteps.tolist()
-        if timestep not in steps:
-            raise ValueError(f"timestep: got {timestep}, allowed are the {len(steps)} in self.timesteps")
-        return int([*steps, -1][steps.index(timestep) + 1])
+        return timestep - 1 if self.num_inference_steps is None else self._next_timestep(timestep)
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: torch.Generator | None = None,
@@ -198,6 +209,53 @@ class DDPMScheduler(_Scheduler):
             variance = torch.clamp(beta_prev / (1 - a) * beta, min=1e-20)
             out = out + variance**0.5 * _noise_like(model_output, generator)
         return SchedulerOutput(out, x0)
+
+
+class _Diffusers:
+    """A scheduler of diffusers, on the betas of any of our schedules; what it returns is diffusers' own object.
+
+    Keyword arguments are those of the class of that name in diffusers, and the schedules, `gamma` and `normalise` of `SchedulerConfig`.
+    `ValueError` without diffusers, or for a value that is not allowed.
+    """
+
+    def __new__(cls, **config: Any) -> Any:
+        """diffusers' scheduler."""
+        try:
+            import diffusers
+        except ImportError:
+            raise ValueError(f"{cls.__name__} needs diffusers: pip install diffusers; DDIMScheduler and DDPMScheduler do without") from None
+        ours = {k: v for k, v in config.items() if k in SchedulerConfig.__dataclass_fields__}
+        own = {k: config.pop(k) for k in ("beta_start", "beta_end", "beta_schedule", "trained_betas", "gamma", "normalise") if k in config}
+        if own.get("beta_schedule") in (None, "linear", "scaled_linear", "squaredcos_cap_v2"):
+            own.pop("gamma", None), own.pop("normalise", None)
+        else:
+            own = {"trained_betas": _tables(SchedulerConfig.from_dict(ours))[0].tolist()}
+        return getattr(diffusers, cls.__name__)(**config, **own)
+
+    @classmethod
+    def from_config(cls, config: SchedulerConfig | Mapping[str, Any], **overrides: Any) -> Any:
+        """diffusers' scheduler from a configuration of ours or of any of diffusers'; keys that it does not know are passed over."""
+        import inspect
+
+        import diffusers
+
+        given = config.to_dict() if isinstance(config, SchedulerConfig) else dict(config)
+        takes = {*inspect.signature(getattr(diffusers, cls.__name__).__init__).parameters, "gamma", "normalise"}
+        return cls(**{k: v for k, v in {**given, **overrides}.items() if k in takes})
+
+
+class DPMSolverMultistepScheduler(_Diffusers):
+    """DPM-Solver++: `x' = (s'/s) x - a' (exp(-h) - 1) (D_0 + D_1 / 2)`, D_0 = x0, D_1 its divided difference, h the step in log(a/s).
+
+    Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2; diffusers does the arithmetic.
+    """
+
+
+class UniPCMultistepScheduler(_Diffusers):
+    """UniPC: a predictor like DPM-Solver++'s and a corrector that uses each model output a second time.
+
+    Source: Zhao et al. 2023, arXiv:2302.04867; diffusers does the arithmetic.
+    """
 
 
 def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -1,56 +1,356 @@
-"""The numbers of every step of a DDIM-like run, taken out of a scheduler before the loop starts."""
+"""Any linear scheduler as a table: the numbers of every step, read off the scheduler before the loop starts.
+
+    x0 = clip(c_x x + c_m m)
+    x' = a_0 x + b_0 m + d x0 + s z + sum_k (a_k x_-k + b_k m_-k)
+
+A scheduler with fixed timesteps is such a sum whether it says so or not. Run on random model outputs, one per element of a tensor, it
+gives as many equations per step as there are elements, and least squares gives the coefficients. A second run on other numbers proves them.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import copy
+import inspect
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from .schedulers import DDIMScheduler, DDPMScheduler
+from sbldm_fast.files import read_json, write_json
+
+ELEMENTS = 64  # equations per step, for at most 6 + 2 * MAX_HISTORY unknowns
+MAX_HISTORY = 12  # diffusers' PNDM looks that far back after its Runge-Kutta steps
+SIZES = (1.0, 1.0, 30.0, 1000.0)  # of model outputs: clipping must show at every step, also where an ordinary x0 stays inside
+EXACT = 1e-11  # a residual of float64, relative
+ROUNDED = 2e-6  # and of a scheduler that casts to float32 inside
+PROOF = 2e-5  # largest relative error of a whole run
 
 
-class DDIMTable(NamedTuple):
-    """A run of `ddim_step`: `timesteps` of length S, `alpha_bar` and `alpha_bar_prev` as float64 `[S]`, and what is constant."""
-
-    timesteps: list[int]
-    alpha_bar: Tensor
-    alpha_bar_prev: Tensor
-    eta: float
-    prediction_type: str
-    clip_range: float | None
+class NotLinear(ValueError):
+    """A scheduler that no table describes; the message says why."""
 
 
-def ddim_table(scheduler: Any, steps: int, eta: float = 0.0) -> DDIMTable:
-    """The table of `scheduler`, DDIM or DDPM of ours or of diffusers, for `steps` steps; the scheduler itself is left as it is.
+@dataclass(frozen=True, eq=False)
+class SolverTable:
+    """A run of a solver: what each step multiplies, adds and asks the model for.
 
-    alphas_cumprod are the scheduler's own float32 numbers: the table and `step` are one solver, to rounding. DDPM without
-    clipping is DDIM with eta = 1 (Song et al. 2021, section 4.1).
+    timesteps: `[S]`, int64 or float64, what the model is given.
+    rows: `[S, 6 + 2 K]` float64, `[c_x, c_m, d, s, a_0, b_0, ..., a_K, b_K]`; c is NaN where x0 is not known.
+    input_scale: `[S]` float64, the factor of `scale_model_input`.
+    alpha, sigma: `[S]` float64, x = alpha x0 + sigma noise at the start of a step; NaN where not known.
+    init_noise_sigma: standard deviation of the first x.
+    clip_range: x0 is clipped to it; None: not at all.
+    """
+
+    timesteps: Tensor
+    rows: Tensor
+    input_scale: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    init_noise_sigma: float = 1.0
+    clip_range: float | None = None
+
+    @property
+    def history(self) -> int:
+        """K, how many steps back the solver looks."""
+        return (self.rows.shape[1] - 6) // 2
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any step adds noise."""
+        return bool((self.rows[:, 3] != 0).any())
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, steps: int, *, eta: float = 0.0, start: int = 0) -> Self:
+        """The table of a scheduler of ours, diffusers, MONAI or their protocol; the scheduler itself is left as it is.
+
+        Args:
+            steps: for `set_timesteps`; a solver of second order may make more model calls than that.
+            eta: of schedulers whose `step` takes it, 0 deterministic to 1 the variance of DDPM.
+            start: the timestep to begin with, counted from the first: the run of an img2img.
+
+        Raises:
+            NotLinear: no row describes a step (thresholding, a learned variance); a ValueError.
+            ValueError: not a scheduler, or steps or eta that it does not take.
+        """
+        own = prepared(scheduler, steps, eta)
+        alpha, sigma = (v[start:] for v in _levels(own))
+        run = _run(prepared(scheduler, steps, eta, start), eta, start, seed=0)
+        c, clip_range = _predictions(run, scheduler, alpha, sigma)
+        found, draw = _rows(run, c, clip_range)
+        width = max(len(row) for row in found)
+        rows = torch.stack([torch.cat([row, row.new_zeros(width - len(row))]) for row in found])
+        scale = torch.tensor(run.input_scale, dtype=torch.float64)
+        timesteps = own.timesteps[start:].cpu()
+        timesteps = timesteps.double() if timesteps.is_floating_point() else timesteps.long()
+        table = cls(timesteps, rows, scale, alpha, sigma, _first_sigma(own), clip_range)
+        error = table._error(_run(prepared(scheduler, steps, eta, start), eta, start, seed=1), draw)
+        if not error <= PROOF:
+            raise NotLinear(f"a run of its table differs from its own by {error:.1e}, allowed is {PROOF:.0e}")
+        return table
+
+    def from_step(self, start: int) -> SolverTable:
+        """The rest of the run.
+
+        Raises:
+            ValueError: the solver looks back on steps that a run from `start` does not have.
+        """
+        if self.history and start:
+            raise ValueError(f"table: got a history of {self.history} steps, allowed to start inside is none; give its scheduler")
+        cut = {k: getattr(self, k)[start:] for k in ("timesteps", "rows", "input_scale", "alpha", "sigma")}
+        return replace(self, **cut)
+
+    def step(self, i: int, x: list[Tensor], m: list[Tensor], z: Tensor | float = 0.0) -> Tensor:
+        """x after step i from all x and m so far, newest last, in their dtype: the table in one expression, for proofs."""
+        c_x, c_m, d, s, *pairs = self.rows[i].tolist()
+        out: Tensor = torch.zeros_like(x[-1]) + s * z
+        if d:
+            x0 = c_x * x[-1] + c_m * m[-1]
+            out = out + d * (x0 if self.clip_range is None else x0.clamp(-self.clip_range, self.clip_range))
+        for k in range(min(self.history + 1, len(x))):
+            out = out + pairs[2 * k] * x[-1 - k] + pairs[2 * k + 1] * m[-1 - k]
+        return out
+
+    def _error(self, run: _Run, draw: int) -> float:
+        """The largest error of any x of a run, relative to the largest x of its step among elements of its size."""
+        x, worst = [run.x[0]], 0.0
+        for i in range(len(run.m)):
+            x.append(self.step(i, x, run.m[: i + 1], run.z[i][draw] if run.z[i] else 0.0))
+            off, own = ((v.reshape(-1, len(SIZES))).abs().amax(0) for v in (x[-1] - run.x[i + 1], run.x[i + 1]))
+            worst = max(worst, float((off / own).max()))
+        return worst
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON, whole or not at all."""
+        write_json(Path(path), self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as JSON has it; NaN is null."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {"format": 1} | {k: _numbers(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The table that `save` wrote.
+
+        Raises:
+            ValueError: the file is missing or is not such a table.
+        """
+        return cls.from_dict(read_json(Path(path)), str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "table") -> Self:
+        """The table of `to_dict`; errors as `load`, naming `source`."""
+        try:
+            timesteps = torch.tensor(values["timesteps"])
+            tensors = {k: _tensor(values[k]) for k in ("rows", "input_scale", "alpha", "sigma")}
+            table = cls(
+                timesteps.double() if timesteps.is_floating_point() else timesteps, **tensors,
+                init_noise_sigma=float(values["init_noise_sigma"]), clip_range=values["clip_range"],
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, RuntimeError) as wrong:
+            raise ValueError(f"{source}: not a solver table ({type(wrong).__name__}: {wrong})") from None
+        S, width = table.rows.shape if table.rows.dim() == 2 else (0, 0)
+        if S < 1 or width < 6 or width % 2 or any(len(v) != S for v in (table.timesteps, table.input_scale, table.alpha, table.sigma)):
+            raise ValueError(f"{source}: rows: got {list(table.rows.shape)}, allowed are [steps, 6 + 2 K] and as many of the others")
+        if not table.rows[:, 2:].isfinite().all() or not table.input_scale.isfinite().all():
+            raise ValueError(f"{source}: rows, input_scale: got a number that is not finite")
+        return table
+
+
+def prepared(scheduler: Any, steps: int, eta: float = 0.0, start: int = 0) -> Any:
+    """A copy of `scheduler` with its timesteps set, to be stepped from timestep number `start` on.
 
     Raises:
-        ValueError: another scheduler, an `eta` that it does not take, a clipped DDPM, or epsilon from a zero terminal SNR.
+        ValueError: it has no `set_timesteps` or `step`, or does not take `steps` or `eta`.
     """
-    kinds = {"DDIMScheduler": DDIMScheduler, "DDPMScheduler": DDPMScheduler}
-    kind = kinds.get(type(scheduler).__name__)
-    if kind is None or not hasattr(scheduler, "config"):
-        raise ValueError(
-            f"scheduler: got {type(scheduler).__module__}.{type(scheduler).__name__}, "
-            f"allowed are {', '.join(kinds)} of sbldm_fast or diffusers"
-        )
-    own = kind.from_config(scheduler.config)
-    own.set_timesteps(steps)
-    c = own.config
-    if kind is DDPMScheduler:
-        if c.clip_sample:
-            raise ValueError("scheduler: got DDPMScheduler with clip_sample=True, allowed is clip_sample=False (latents exceed 1)")
-        eta = 1.0
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: got {eta}, allowed is 0 to 1")
-    bars, timesteps = own.alphas_cumprod.double(), own.timesteps.tolist()
-    last = bars.new_tensor(1.0) if kind is DDPMScheduler else own.final_alpha_cumprod.double()
-    before = [own.previous_timestep(t) for t in timesteps]
-    alpha_bar = bars[timesteps]
-    if c.prediction_type == "epsilon" and bool((alpha_bar == 0).any()):
-        raise ValueError("rescale_betas_zero_snr: x0 cannot be had from epsilon at zero SNR, allowed are sample and v_prediction")
-    alpha_bar_prev = torch.stack([bars[t] if t >= 0 else last for t in before])
-    return DDIMTable(timesteps, alpha_bar, alpha_bar_prev, eta, c.prediction_type, c.clip_sample_range if c.clip_sample else None)
+    name = type(scheduler).__name__
+    if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):
+        raise ValueError(f"scheduler: got {name}, allowed is a scheduler with set_timesteps and step, or a SolverTable")
+    config = getattr(scheduler, "config", scheduler)
+    T = getattr(config, "num_train_timesteps", None) or 1000
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps: got {steps}, allowed is 1 to num_train_timesteps = {T}")
+    if not 0 <= eta <= 1 or (eta and "eta" not in inspect.signature(scheduler.step).parameters):
+        raise ValueError(f"eta: got {eta}, allowed is 0 to 1, and 0 alone for a scheduler whose step does not take it")
+    own = copy.deepcopy(scheduler)
+    try:
+        own.set_timesteps(steps)
+    except (TypeError, IndexError, AttributeError) as wrong:
+        raise ValueError(f"scheduler: {name}.set_timesteps({steps}) failed: {wrong}") from wrong
+    if start and hasattr(own, "set_begin_index"):
+        own.set_begin_index(start)
+    return own
+
+
+def scheduler_step(
+    scheduler: Any, m: Tensor, i: int, x: Tensor, eta: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor | None]:
+    """Step i of a prepared scheduler in whichever protocol it speaks: the next x, and x0 if it tells."""
+    takes = inspect.signature(scheduler.step).parameters
+    t = scheduler.timesteps
+    following = t[i + 1] if i + 1 < len(t) else torch.zeros_like(t[0])
+    optional = {"eta": eta or None, "generator": generator, "next_timestep": following}
+    out = scheduler.step(m, t[i], x, **{k: v for k, v in optional.items() if k in takes and v is not None})
+    if hasattr(out, "prev_sample"):
+        return out.prev_sample, getattr(out, "pred_original_sample", None)
+    return out[0], out[1] if len(out) > 1 else None
+
+
+def scaled_input(scheduler: Any, x: Tensor, t: Tensor) -> Tensor:
+    """What the model is given for x: `scale_model_input` where there is one."""
+    out: Tensor = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+    return out
+
+
+def _first_sigma(scheduler: Any) -> float:
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+class _Run(NamedTuple):
+    """A scheduler's own run on random model outputs, `[ELEMENTS]` each: S + 1 of x, S of the others."""
+
+    x: list[Tensor]
+    m: list[Tensor]
+    z: list[list[Tensor]]  # what it may have drawn in a step: in float64, then in float32; empty if it drew nothing
+    x0: list[Tensor | None]
+    small_x0: list[Tensor | None]  # of x and m a million times smaller, which no clipping reaches, scaled back
+    input_scale: list[float]
+
+
+def _run(scheduler: Any, eta: float, start: int, seed: int) -> _Run:
+    random, noise = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 2)
+    shape = (1, 1, 8, ELEMENTS // 8)
+    size = torch.tensor(SIZES, dtype=torch.float64).repeat(ELEMENTS // len(SIZES)).reshape(shape)
+    run = _Run([torch.randn(shape, generator=random, dtype=torch.float64) * size * _first_sigma(scheduler)], [], [], [], [], [])
+    small = copy.deepcopy(scheduler)
+    with torch.random.fork_rng(devices=[]):
+        for i, t in enumerate(scheduler.timesteps[start:], start):
+            x, m = run.x[-1], torch.randn(shape, generator=random, dtype=torch.float64) * size
+            ones = scaled_input(scheduler, torch.ones_like(x), t)
+            scaled_input(small, x, t)  # some schedulers count on being asked
+            before = noise.get_state()
+            try:
+                following, x0 = scheduler_step(scheduler, m, i, x, eta, noise)
+                small_x0 = None if x0 is None else scheduler_step(small, m * 1e-6, i, x * 1e-6, eta, noise.clone_state())[1]
+            except Exception as failure:  # whatever another library raises; stepping will show it to the user
+                raise NotLinear(f"its step {i} failed: {type(failure).__name__}: {failure}") from failure
+            if not following.isfinite().all():
+                raise NotLinear(f"its step {i} gives numbers that are not finite")
+            drew = not torch.equal(before, noise.get_state())
+            run.x.append(following.double())
+            run.m.append(m)
+            run.z.append([_redrawn(shape, before, dtype) for dtype in (torch.float64, torch.float32)] if drew else [])
+            run.x0.append(None if x0 is None else x0.double())
+            run.small_x0.append(None if small_x0 is None else small_x0.double() * 1e6)
+            run.input_scale.append(float(ones.flatten()[0]))
+    return run
+
+
+def _redrawn(shape: tuple[int, ...], state: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().set_state(state), dtype=dtype).double()
+
+
+def _levels(scheduler: Any) -> tuple[Tensor, Tensor]:
+    """alpha and sigma `[S]` of `add_noise` at each timestep; NaN where the scheduler has none."""
+    t = scheduler.timesteps
+    one = torch.ones(len(t), 1, 1, 1, dtype=torch.float64)
+    try:
+        alpha, sigma = scheduler.add_noise(one, 0 * one, t), scheduler.add_noise(0 * one, one, t)
+    except (AttributeError, TypeError, NotImplementedError):
+        return (one * torch.nan).flatten(), (one * torch.nan).flatten()
+    return alpha.double().flatten(), sigma.double().flatten()
+
+
+def _predictions(run: _Run, scheduler: Any, alpha: Tensor, sigma: Tensor) -> tuple[list[Tensor], float | None]:
+    """`[c_x, c_m]` of each step, and the range that x0 is clipped to."""
+    kind = getattr(getattr(scheduler, "config", scheduler), "prediction_type", None)
+    r = (alpha**2 + sigma**2).sqrt()
+    known = {
+        "epsilon": (1 / alpha, -sigma / alpha),
+        "sample": (0 * alpha, 1 + 0 * alpha),
+        "v_prediction": (alpha / r**2, -sigma / r),
+    }.get(str(kind), (alpha * torch.nan, alpha * torch.nan))
+    c, bent = list(torch.stack(known, dim=1)), []
+    for i, (x0, small) in enumerate(zip(run.x0, run.small_x0, strict=True)):
+        if x0 is None or small is None:
+            continue
+        c[i], error = _solve([run.x[i], run.m[i]], small)
+        straight = c[i][0] * run.x[i] + c[i][1] * run.m[i]
+        if error > ROUNDED:
+            raise NotLinear(f"x0 of step {i} is not a sum of x and the model's output")
+        if float((straight - x0).abs().max()) > 1e-5 * float(straight.abs().max()):
+            bent.append((i, straight, x0))
+    if not bent:
+        return c, None
+    limit = max(float(x0.abs().max()) for _, _, x0 in bent)
+    for i, straight, x0 in bent:
+        if float((straight.clamp(-limit, limit) - x0).abs().max()) > 1e-5 * limit:
+            raise NotLinear(f"x0 of step {i} is neither as predicted nor clipped to a fixed range (thresholding, or limits of two sizes)")
+    return c, limit
+
+
+def _rows(run: _Run, c: list[Tensor], clip_range: float | None) -> tuple[list[Tensor], int]:
+    """The row of each step, each as long as its history needs, and which of the two draws the noise was."""
+    draws = 2 if any(run.z) else 1
+    for draw in range(draws):
+        try:
+            return [_row(run, i, c[i], clip_range, draw) for i in range(len(run.m))], draw
+        except NotLinear:
+            if draw == draws - 1:
+                raise
+    raise AssertionError
+
+
+def _row(run: _Run, i: int, c: Tensor, clip_range: float | None, draw: int) -> Tensor:
+    # column j of the equations is entry places[j] of the row
+    now = {4: run.x[i], 5: run.m[i]}
+    x0 = run.x0[i]
+    if clip_range is not None and x0 is not None:
+        now[2] = x0
+    if run.z[i]:
+        now[3] = run.z[i][draw]
+    tried: list[tuple[float, list[int], Tensor]] = []
+    for k in range(min(i, MAX_HISTORY) + 1):
+        past_m = {5 + 2 * j: run.m[i - j] for j in range(1, k + 1)}
+        past_x = {4 + 2 * j: run.x[i - j] for j in range(1, k + 1)}
+        # without earlier x first: most multistep solvers remember model outputs alone
+        for columns in (now | past_m, now | past_m | past_x) if k else (now,):
+            solution, error = _solve(list(columns.values()), run.x[i + 1])
+            tried.append((error, list(columns), solution))
+            if error <= EXACT:
+                return _placed(c, *tried[-1][1:])
+        if k == 3 and min(tried, key=lambda t: t[0])[0] <= ROUNDED:
+            break
+    best = min(error for error, _, _ in tried)
+    if best > ROUNDED:
+        raise NotLinear(f"step {i} is not a sum of what came before it: {best:.1e} of it is left over")
+    return _placed(c, *next(t[1:] for t in tried if t[0] <= 4 * best))
+
+
+def _placed(c: Tensor, places: list[int], values: Tensor) -> Tensor:
+    row = torch.zeros(6 + 2 * ((max(places) - 4) // 2), dtype=torch.float64)
+    row[:2] = c
+    row[places] = values
+    return row
+
+
+def _solve(columns: list[Tensor], target: Tensor) -> tuple[Tensor, float]:
+    """Least squares, and the largest error relative to the target; each equation and each column scaled to one."""
+    A, b = torch.stack([v.flatten() for v in columns], dim=1), target.flatten()
+    size = A.abs().amax(dim=1).clamp(min=1e-300)
+    A, b = A / size[:, None], b / size
+    norms = A.norm(dim=0).clamp(min=1e-300)
+    solution = torch.linalg.lstsq(A / norms, b[:, None], rcond=1e-10, driver="gelsd").solution[:, 0] / norms
+    return solution, float((A @ solution - b).abs().max() / b.abs().max().clamp(min=1e-300))
+
+
+def _numbers(v: Tensor) -> Any:
+    return [_numbers(row) for row in v] if v.dim() > 1 else [None if n != n else n for n in v.tolist()]
+
+
+def _tensor(numbers: Any) -> Tensor:
+    rows = [[torch.nan if n is None else n for n in row] if isinstance(row, list) else torch.nan if row is None else row for row in numbers]
+    return torch.tensor(rows, dtype=torch.float64)

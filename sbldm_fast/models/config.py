@@ -108,7 +108,8 @@ class UNetConfig(Config):
 class SchedulerConfig(Config):
     """What a scheduler needs, under diffusers' names and with its defaults; our presets do not clip, latents are not in [-1, 1].
 
-    Beyond diffusers: the schedules `cosine_ramp`, `cosine` and `gamma` with `gamma` and `normalise` (see `NoiseSchedule`).
+    Beyond diffusers: the schedules `cosine_ramp`, `cosine` and `gamma` with `gamma` and `normalise` (see `NoiseSchedule`);
+    `prev`, the timestep that a step of DDIM leads to (see `previous_timestep`); `compat="monai"`, MONAI's timesteps.
     """
 
     BETA_SCHEDULES: ClassVar = ("linear", "scaled_linear", "squaredcos_cap_v2", "cosine_ramp", "cosine", "gamma")
@@ -129,6 +130,8 @@ class SchedulerConfig(Config):
     variance_type: str = "fixed_small"
     timestep_spacing: str = "leading"
     rescale_betas_zero_snr: bool = False
+    prev: str = "stride"
+    compat: str = "diffusers"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -137,6 +140,8 @@ class SchedulerConfig(Config):
             ("timestep_spacing", ("leading", "trailing", "linspace")),
             ("thresholding", (False,)),
             ("variance_type", ("fixed_small",)),
+            ("prev", ("stride", "lookup")),
+            ("compat", ("diffusers", "monai")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed are {', '.join(map(str, allowed))}")

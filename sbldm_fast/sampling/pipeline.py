@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sbldm_fast.diffusion import DDIMScheduler
+from sbldm_fast.diffusion import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from sbldm_fast.files import whole_folder, write_json
 from sbldm_fast.models import AutoencoderKL, SchedulerConfig, UNet2D
 
 from .sampler import FastSampler
 
+SCHEDULERS: dict[str, Any] = {
+    "ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler,
+}  # fmt: skip
 BUNDLED = {"demo": Path(__file__).parents[1] / "assets" / "demo"}
 
 
@@ -70,32 +74,57 @@ class Pipeline:
         """Scaled latents `[N, C, h, w]` to images in [-1, 1]."""
         return self.vae.decode(z / self.vae.config.scaling_factor)
 
-    def sampler(self, steps: int = 50, mode: str = "auto", *, eta: float = 0.0, dtype: torch.dtype | None = None) -> FastSampler:
-        """The sampler from noise to images; kept, so that a second call neither compiles nor captures again."""
-        key = (steps, mode, eta, dtype)
+    def sampler(
+        self, steps: int = 50, mode: str = "auto", *, scheduler: Any = "ddim", eta: float = 0.0, dtype: torch.dtype | None = None
+    ) -> FastSampler:
+        """The sampler from noise to images; kept, so that a second call neither compiles nor captures again.
+
+        `scheduler`: `ddim`, `ddpm`, `dpm` or `unipc` on the pipeline's schedule, or any scheduler object.
+
+        Raises:
+            ValueError: an unknown name, and as `FastSampler`.
+        """
+        if isinstance(scheduler, str):
+            if scheduler not in SCHEDULERS:
+                raise ValueError(f"scheduler: got {scheduler!r}, allowed are {', '.join(SCHEDULERS)}")
+            name: Any = scheduler
+            scheduler = SCHEDULERS[scheduler].from_config(self.scheduler.config)
+        else:
+            name = id(scheduler)
+        key = (steps, mode, name, eta, dtype)
         if key not in self._samplers:
             self._samplers[key] = FastSampler(
-                self.unet, self.scheduler, shape=self.latent_shape, steps=steps, mode=mode, dtype=dtype, eta=eta, decode=self.decode
+                self.unet,
+                scheduler or self.scheduler,
+                shape=self.latent_shape,
+                steps=steps,
+                mode=mode,
+                dtype=dtype,
+                eta=eta,
+                decode=self.decode,
             )
         return self._samplers[key]
 
     def sample(
-        self, n: int, *, seed: int = 0, steps: int = 50, mode: str = "auto", eta: float = 0.0, dtype: torch.dtype | None = None,
-        batch_size: int = 16, first_index: int = 0, progress: bool = False,
+        self, n: int, *, seed: int = 0, steps: int = 50, mode: str = "auto", scheduler: Any = "ddim", eta: float = 0.0,
+        dtype: torch.dtype | None = None, batch_size: int = 16, progress: bool = False,
     ) -> Tensor:  # fmt: skip
         """Images `[n, 1, S, S]` in [-1, 1], on the CPU. Synthetic, not for diagnosis.
 
-        Image i depends on `seed` and `first_index + i` alone, to rounding, whatever the batch size or the device.
+        Image i depends on `seed` and i alone, to rounding, whatever the batch size or the device.
 
         Raises:
             ValueError: as `FastSampler`, or a batch size below 1.
         """
         if n < 1 or batch_size < 1:
             raise ValueError(f"n, batch_size: got {n}, {batch_size}, allowed is 1 or more")
-        sampler = self.sampler(steps, mode, eta=eta, dtype=dtype)
-        starts = range(0, n, batch_size)
-        images = [
-            sampler(min(batch_size, n - i), seed=seed, first_index=first_index + i).cpu()
-            for i in tqdm(starts, desc="sample", unit="batch", disable=not progress)
-        ]
-        return torch.cat(images)
+        sampler, size = self.sampler(steps, mode, scheduler=scheduler, eta=eta, dtype=dtype), even_batch(n, batch_size)
+        batches = tqdm(
+            sampler.stream(n, seed=seed, batch_size=size), desc="sample", unit="batch", total=math.ceil(n / size), disable=not progress
+        )
+        return torch.cat([batch.cpu() for batch in batches])[:n]
+
+
+def even_batch(n: int, batch_size: int) -> int:
+    """The size of as many batches as `batch_size` asks for, but equal ones: 17 by 16 are two of 9, with one padded, not 16 and 1."""
+    return math.ceil(n / math.ceil(n / batch_size))

@@ -1,262 +1,429 @@
-"""The sampling loop, in five ways that compute the same thing."""
+"""The fast sampler: any model, any linear scheduler, in several ways that compute the same thing."""
 
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sbldm_fast.diffusion.table import ddim_table
-from sbldm_fast.kernels import ddim_step, philox_normal
+from sbldm_fast.diffusion.table import NotLinear, SolverTable, prepared, scaled_input, scheduler_step
+from sbldm_fast.kernels import philox_normal
 from sbldm_fast.models import UNet2D
 
-MODES = ("eager", "compile", "step-graph", "loop-graph", "auto")
-MAX_GRAPHS = 4  # batch sizes kept captured at a time
+from .loop import Callback, Loop
+from .model import Cond, Named, named, phase_upsampling, predictor
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+GRAPHS = ("step-graph", "loop-graph")
+STOPS = {"eps_norm": 0.05, "convergence": 1e-3, "x0_delta": 0.01}  # with the threshold of each
+MAX_LOOPS = 4  # batch sizes kept captured at a time
+COMPILE_PAYS = 10_000  # model calls of one call on a CPU that win the minute of compiling back
+WHOLE_LOOP = 100  # steps up to which `auto` puts the whole loop into one graph: the graph grows with them
+INVERSIONS = 3  # fixed-point iterations of a step backwards; one is the usual DDIM inversion
 
 
 class FastSampler:
     """A model and a scheduler, turned into a function from seeds to samples.
 
-    Before the loop: timesteps, alphas_cumprod and, for a `UNet2D`, the scale and shift of every block at every step are put
-    into tables on the device. In the loop: one model call and one `ddim_step` a step, no transfer, no synchronisation.
+    Before the loop: the scheduler becomes a `SolverTable` and, for a `UNet2D`, time becomes a table of the scale and shift of every
+    block. In the loop: one model call and one `solver_step` a step, no transfer, no synchronisation.
 
-    | mode         | what runs                                                                                |
-    |--------------|------------------------------------------------------------------------------------------|
-    | `eager`      | the loop in Python                                                                       |
-    | `compile`    | the loop in Python, the step through torch.compile (on a CPU with frozen weights)        |
-    | `step-graph` | one CUDA graph of a step that reads its row through a counter on the device, replayed    |
-    | `loop-graph` | one CUDA graph of the whole loop, `decode` included                                      |
-    | `auto`       | `loop-graph` on CUDA, else `eager`; `reason` says why                                    |
+    - `eager`: the loop in Python.
+    - `compile` (`default`), `reduce-overhead`, `max-autotune`, `max-autotune-no-cudagraphs`: the step through that mode of
+      torch.compile, on a CPU with frozen weights.
+    - `step-graph`: one CUDA graph of a step that reads its rows through a counter on the device, replayed.
+    - `loop-graph`: one CUDA graph of the whole loop, `decode` included.
+    - `step-graph+compile`, ...: a graph of either kind around a compiled step.
+    - `auto`: on CUDA `loop-graph`, beyond 100 steps `step-graph`; on a CPU `eager`, and `compile` from the first call on that is
+      long enough to win the minute of compiling back. `reason` says why.
 
-    The graph modes are compiled, not run: no CUDA machine has measured them yet.
+    The graph modes are compiled, not run: no CUDA machine has measured them yet. A graph cannot be left inside: with `stop` or a
+    callback `loop-graph` replays steps.
+
+    Stopping early, sample by sample, `stop=`: `eps_norm` when the RMS of the model's output is below the threshold (paper 001; a
+    noise prediction has RMS near 1 at every step, so 0.05 is hardly ever reached), `convergence` when that RMS changes by less than
+    this fraction (paper 000), `x0_delta` when x0 moves by less than this, RMS. A sample that stopped is frozen and comes back as its x0.
 
     Args:
-        model: a `UNet2D`, a diffusers UNet, or any callable `(x, t) -> prediction`, t a scalar tensor. A module is put in
-            evaluation mode; after moving or retraining it, build a new sampler.
-        scheduler: `DDIMScheduler` or `DDPMScheduler`, ours or diffusers'.
+        model: a `UNet2D`, a diffusers or MONAI UNet, or any callable `(x, t) -> prediction`. A module is put in evaluation mode;
+            after moving or retraining it, build a new sampler.
+        scheduler: ours, diffusers', MONAI's or a `SolverTable`. One that no table describes is stepped as it is, with a warning, and
+            counted in `stats()["fallbacks"]`; what noise it adds is then torch's, not a function of sample and seed.
         shape: of one sample, `(C, H, W)`.
-        steps: solver steps, 1 to num_train_timesteps.
+        steps: for `set_timesteps`; a `SolverTable` brings its own.
         mode: see the table.
-        dtype: of the model's arithmetic, on a copy of it; the solver stays in float32. None: as the model is.
-        eta: 0 deterministic, 1 the variance of DDPM.
-        decode: applied to the final latents, inside the captured loop; None: latents are returned.
+        dtype: of the model's arithmetic, on a copy; norms compute in float32, the solver stays in it. None: as the model is.
+        eta: of schedulers that take it, 0 deterministic to 1 the variance of DDPM.
+        decode: applied to the final latents; None: latents are returned.
+        fuse: replace each GroupNorm + SiLU of a foreign model by `group_norm_silu`; `stats()["fused"]` says how many there were.
+        stop, threshold: see above; a threshold of None is 0.05, 0.001, 0.01.
+        check_every: steps between two looks at whether all samples have stopped.
         device: of a callable without parameters; others bring their own.
 
     Raises:
-        ValueError: an argument that is not allowed, a graph mode without CUDA, or a scheduler that is not DDIM or DDPM.
+        ValueError: an argument that is not allowed, or a graph mode without CUDA.
     """
 
     def __init__(
         self, model: Callable[..., Any], scheduler: Any, *, shape: Sequence[int], steps: int = 50, mode: str = "auto",
-        dtype: torch.dtype | None = None, eta: float = 0.0, decode: Callable[[Tensor], Tensor] | None = None,
-        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None, eta: float = 0.0, decode: Callable[[Tensor], Tensor] | None = None, fuse: bool = False,
+        stop: str | None = None, threshold: float | None = None, check_every: int = 5, device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
-        if mode not in MODES:
-            raise ValueError(f"mode: got {mode!r}, allowed are {', '.join(MODES)}")
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = parameter.device if parameter is not None else torch.device(device or "cpu")
-        if mode.endswith("graph") and self.device.type != "cuda":
-            raise ValueError(f"mode: got {mode!r}, which needs CUDA, and the model is on {self.device}; allowed here are eager, compile")
-        self.mode, self.reason = _choose(mode, self.device)
-        self.shape, self.steps = tuple(shape), steps
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
-        self.decode = decode
-        table = ddim_table(scheduler, steps, eta)
-        self.timesteps, self.eta = table.timesteps, table.eta
-        self._prediction_type, self._clip_range = table.prediction_type, table.clip_range
-        # row i of `_bars`: alphas_cumprod at step i and one step earlier
-        self._bars = torch.stack([table.alpha_bar, table.alpha_bar_prev], dim=1).to(self.device, torch.float32)
-        times = torch.tensor(table.timesteps, device=self.device)
-        with torch.no_grad():
-            self._rows = model.time_rows(times).to(self.dtype) if isinstance(model, UNet2D) else times
+        self.graph, self.compiled = parse_mode(mode, self.device)
+        self._auto, self.reason = mode == "auto", "asked for"
+        if stop is not None and stop not in STOPS:
+            raise ValueError(f"stop: got {stop!r}, allowed are {', '.join(STOPS)} and None")
+        if check_every < 1:
+            raise ValueError(f"check_every: got {check_every}, allowed is 1 or more")
+        self.stop, self.check_every = stop, check_every
+        self.threshold = threshold if threshold is not None else STOPS[stop] if stop else 0.0
+        self.shape, self.eta, self.decode, self.fuse, self.counts = tuple(shape), eta, decode, fuse, Counter[str]()
+        self._scheduler, self._asked = scheduler, steps
+        self.table: SolverTable
+        self._linear = True
+        if isinstance(scheduler, SolverTable):
+            self.table = scheduler
+        else:
+            try:
+                self.table = SolverTable.from_scheduler(scheduler, steps, eta=eta)
+            except NotLinear as why:
+                warnings.warn(f"{type(scheduler).__name__} is stepped as it is, without a table: {why}", stacklevel=2)
+                self._linear = False
+                if stop is not None or mode not in ("auto", "eager"):
+                    raise ValueError(
+                        f"mode, stop: got {mode!r}, {stop!r}, allowed for {type(scheduler).__name__} are 'eager', None"
+                    ) from why
+        if isinstance(model, UNet2D):
+            model = phase_upsampling(model)
         if parameter is not None and self.dtype != parameter.dtype:
             # half-precision convolutions want the channels side by side, on tensor cores as on AMX
             model = copy.deepcopy(model).to(self.dtype, memory_format=torch.channels_last)  # type: ignore[attr-defined]  # it has parameters
-        self._model = model.eval() if isinstance(model, nn.Module) else model
-        self._step = self._compiled() if self.mode == "compile" else self._step_eager
-        self._graphs: OrderedDict[int, _Captured] = OrderedDict()
-        # one pool for all batch sizes: replays follow on one another, and outputs are copied out before the next
-        self._pool = torch.cuda.graph_pool_handle() if self.mode.endswith("graph") else None
-        self._counts: Counter[str] = Counter()
+        self.model = model.eval() if isinstance(model, nn.Module) else model
+        self.predict = predictor(self.model)
+        self._tails: dict[int, FastSampler] = {}
+        if self._linear:
+            self._load()
+        else:
+            self.timesteps: list[float] = prepared(scheduler, steps, eta).timesteps.tolist()
+            self.init_noise_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
 
-    def __call__(self, n: int | None = None, *, seed: int | Sequence[int] = 0, noise: Tensor | None = None, first_index: int = 0) -> Tensor:
+    def _load(self) -> None:
+        """Put the table's numbers on the device."""
+        table = self.table
+        if self.stop is not None and not table.rows[:, :2].isfinite().all():
+            raise ValueError(f"stop: got {self.stop!r}, allowed is None: this scheduler does not tell what x0 is")
+        self.timesteps, self.init_noise_sigma = table.timesteps.tolist(), table.init_noise_sigma
+        self.numbers = table.rows.to(self.device, torch.float32)
+        scale = table.input_scale.to(self.device, torch.float32)
+        self.input_scale = None if bool((scale == 1).all()) else scale
+        times = table.timesteps.to(self.device)
+        times = times.float() if times.is_floating_point() else times
+        with torch.no_grad():
+            self.rows = self.model.time_rows(times).to(self.dtype) if isinstance(self.model, UNet2D) else times
+        self._loops: OrderedDict[Any, Loop] = OrderedDict()
+        # one pool for all batch sizes: replays follow on one another, and outputs are copied out before the next
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    @property
+    def steps(self) -> int:
+        """Model calls of a run."""
+        return len(self.timesteps)
+
+    @property
+    def mode(self) -> str:
+        """The mode that runs, also where `auto` was asked for."""
+        if self._auto and self.compiled is None and self._linear:
+            self._choose(1)
+        return "+".join(filter(None, (self.graph, "compile" if self.compiled == "default" else self.compiled))) or "eager"
+
+    def __call__(
+        self, n: int | None = None, *, seed: int | Sequence[int] = 0, noise: Tensor | None = None, indices: Sequence[int] | None = None,
+        cond: Cond = None, uncond: Cond = None, guidance_scale: float | Tensor | None = None, callback: Callback | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """Samples `[n, *shape]` in float32, or what `decode` makes of them.
 
         Args:
-            n: how many; or give `noise`.
-            seed: one for the batch, whose samples then are numbers `first_index`, `first_index + 1`, … of it; or one for each
-                sample, which then is number 0 of its own seed.
-            noise: the starting noise `[n, *shape]` of unit variance instead of n.
+            n: how many; or give `noise` or `indices`.
+            seed: one for all samples, or one for each.
+            noise: the starting noise `[n, *shape]` of unit variance; `init_noise_sigma` is applied inside.
+            indices: the samples' numbers in the noise of their seed; None: 0, 1, ... n - 1, and 0 under a list of seeds.
+            cond: what the model is conditioned on, `[n, ...]`, or a mapping of such tensors that go in by name.
+            uncond: the same for the unconditional pass of guidance; None: zeros.
+            guidance_scale: w of `m_u + w (m_c - m_u)`, a number or one per sample; None: no second pass.
+            callback: called after each step with its number, its timestep and x, which is overwritten by the next step.
+            batch_size: how many at a time, the last batch padded to it: one size is captured. None: all at once.
 
         Raises:
-            ValueError: neither or both of `n` and `noise`, a wrong shape or count, or a negative seed.
+            ValueError: a wrong shape or count, a negative seed, or a model's output of another shape.
+            FloatingPointError: NaN or infinity, with step and samples.
+            MemoryError: out of memory, with the largest batch that fits.
         """
-        x, seeds = self._start(n, seed, noise, first_index)
+        return torch.cat(list(self.stream(
+            n, seed=seed, noise=noise, indices=indices, cond=cond, uncond=uncond, guidance_scale=guidance_scale, callback=callback,
+            batch_size=batch_size,
+        )))  # fmt: skip
+
+    def stream(
+        self, n: int | None = None, *, seed: int | Sequence[int] = 0, noise: Tensor | None = None, indices: Sequence[int] | None = None,
+        cond: Cond = None, uncond: Cond = None, guidance_scale: float | Tensor | None = None, callback: Callback | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """The samples of a call, batch by batch as they are made; arguments and errors as there."""
+        x, seeds = self._start(n, seed, noise, indices)
+        count = len(seeds)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, allowed is 1 or more")
+        conds, guidance = named(cond), None
+        others = named(uncond) or {k: torch.zeros_like(v) for k, v in conds.items()}
+        if bad := [k for k in conds if k not in others or others[k].shape != conds[k].shape or len(conds[k]) != count]:
+            raise ValueError(
+                f"cond, uncond: got {bad[0] or 'tensors'} of another shape, allowed is one row for each of {count} samples, in both alike"
+            )
+        if guidance_scale is not None:
+            if cond is None:
+                raise ValueError("guidance_scale: got a value without cond, allowed is None")
+            guidance = torch.as_tensor(guidance_scale, dtype=torch.float32).reshape(-1)
+            if len(guidance) not in (1, count):
+                raise ValueError(f"guidance_scale: got {len(guidance)} values, allowed is one, or one for each of {count} samples")
+            guidance = guidance.expand(count)
+        if self._auto and self._linear:
+            self._choose(count)
+        size = batch_size or count
+        for first in range(0, count, size):
+            at = torch.arange(first, first + size).clamp(max=count - 1)  # padding is the last sample again
+            real = min(size, count - first)
+            self.counts["samples"] += real
+            self.counts["pads"] += size - real
+            given = {k: v[at.to(v.device)].to(self.device) for k, v in conds.items()}
+            if guidance is not None:
+                given = {k: torch.cat([others[k][at.to(others[k].device)].to(self.device), v]) for k, v in given.items()}
+            some = (self._draw(seeds[at]) if x is None else x[at.to(x.device)]) * self.init_noise_sigma
+            yield self._batch(some, seeds[at].to(self.device), given, None if guidance is None else guidance[at], callback)[:real]
+
+    def trajectory(self, n: int, **arguments: Any) -> Tensor:
+        """x after each step, `[steps, n, *shape]`, latents even with `decode`; arguments as in a call."""
+        seen: list[Tensor] = []
+        self(n, **arguments, callback=lambda i, t, x: seen.append(x.clone()))
+        return torch.stack(seen)
+
+    def interpolate(self, seeds: tuple[int, int], n: int, **arguments: Any) -> Tensor:
+        """n samples, from that of one seed to that of another, along the arc between their noises.
+
+        `z(p) = (sin((1 - p) w) z_a + sin(p w) z_b) / sin w`, w the angle between z_a and z_b, p from 0 to 1.
+        Source: Shoemake 1985, doi:10.1145/325334.325242.
+        """
+        a, b = (self._draw(torch.tensor([[s, 0]])) for s in seeds)
+        w = torch.acos((a * b).sum() / (a.norm() * b.norm()))
+        p = torch.linspace(0, 1, n, device=self.device).reshape(-1, *[1] * len(self.shape))
+        return self(noise=(torch.sin((1 - p) * w) * a + torch.sin(p * w) * b) / torch.sin(w), **arguments)
+
+    def from_latents(self, z: Tensor, strength: float, *, seed: int | Sequence[int] = 0, **arguments: Any) -> Tensor:
+        """Samples near `z` `[n, *shape]`: noise is added as far as the last `strength` of the steps can take away (img2img).
+
+        Arguments as in a call. A solver with history starts anew, at first order, as diffusers' `set_begin_index` has it.
+
+        Raises:
+            ValueError: a strength that is not in (0, 1], or a run that cannot start in its middle.
+        """
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength: got {strength}, allowed is above 0 up to 1")
+        x, seeds = self._start(None, seed, z, None)
+        assert x is not None
+        asked = self.steps if isinstance(self._scheduler, SolverTable) else self._asked
+        start = (asked - max(int(asked * strength), 1)) * getattr(self._scheduler, "order", 1)
+        if start not in self._tails:
+            self._tails[start] = self._tail(start)
+        tail = self._tails[start]
+        noised = tail.table.alpha[0].item() * x + tail.table.sigma[0].item() * self._draw(seeds)
+        return tail(noise=noised / tail.init_noise_sigma, seed=seed, **arguments)
+
+    def invert(self, z: Tensor, *, cond: Cond = None) -> Tensor:
+        """The noise of unit variance from which a deterministic run would have come to `z`, both `[n, *shape]`.
+
+        Step i backwards solves `x' = a_0 x + b_0 model(x, t_i)` for x by fixed-point iteration from x = x'. Source: Song et al.
+        2021, arXiv:2010.02502, section 4.3; Pan et al. 2023, arXiv:2309.04907 for the iteration.
+
+        Raises:
+            ValueError: a solver with history, noise or clipping.
+        """
+        if not self._linear or self.table.history or self.table.stochastic or self.table.clip_range is not None:
+            raise ValueError("scheduler: got one with history, noise or clipping, allowed is a deterministic first-order one, such as DDIM")
+        x, _ = self._start(None, 0, z, None)
+        assert x is not None
         with torch.no_grad():
-            z = self._solver_noise(seeds)
-            self._counts["samples"] += x.shape[0]
-            if self.mode.endswith("graph"):
-                return self._captured(x.shape[0]).run(x, z)
-            with compilation(self.device) if self.mode == "compile" else nullcontext():
-                for i in range(self.steps):
-                    x = self._step(x, self._rows[i : i + 1], self._bars[i], None if z is None else z[i])
-            return x if self.decode is None else self.decode(x)
+            for i in reversed(range(self.steps)):
+                a, b = self.table.rows[i, 4:6].tolist()
+                after = x
+                for _ in range(INVERSIONS):
+                    h = x if self.input_scale is None else x * self.input_scale[i]
+                    x = (after - b * self.predict(h.to(self.dtype), self.rows[i : i + 1], named(cond)).float()) / a
+        return x / self.init_noise_sigma
 
     def stats(self) -> dict[str, int]:
-        """Counts since construction: samples, captures, replays, evictions."""
-        return dict(self._counts)
+        """Counts since construction: samples, pads, captures, replays, evictions, fallbacks, stopped, steps_saved, fused."""
+        return dict(self.counts)
 
-    def _step_eager(self, x: Tensor, row: Tensor, bars: Tensor, noise: Tensor | None) -> Tensor:
-        h = x.to(self.dtype)
-        m = self._model.forward_rows(h, row) if isinstance(self._model, UNet2D) else _tensor(self._model(h, row[0]))
-        return ddim_step(
-            x, m.to(x.dtype).contiguous(), bars[0], bars[1],
-            eta=self.eta, noise=noise, prediction_type=self._prediction_type, clip_range=self._clip_range,
-        )  # fmt: skip
+    def _choose(self, n: int) -> None:
+        if self.compiled is None:
+            mode, self.reason = choose(self.device, n, self.steps)
+            self.graph, self.compiled = parse_mode(mode, self.device)
+            if self.compiled is not None:
+                self._loops.clear()
 
-    def _compiled(self) -> Callable[..., Tensor]:
-        # a graph break in our own model would be a defect; a foreign model may have its reasons
-        own = isinstance(self._model, UNet2D)
-        compiled: Callable[..., Tensor] = torch.compile(self._step_eager, fullgraph=own, dynamic=False)
-        return compiled
+    def _tail(self, start: int) -> FastSampler:
+        tail = copy.copy(self)
+        if isinstance(self._scheduler, SolverTable):
+            tail.table = self.table.from_step(start)
+        elif self._linear:
+            tail.table = SolverTable.from_scheduler(self._scheduler, self._asked, eta=self.eta, start=start)
+        if not self._linear or not math.isfinite(tail.table.alpha[0].item() + tail.table.sigma[0].item()):
+            raise ValueError(
+                f"scheduler: got {type(self._scheduler).__name__}, allowed to start from latents is one with add_noise and a table"
+            )
+        tail._load()
+        return tail
 
     def _start(
-        self, n: int | None, seed: int | Sequence[int], noise: Tensor | None, first_index: int
-    ) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        if (n is None) == (noise is None):
-            raise ValueError("n, noise: give one of the two, the number of samples or their starting noise")
+        self, n: int | None, seed: int | Sequence[int], noise: Tensor | None, indices: Sequence[int] | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """The noise that was given, and seed and number of each sample, int64 `[n, 2]`."""
         if noise is not None and tuple(noise.shape[1:]) != self.shape:
             raise ValueError(f"noise: got shape {tuple(noise.shape)}, allowed is [n, {', '.join(map(str, self.shape))}]")
-        count = int(noise.shape[0]) if noise is not None else int(n or 0)
+        counts = [c for c in (n, None if noise is None else len(noise), None if indices is None else len(indices)) if c is not None]
+        if not counts or min(counts) != max(counts):
+            raise ValueError(f"n, noise, indices: got {counts or 'none of them'}, allowed is one of them, or the same number of samples")
+        count = counts[0]
         if count < 1:
             raise ValueError(f"n: got {count}, allowed is 1 or more")
-        if isinstance(seed, int):
-            seeds = [(seed, first_index, count)]
-        else:
-            seeds = [(s, 0, 1) for s in seed]
-            if len(seeds) != count:
-                raise ValueError(f"seed: got {len(seeds)} seeds for {count} samples, allowed is one seed or one for each sample")
-        x = self._draw(seeds, stream=0) if noise is None else noise.to(self.device, torch.float32).contiguous()
-        return x, seeds
+        one = isinstance(seed, int)
+        listed = [seed] * count if isinstance(seed, int) else list(seed)
+        if len(listed) != count:
+            raise ValueError(f"seed: got {len(listed)} seeds for {count} samples, allowed is one seed or one for each sample")
+        numbers = list(indices) if indices is not None else list(range(count)) if one else [0] * count
+        for name, values, top in (("seed", listed, 2**63), ("indices", numbers, 2**31)):
+            if bad := [v for v in values if not 0 <= v < top]:
+                raise ValueError(f"{name}: got {bad[0]}, allowed is 0 to 2^{top.bit_length() - 1} - 1")
+        given = None if noise is None else noise.to(self.device, torch.float32).contiguous()
+        return given, torch.tensor([listed, numbers], dtype=torch.int64).T.contiguous()
 
-    def _draw(self, seeds: list[tuple[int, int, int]], stream: int) -> Tensor:
-        parts = [philox_normal((count, *self.shape), s, first_index=first, stream=stream, device=self.device) for s, first, count in seeds]
+    def _draw(self, seeds: Tensor) -> Tensor:
+        """Stream 0 of each sample: its starting noise. Neighbours of one seed are drawn in one launch."""
+        parts, pairs, first = [], seeds.tolist(), 0
+        for i in range(1, len(pairs) + 1):
+            if i == len(pairs) or pairs[i] != [pairs[i - 1][0], pairs[i - 1][1] + 1]:
+                parts.append(philox_normal((i - first, *self.shape), pairs[first][0], first_index=pairs[first][1], device=self.device))
+                first = i
         return torch.cat(parts)
 
-    def _solver_noise(self, seeds: list[tuple[int, int, int]]) -> Tensor | None:
-        if self.eta == 0:
-            return None
-        return torch.stack([self._draw(seeds, stream=i + 1) for i in range(self.steps)])
-
-    def _captured(self, n: int) -> _Captured:
-        if n not in self._graphs:
-            if len(self._graphs) == MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-                self._counts["evictions"] += 1
-            self._counts["captures"] += 1
-            self._graphs[n] = _Captured(self, n)
-        self._graphs.move_to_end(n)
-        self._counts["replays"] += 1
-        return self._graphs[n]
-
-
-class _Captured:
-    """The loop for one batch size with its static buffers, captured once."""
-
-    def __init__(self, sampler: FastSampler, n: int) -> None:
-        s = sampler
-        self.x = torch.zeros(n, *s.shape, device=s.device)
-        self.noise = torch.zeros(s.steps, n, *s.shape, device=s.device) if s.eta else None
-        self.counter = torch.zeros(1, dtype=torch.int64, device=s.device)
-        self.whole = s.mode == "loop-graph"
-        self.steps, self.decode = s.steps, s.decode
-
-        def loop() -> Tensor:
-            x = self.x
-            for i in range(s.steps):
-                x = s._step(x, s._rows[i : i + 1], s._bars[i], None if self.noise is None else self.noise[i])
-            return x if s.decode is None else s.decode(x)
-
-        def step() -> Tensor:
-            row, bars = s._rows.index_select(0, self.counter), s._bars.index_select(0, self.counter)[0]
-            noise = None if self.noise is None else self.noise.index_select(0, self.counter)[0]
-            self.x.copy_(s._step(self.x, row, bars, noise))
-            self.counter.add_(1)
-            return self.x
-
-        # a graph keeps addresses, not tensors: without this a model that moves away would leave it freed memory
-        self.held = [p.data for p in s._model.parameters()] if isinstance(s._model, nn.Module) else []
-        self.replay = capture(loop if self.whole else step, reset=self.counter.zero_, device=s.device, pool=s._pool)
-
-    def run(self, x: Tensor, noise: Tensor | None) -> Tensor:
-        self.x.copy_(x)
-        if self.noise is not None and noise is not None:
-            self.noise.copy_(noise)
-        if self.whole:
-            return self.replay().clone()
-        self.counter.zero_()
-        for _ in range(self.steps):
-            out = self.replay()
-        return out.clone() if self.decode is None else self.decode(out.clone())
-
-
-@contextmanager
-def compilation(device: torch.device) -> Iterator[None]:
-    """How a step is compiled: on a CPU with frozen weights, which Inductor packs for oneDNN; on CUDA that would gain nothing.
-
-    Freezing must be set while Dynamo traces: as an option of torch.compile it leaves the weights unpacked. Every sampler and
-    every batch size is a version of one step, so Dynamo's limit of 8, made for accidents, is lifted.
-    """
-    from torch._inductor import config  # half a second that only this mode pays
-
-    with config.patch(freezing=device.type == "cpu"), torch._dynamo.config.patch(recompile_limit=256):
-        yield
-
-
-def capture(work: Callable[[], Tensor], reset: Callable[[], Any], device: torch.device, pool: Any) -> Callable[[], Tensor]:
-    """Record `work` into a CUDA graph; the function returned replays it and gives its static output.
-
-    `reset` undoes what a run of `work` leaves behind, so that the warm-up runs, which plan cuDNN and compile Triton before
-    the capture, do not walk the counter off the table.
-    """
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                reset()
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
-        reset()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            out = work()
-
-    def replay() -> Tensor:
-        with torch.cuda.device(device):
-            graph.replay()
+    def _batch(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, callback: Callback | None) -> Tensor:
+        try:
+            out = self._made(x, seeds, cond, guidance, callback)
+        except RuntimeError as error:  # torch.OutOfMemoryError on CUDA; a CPU's allocator has no type of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise MemoryError(self._what_fits(x, seeds, cond, guidance)) from error
+        if not out.isfinite().all():
+            self._made(x, seeds, cond, guidance, _named_if_broken)
+            raise FloatingPointError(f"decode: NaN or infinity in samples {_broken(out)}, whose latents are finite")
         return out
 
-    return replay
+    def _made(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, callback: Callback | None) -> Tensor:
+        if not self._linear:
+            return self._stepped(x, seeds, cond, guidance, callback)
+        key = (len(x), guidance is not None, *((name, tuple(v.shape), v.dtype) for name, v in cond.items()))
+        if key not in self._loops:
+            if len(self._loops) == MAX_LOOPS:
+                self._loops.popitem(last=False)
+                self.counts["evictions"] += 1
+            self._loops[key] = Loop(self, len(x), cond, guidance is not None)
+        self._loops.move_to_end(key)
+        return self._loops[key].run(x, seeds, cond, guidance, callback)
+
+    def _stepped(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, callback: Callback | None) -> Tensor:
+        """The scheduler's own loop, for what no table describes."""
+        self.counts["fallbacks"] += 1
+        scheduler = prepared(self._scheduler, self._asked, self.eta)
+        generator = torch.Generator(self.device).manual_seed(int(seeds[0, 0]))
+        times = scheduler.timesteps.to(self.device)
+        with torch.no_grad():
+            for i, t in enumerate(scheduler.timesteps):
+                h = scaled_input(scheduler, x, t).to(self.dtype)
+                if guidance is None:
+                    m = self.predict(h, self._row(times[i]), cond).float()
+                else:
+                    m_u, m_c = self.predict(torch.cat([h, h]), self._row(times[i]), cond).float().chunk(2)
+                    m = m_u + guidance.to(self.device).reshape(-1, *[1] * len(self.shape)) * (m_c - m_u)
+                x, _ = scheduler_step(scheduler, m, i, x, self.eta, generator)
+                if callback is not None:
+                    callback(i, float(t), x)
+            return x if self.decode is None else self.decode(x)
+
+    def _row(self, t: Tensor) -> Tensor:
+        return self.model.time_rows(t[None]).to(self.dtype) if isinstance(self.model, UNet2D) else t[None]
+
+    def _what_fits(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None) -> str:
+        """The largest half, quarter, ... of a batch whose steps run when tried now, one after another."""
+        self._loops.clear()
+        n = len(x)
+        while n > 1:
+            n //= 2
+            some = {k: v[: n * (1 if guidance is None else 2)] for k, v in cond.items()}
+            try:
+                self._made(x[:n], seeds[:n], some, None if guidance is None else guidance[:n], _first_only)
+            except StopIteration:
+                return f"n: {len(x)} at a time do not fit into memory; {n} do, a step of them ran just now: batch_size={n}"
+            except RuntimeError:
+                self._loops.clear()
+        return f"n: {len(x)} at a time do not fit into memory, nor does a single one, which was tried just now"
 
 
-def _choose(mode: str, device: torch.device) -> tuple[str, str]:
-    if mode != "auto":
-        return mode, "asked for"
+def _first_only(i: int, t: float, x: Tensor) -> None:
+    raise StopIteration
+
+
+def _broken(x: Tensor) -> list[int]:
+    return (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+
+
+def _named_if_broken(i: int, t: float, x: Tensor) -> None:
+    if broken := _broken(x):
+        raise FloatingPointError(f"model: NaN or infinity at step {i} (timestep {t:g}) in samples {broken} of the batch")
+
+
+def choose(device: torch.device, n: int, steps: int) -> tuple[str, str]:
+    """The mode that `auto` is for n samples, and why."""
     if device.type == "cuda":
-        return "loop-graph", "CUDA device: the whole loop is one launch"
-    return (
-        "eager",
-        f"{device.type} has no CUDA graphs, and compilation takes longer than a few images do; mode='compile' is faster after it",
-    )
+        whole = steps <= WHOLE_LOOP
+        return ("loop-graph", "step-graph")[not whole], f"CUDA device, {steps} steps: one launch a {'run' if whole else 'step'}"
+    if n * steps >= COMPILE_PAYS:
+        return "compile", f"{n} samples of {steps} steps win the minute of compiling back"
+    return "eager", f"{device.type} has no CUDA graphs, and a few images take less than compiling; mode='compile' is faster after it"
 
 
-def _tensor(output: Any) -> Tensor:
-    # diffusers wraps its prediction in an output object, or in a tuple with return_dict=False
-    out: Tensor = output if isinstance(output, Tensor) else output.sample if hasattr(output, "sample") else output[0]
-    return out
+def parse_mode(mode: str, device: torch.device) -> tuple[str | None, str | None]:
+    """The graph and the torch.compile mode of `mode`, None for neither.
+
+    Raises:
+        ValueError: an unknown mode, a graph without CUDA, or a graph around a compile mode that captures its own.
+    """
+    names = ("eager", "compile", *COMPILE_MODES, *GRAPHS, "auto")
+    parts = mode.split("+")
+    graphs = [p for p in parts if p in GRAPHS]
+    compiles = ["default" if p == "compile" else p for p in parts if p == "compile" or p in COMPILE_MODES]
+    if set(parts) - set(names) or len(graphs) > 1 or len(compiles) > 1 or (len(parts) > 1 and len(graphs) + len(compiles) < 2):
+        raise ValueError(f"mode: got {mode!r}, allowed are {', '.join(names)}, and a graph + a compile mode")
+    if graphs and compiles and compiles[0] in ("reduce-overhead", "max-autotune"):
+        raise ValueError(f"mode: got {mode!r}, allowed in a graph are compile, max-autotune-no-cudagraphs: the others capture their own")
+    if graphs and device.type != "cuda":
+        raise ValueError(f"mode: got {mode!r}, which needs CUDA, and the model is on {device}; allowed here are eager, compile modes")
+    return next(iter(graphs), None), next(iter(compiles), None)

@@ -54,7 +54,7 @@ def test_prepare_train_sample_end_to_end(run: Any, tmp_path: Path) -> None:
     assert code == 0
     assert json.loads(out)["notice"] == NOTICE
     assert "mode eager: " in err
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["000000.png", "000001.png", "000002.png", "grid.png"]
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["000000.png", "000001.png", "000002.png", "grid.png", "sample.json"]
     with Image.open(tmp_path / "s" / "000002.png") as image:
         assert image.size == (128, 128)
 
@@ -108,8 +108,9 @@ def test_errors_are_one_sentence_and_exit_1(run: Any, folder: Path, tmp_path: Pa
         (("train", tmp_path / "r", "--data", tmp_path, "--preset", "big"), "preset: got 'big'"),
         (("sample", tmp_path / "w.pt", *out), "no pickle is ever read"),
         (("sample", tmp_path / "empty", *out), "is not a pipeline folder"),
-        (("sample", folder, "--steps", "0", *out), "num_inference_steps: got 0, allowed is 1 to 1000"),
+        (("sample", folder, "--steps", "0", *out), "steps: got 0, allowed is 1 to num_train_timesteps = 1000"),
         (("sample", folder, "--mode", "loop-graph", *out), "needs CUDA"),
+        (("sample", folder, "--mode", "warp", *out), "mode: got 'warp', allowed are eager"),
         (("export", tmp_path / "empty", *out), "is not a pipeline folder"),
         (("export", folder, "--target", "coreml", *out), "target: got 'coreml', allowed are ort"),
         (("bench", "sampling", "--steps", "0"), "steps, batch, rounds: got 0"),
@@ -125,7 +126,7 @@ def test_errors_are_one_sentence_and_exit_1(run: Any, folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nothing"], ["sample"], ["sample", "p", "-o", "x", "--mode", "warp"], ["bench", "sampling", "--batch", "a"]]
+    "arguments", [["nothing"], ["sample"], ["sample", "p", "-o", "x", "--format", "gif"], ["bench", "sampling", "--batch", "a"]]
 )
 def test_bad_usage_exits_2(arguments: list[str], run: Any) -> None:
     assert run(*arguments)[0] == 2

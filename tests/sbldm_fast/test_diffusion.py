@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from sbldm_fast import DDIMScheduler, DDPMScheduler, NoiseSchedule, preset
-from sbldm_fast.diffusion import ddim_table
 from sbldm_fast.diffusion.schedule import rescale_zero_terminal_snr
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the peer that these tests compare with")
@@ -172,31 +171,6 @@ def test_bad_steps_are_named() -> None:
     s.set_timesteps(10)
     with pytest.raises(ValueError, match="generator, variance_noise: got both"):
         s.step(x, 1, x, eta=1.0, generator=torch.Generator(), variance_noise=x)
-
-
-def test_table_by_hand() -> None:
-    # T = 4, two steps: timesteps 2 and 0; the last leads to x0, a' = 1
-    table = ddim_table(DDIMScheduler(num_train_timesteps=4, beta_start=0.1, beta_end=0.4, clip_sample=False), 2)
-    assert table.timesteps == [2, 0]
-    for got, expected in ((table.alpha_bar, [0.9 * 0.8 * 0.7, 0.9]), (table.alpha_bar_prev, [0.9, 1.0])):
-        torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=2e-7, atol=0)
-    assert (table.eta, table.clip_range) == (0.0, None)
-
-
-def test_tables_that_cannot_be_are_named() -> None:
-    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
-    for make, message in (
-        (
-            lambda: ddim_table(diffusers.PNDMScheduler(), 10),
-            "scheduler: got diffusers.*PNDMScheduler, allowed are DDIMScheduler, DDPMScheduler",
-        ),
-        (lambda: ddim_table(DDPMScheduler(), 10), "clip_sample=True"),
-        (lambda: ddim_table(DDIMScheduler(), 10, eta=2.0), "eta: got 2.0"),
-        (lambda: ddim_table(DDIMScheduler(**zero), 10), "x0 cannot be had from epsilon at zero SNR"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make()
-    assert ddim_table(DDIMScheduler(**zero, prediction_type="v_prediction"), 10).alpha_bar[0] == 0
 
 
 def test_presets_keep_their_schedule() -> None:

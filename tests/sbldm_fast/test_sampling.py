@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from sbldm_fast.kernels import backend, philox_normal
 from torch import Tensor, nn
 
 from sbldm_fast import AutoencoderKL, DDIMScheduler, DDPMScheduler, FastSampler, Pipeline, SchedulerConfig, UNet2D, UNetConfig, VAEConfig
+from sbldm_fast.models.layers import Upsample
 from sbldm_fast.sampling.images import NOTICE, save_grid, save_png, to_uint8
+from sbldm_fast.sampling.model import _transposed, phase_upsampling
 
 SHAPE = (4, 8, 8)
 UNET = UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
                   attention_resolutions=(4,), norm_num_groups=8, time_embed_dim=32)  # fmt: skip
 VAE = VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)
 module = importlib.import_module("sbldm_fast.sampling.sampler")
+loop = importlib.import_module("sbldm_fast.sampling.loop")
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +97,30 @@ def test_compile_meets_many_batch_sizes() -> None:
         assert sampler(n).shape == (n, 3, 2, 2)
 
 
-@pytest.mark.parametrize("mode", ["step-graph", "loop-graph"])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_graph_modes_walk_the_same_table(unet: UNet2D, mode: str, eta: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU the recording is replaced by running the work again, which is what a replay does to the same buffers."""
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Without a GPU a recording is replaced by running the work again, which is what a replay does to the same buffers."""
 
     def record(work: Any, reset: Any, device: Any, pool: Any) -> Any:
         work()  # a warm-up, as the real one does
         reset()
         return work
 
-    monkeypatch.setattr(module, "capture", record)
+    monkeypatch.setattr(loop, "capture", record)
+
+    def graphed(model: Any, sched: Any, graph: str, **arguments: Any) -> FastSampler:
+        sampler = FastSampler(model, sched, **({"shape": SHAPE, "steps": 6, "mode": "eager"} | arguments))
+        sampler.graph = graph  # the constructor rightly refuses it on a CPU
+        return sampler
+
+    return graphed
+
+
+@pytest.mark.parametrize("mode", ["step-graph", "loop-graph"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_graph_modes_walk_the_same_table(unet: UNet2D, mode: str, eta: float, recorded: Any) -> None:
     plain = FastSampler(unet, scheduler(), shape=SHAPE, steps=6, mode="eager", eta=eta, decode=torch.tanh)
-    graphed = FastSampler(unet, scheduler(), shape=SHAPE, steps=6, mode="eager", eta=eta, decode=torch.tanh)
-    graphed.mode = mode  # the constructor rightly refuses it on a CPU
+    graphed = recorded(unet, scheduler(), mode, eta=eta, decode=torch.tanh)
     first = graphed(2, seed=1)
     kept = first.clone()
     torch.testing.assert_close(first, plain(2, seed=1), rtol=1e-5, atol=1e-6)
@@ -116,7 +130,41 @@ def test_graph_modes_walk_the_same_table(unet: UNet2D, mode: str, eta: float, mo
         graphed(n)
     stats = graphed.stats()
     assert (stats["captures"], stats["replays"], stats["evictions"]) == (6, 7, 2)
-    assert len(graphed._graphs) == module.MAX_GRAPHS
+    assert len(graphed._loops) == module.MAX_LOOPS
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("mode", ["step-graph", "loop-graph"])
+def test_graphs_of_solvers_with_history_and_scaled_input(unet: UNet2D, name: str, mode: str, recorded: Any) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers brings these schedulers")
+    sched = getattr(diffusers, name)()
+    plain = FastSampler(unet, sched, shape=SHAPE, steps=6, mode="eager")
+    graphed = recorded(unet, sched, mode)
+    for seed in (1, 2):
+        assert relative(graphed(2, seed=seed), plain(2, seed=seed)) < 1e-5
+
+
+def test_a_callback_and_a_stop_leave_the_whole_loop_graph(unet: UNet2D, recorded: Any) -> None:
+    graphed = recorded(unet, scheduler(), "loop-graph")
+    assert graphed.trajectory(2).shape == (6, 2, *SHAPE)
+    graphed(2)
+    assert graphed.stats()["captures"] == 2, "one of a step, one of the loop"
+    stopping = recorded(unet, scheduler(), "loop-graph", stop="eps_norm", threshold=100.0, check_every=1)
+    assert (
+        relative(stopping(2), FastSampler(unet, scheduler(), shape=SHAPE, steps=6, mode="eager", stop="eps_norm", threshold=100.0)(2))
+        < 1e-5
+    )
+    assert stopping.stats()["steps_saved"] == 5
+
+
+def test_every_batch_is_of_one_size_and_the_last_is_padded(unet: UNet2D, recorded: Any) -> None:
+    graphed = recorded(unet, scheduler(), "loop-graph", eta=0.5)
+    whole = FastSampler(unet, scheduler(), shape=SHAPE, steps=6, mode="eager", eta=0.5)(7, seed=2)
+    assert relative(graphed(7, seed=2, batch_size=3), whole) < 1e-5
+    stats = graphed.stats()
+    assert (stats["captures"], stats["replays"], stats["pads"], stats["samples"]) == (1, 3, 2, 7)
+    parts = list(graphed.stream(7, seed=2, batch_size=3))
+    assert [len(p) for p in parts] == [3, 3, 1]
 
 
 @pytest.mark.gpu
@@ -138,7 +186,7 @@ def test_a_sample_depends_on_its_seed_and_number_alone(unet: UNet2D) -> None:
     sampler = FastSampler(unet, scheduler(), shape=SHAPE, steps=5, mode="eager", eta=0.3)
     whole = sampler(7, seed=9)
     for first, n in ((0, 1), (0, 4), (3, 4), (6, 1)):
-        assert relative(sampler(n, seed=9, first_index=first), whole[first : first + n]) < 1e-5
+        assert relative(sampler(indices=range(first, first + n), seed=9), whole[first : first + n]) < 1e-5
     assert torch.equal(sampler(7, seed=9), whole)
     listed = sampler(3, seed=[9, 10, 9])
     assert relative(listed[:1], whole[:1]) < 1e-5
@@ -161,21 +209,287 @@ def test_half_precision_works_on_a_copy(unet: UNet2D) -> None:
 
 def test_auto_says_what_it_took_and_why(unet: UNet2D) -> None:
     sampler = FastSampler(unet, scheduler(), shape=SHAPE)
-    expected = "loop-graph" if sampler.device.type == "cuda" else "eager"
-    assert sampler.mode == expected
+    assert sampler.mode == "eager"
     assert "cpu has no CUDA graphs" in sampler.reason
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [module.choose(*c)[0] for c in ((cuda, 1, 50), (cuda, 1, 1000), (cpu, 16, 50), (cpu, 1000, 50))] == [
+        "loop-graph", "step-graph", "eager", "compile",
+    ]  # fmt: skip
 
 
-def test_drops_in_under_diffusers() -> None:
+def test_auto_compiles_for_a_call_that_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COMPILE_PAYS", 12)
+    sampler = FastSampler(lambda x, t: 0.1 * x, scheduler(), shape=(3, 2, 2), steps=4)
+    eager = sampler(2)
+    assert sampler.mode == "eager"
+    assert relative(sampler(3)[:2], eager) < 1e-5
+    assert sampler.mode == "compile"
+    assert "3 samples of 4 steps" in sampler.reason
+    sampler(2)
+    assert sampler.mode == "compile", "what is compiled stays"
+
+
+def diffusers_unet(**config: Any) -> nn.Module:
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the peer that this test drops in under")
-    model = diffusers.UNet2DModel(
+    torch.manual_seed(3)
+    return diffusers.UNet2DModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), **config,
     ).eval()  # fmt: skip
-    sched = diffusers.DDIMScheduler(clip_sample=False, beta_schedule="scaled_linear")
+
+
+def monai_unet(**config: Any) -> nn.Module:
+    nets = pytest.importorskip("monai.networks.nets", reason="MONAI is the peer that this test drops in under")
+    torch.manual_seed(3)
+    model = nets.DiffusionModelUNet(
+        spatial_dims=2, in_channels=4, out_channels=4, channels=(16, 32), attention_levels=(False, True), num_res_blocks=1,
+        num_head_channels=8, norm_num_groups=8, **config,
+    ).eval()  # fmt: skip
+    for p in model.parameters():  # a fresh one ends in zeros
+        nn.init.normal_(p, std=0.1)
+    return model
+
+
+def conditional_unet() -> nn.Module:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the peer that this test drops in under")
+    torch.manual_seed(3)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=12, attention_head_dim=4,
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"])
+def test_drops_in_under_diffusers(name: str) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the peer that this test drops in under")
+    model, sched = diffusers_unet(), getattr(diffusers, name)(beta_schedule="scaled_linear")
     got = FastSampler(model, sched, shape=SHAPE, steps=20, mode="eager")(2, seed=5)
-    expected = stepped(lambda x, t: model(x, t).sample, sched, 20, philox_normal((2, *SHAPE), 5))
+    sched.set_timesteps(20)
+    x = philox_normal((2, *SHAPE), 5) * sched.init_noise_sigma
+    with torch.no_grad():
+        for t in sched.timesteps:
+            x = sched.step(model(sched.scale_model_input(x, t), t).sample, t, x).prev_sample
+    assert relative(got, x) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "RFlowScheduler"])
+def test_drops_in_under_monai(name: str) -> None:
+    schedulers = pytest.importorskip("monai.networks.schedulers", reason="MONAI is the peer that this test drops in under")
+    model, sched = monai_unet(), getattr(schedulers, name)()
+    got = FastSampler(model, sched, shape=SHAPE, steps=20, mode="eager")(2, seed=5)
+    sched.set_timesteps(20)
+    x, times = philox_normal((2, *SHAPE), 5), [*sched.timesteps, torch.tensor(0)]
+    with torch.no_grad():
+        for t, after in itertools.pairwise(times):
+            m = model(x, timesteps=torch.full((2,), float(t)))
+            x = (sched.step(m, t, x, after) if name == "RFlowScheduler" else sched.step(m, t, x))[0]
+    assert x.abs().max() > 0
+    assert relative(got, x) < 1e-4
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 3.0])
+def test_conditioning_and_guidance_in_two_passes(scale: float | None) -> None:
+    model, sched = conditional_unet(), scheduler()
+    cond, uncond = torch.randn(2, 3, 5, 12, generator=torch.Generator().manual_seed(0))
+    sampler = FastSampler(model, sched, shape=SHAPE, steps=6, mode="eager")
+    got = sampler(3, seed=5, cond=cond, uncond=uncond, guidance_scale=scale)
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        m_c, m_u = (model(x, t, encoder_hidden_states=c).sample for c in (cond, uncond))
+        return m_c if scale is None else m_u + scale * (m_c - m_u)
+
+    assert relative(got, stepped(guided, sched, 6, philox_normal((3, *SHAPE), 5))) < 1e-5
+    by_name = sampler(3, seed=5, cond={"encoder_hidden_states": cond}, uncond={"encoder_hidden_states": uncond}, guidance_scale=scale)
+    assert relative(by_name, got) < 1e-6
+    in_parts = sampler(3, seed=5, cond=cond, uncond=uncond, guidance_scale=scale, batch_size=2)
+    assert relative(in_parts, got) < 1e-5
+    if scale == 3.0:
+        each = sampler(3, seed=5, cond=cond, uncond=uncond, guidance_scale=torch.tensor([1.0, 3.0, 5.0]))
+        assert relative(each[1:2], got[1:2]) < 1e-5
+        assert relative(each[:1], got[:1]) > 1e-2
+
+
+def test_a_monai_context_and_a_third_argument() -> None:
+    model = monai_unet(with_conditioning=True, cross_attention_dim=12)
+    context = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    got = FastSampler(model, scheduler(), shape=SHAPE, steps=4, mode="eager")(2, cond=context)
+    expected = stepped(lambda x, t: model(x, t.expand(2), context=context), scheduler(), 4, philox_normal((2, *SHAPE), 0))
     assert relative(got, expected) < 1e-5
+    plain = FastSampler(lambda x, t, c: 0.1 * x + c, scheduler(), shape=(3,), steps=4)(2, cond=torch.ones(2, 3))
+    assert relative(plain, stepped(lambda x, t: 0.1 * x + 1, scheduler(), 4, philox_normal((2, 3), 0))) < 1e-5
+
+
+@pytest.mark.parametrize("make", [diffusers_unet, monai_unet])
+def test_fuse_replaces_the_norms_before_silu(make: Any) -> None:
+    model = make()
+    plain, sampler = (FastSampler(model, scheduler(), shape=SHAPE, steps=4, mode="eager", fuse=f) for f in (False, True))
+    assert relative(sampler(2, seed=1), plain(2, seed=1)) < 1e-5
+    pairs = sum(isinstance(m, nn.GroupNorm) for m in model.modules()) - sum("ttention" in type(m).__name__ for m in model.modules())
+    assert sampler.stats()["fused"] == pairs > 8
+
+
+def test_fuse_on_what_cannot_be_traced_is_named() -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+    with pytest.raises(ValueError, match=r"fuse: function cannot be traced by torch\.export"):
+        FastSampler(model, scheduler(), shape=(3,), steps=2, fuse=True)(2)
+
+
+def test_phase_convolutions_are_the_doubling_and_its_convolution(unet: UNet2D) -> None:
+    """Four 2x2 phases, as one transposed convolution, against nearest-neighbour doubling and a 3x3 convolution."""
+    layer = Upsample(5).double()
+    for height, width in ((1, 1), (2, 3), (5, 4)):
+        x = torch.randn(2, 5, height, width, dtype=torch.float64)
+        torch.testing.assert_close(_transposed(layer.conv)(x), layer(x), rtol=1e-12, atol=1e-12)
+    surgery = phase_upsampling(unet)
+    assert not any(isinstance(m, Upsample) for m in surgery.modules())
+    assert any(isinstance(m, Upsample) for m in unet.modules()), "the caller's model is left as it was"
+    z, t = torch.randn(2, *SHAPE), torch.tensor([5, 900])
+    with torch.no_grad():
+        torch.testing.assert_close(surgery(z, t), unet(z, t), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_time_are_the_embedding_of_each_step(unet: UNet2D) -> None:
+    sampler = FastSampler(unet, scheduler(), shape=SHAPE, steps=6, mode="eager")
+    x = torch.randn(2, *SHAPE)
+    with torch.no_grad():
+        for i, t in enumerate(sampler.timesteps):
+            torch.testing.assert_close(sampler.predict(x, sampler.rows[i : i + 1], {}), unet(x, int(t)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stop", "threshold"), [("eps_norm", 0.9), ("convergence", 0.05), ("x0_delta", 0.2)])
+def test_stopping_freezes_each_sample_and_returns_its_x0(unet: UNet2D, stop: str, threshold: float) -> None:
+    sched, steps, n = scheduler(), 20, 3
+    sampler = FastSampler(unet, sched, shape=SHAPE, steps=steps, mode="eager", stop=stop, threshold=threshold, check_every=3)
+    got = sampler(n, seed=4)
+    # by hand: the full run, its x0 and outputs at every step, and the first step at which each sample meets the criterion
+    sched.set_timesteps(steps)
+    x, x0s, norms = philox_normal((n, *SHAPE), 4), [], []
+    with torch.no_grad():
+        for t in sched.timesteps:
+            m = unet(x, t)
+            x, x0 = sched.step(m, t, x)
+            x0s.append(x0)
+            norms.append(m.square().mean((1, 2, 3)).sqrt())
+    expected, stopped = [], 0
+    for k in range(n):
+        for i in range(steps):
+            moved = float((x0s[i][k] - x0s[i - 1][k]).square().mean().sqrt()) if i else float("inf")
+            changed = abs(float(norms[i][k] / norms[i - 1][k]) - 1) if i else float("inf")
+            if {"eps_norm": float(norms[i][k]), "convergence": changed, "x0_delta": moved}[stop] < threshold:
+                expected.append(x0s[i][k])
+                stopped += 1
+                break
+        else:
+            expected.append(x[k])
+    assert stopped > 0, "the test needs a sample that stops"
+    assert sampler.stats()["stopped"] == stopped
+    assert relative(got, torch.stack(expected)) < 1e-4
+
+
+def test_the_papers_criterion_does_not_fire_on_noise(unet: UNet2D) -> None:
+    """001 stops at RMS 0.05 of the noise prediction; noise has RMS 1 at every step."""
+    sampler = FastSampler(lambda x, t: x / x.square().mean().sqrt(), scheduler(), shape=SHAPE, steps=20, mode="eager", stop="eps_norm")
+    sampler(4)
+    assert sampler.stats()["stopped"] == 0
+
+
+def test_callback_and_trajectory(unet: UNet2D) -> None:
+    sampler = FastSampler(unet, scheduler(), shape=SHAPE, steps=5, mode="eager", decode=torch.tanh)
+    calls: list[tuple[int, float]] = []
+    out = sampler(2, seed=1, callback=lambda i, t, x: calls.append((i, t)))
+    assert calls == list(enumerate(sampler.timesteps))
+    path = sampler.trajectory(2, seed=1)
+    assert path.shape == (5, 2, *SHAPE)
+    assert relative(path[-1].tanh(), out) < 1e-6
+    assert relative(path[0], path[-1]) > 1e-3
+
+
+def test_interpolation_ends_at_the_two_seeds(unet: UNet2D) -> None:
+    sampler = FastSampler(unet, scheduler(), shape=SHAPE, steps=5, mode="eager")
+    between = sampler.interpolate((3, 8), 5)
+    assert relative(between[[0, -1]], sampler(2, seed=[3, 8])) < 1e-4
+    a, b = (philox_normal((1, *SHAPE), s) for s in (3, 8))
+    middle = (a + b) / (a + b).norm() * (a.norm() + b.norm()) / 2  # halfway on an arc, to the first order in their lengths
+    assert relative(between[2:3], sampler(noise=middle)) < 0.05
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+def test_from_latents_is_diffusers_img2img(unet: UNet2D, name: str) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers brings these schedulers")
+    sched, z = getattr(diffusers, name)(), torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1)) * 0.3
+    got = FastSampler(unet, sched, shape=SHAPE, steps=10, mode="eager").from_latents(z, 0.4, seed=7)
+    sched.set_timesteps(10)
+    start = 6 * sched.order
+    times = sched.timesteps[start:]
+    x = sched.add_noise(z, philox_normal((2, *SHAPE), 7), times[:1])
+    if hasattr(sched, "set_begin_index"):
+        sched.set_begin_index(start)
+    with torch.no_grad():
+        for t in times:
+            x = sched.step(unet(sched.scale_model_input(x, t), t), t, x).prev_sample
+    assert relative(got, x) < 1e-4
+
+
+def test_inversion_finds_the_noise(unet: UNet2D) -> None:
+    sampler = FastSampler(unet, scheduler(), shape=SHAPE, steps=50, mode="eager")
+    noise = philox_normal((2, *SHAPE), 6)
+    found = sampler.invert(sampler(noise=noise))
+    assert relative(found, noise) < 1e-3
+    with pytest.raises(ValueError, match="allowed is a deterministic first-order one"):
+        FastSampler(unet, scheduler(), shape=SHAPE, steps=5, mode="eager", eta=1.0).invert(noise)
+
+
+def test_a_table_from_a_file_is_a_scheduler(unet: UNet2D, tmp_path: Path) -> None:
+    from sbldm_fast import SolverTable
+
+    SolverTable.from_scheduler(scheduler(), 7).save(tmp_path / "t.json")
+    sampler = FastSampler(unet, SolverTable.load(tmp_path / "t.json"), shape=SHAPE, mode="eager")
+    assert sampler.steps == 7
+    assert torch.equal(sampler(2), FastSampler(unet, scheduler(), shape=SHAPE, steps=7, mode="eager")(2))
+    assert sampler.from_latents(torch.zeros(2, *SHAPE), 0.5).shape == (2, *SHAPE)
+
+
+def test_what_no_table_describes_is_stepped_and_counted(unet: UNet2D) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers brings a scheduler with dynamic thresholding")
+    sched = diffusers.DDIMScheduler(thresholding=True, sample_max_value=3.0, clip_sample=False)
+    with pytest.warns(UserWarning, match="DDIMScheduler is stepped as it is, without a table: x0 of step"):
+        sampler = FastSampler(unet, sched, shape=SHAPE, steps=8)
+    assert sampler.mode == "eager"
+    got = sampler(2, seed=3)
+    assert relative(got, stepped(unet, sched, 8, philox_normal((2, *SHAPE), 3))) < 1e-4  # quantiles magnify rounding
+    sampler(2)
+    assert sampler.stats()["fallbacks"] == 2
+    with pytest.raises(ValueError, match="mode, stop: got 'compile', None"), pytest.warns(UserWarning, match="stepped as it is"):
+        FastSampler(unet, sched, shape=SHAPE, steps=8, mode="compile")
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile"])
+def test_nan_is_named_by_step_and_sample(mode: str) -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        bad = (t < 500) & (torch.arange(x.shape[0]) == 1)
+        return torch.where(bad.reshape(-1, 1, 1, 1), torch.nan, 0.1 * x)
+
+    sampler = FastSampler(model, scheduler(), shape=(2, 2, 2), steps=10, mode=mode)
+    with pytest.raises(FloatingPointError, match=r"model: NaN or infinity at step 5 \(timestep 400\) in samples \[1\] of the batch"):
+        sampler(3)
+    decoded = FastSampler(lambda x, t: 0.1 * x, scheduler(), shape=(2, 2, 2), steps=10, mode=mode, decode=lambda z: z / 0)
+    with pytest.raises(FloatingPointError, match=r"decode: NaN or infinity in samples \[0, 1\], whose latents are finite"):
+        decoded(2)
+
+
+def test_out_of_memory_says_what_fits() -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        if len(x) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0.1 * x
+
+    sampler = FastSampler(model, scheduler(), shape=(2,), steps=3, mode="eager")
+    with pytest.raises(MemoryError, match="n: 16 at a time do not fit into memory; 4 do, a step of them ran just now: batch_size=4"):
+        sampler(16)
+    assert sampler(16, batch_size=4).shape == (16, 2)
 
 
 def test_a_plain_callable(unet: UNet2D) -> None:
@@ -196,13 +510,27 @@ def test_bad_input_is_named(unet: UNet2D) -> None:
         return FastSampler(unet, scheduler(), **({"shape": SHAPE, "steps": 2} | arguments))
 
     for call, message in (
-        (lambda: make(mode="fast"), "mode: got 'fast', allowed are eager, compile, step-graph, loop-graph, auto"),
+        (lambda: make(mode="fast"), "mode: got 'fast', allowed are eager, compile, default, reduce-overhead, max-autotune"),
+        (lambda: make(mode="eager+compile"), "mode: got 'eager.compile'"),
+        (lambda: make(mode="loop-graph+reduce-overhead"), "allowed in a graph are compile, max-autotune-no-cudagraphs"),
+        (lambda: make(mode="loop-graph+compile"), "mode: got 'loop-graph.compile', which needs CUDA"),
+        (lambda: make(stop="soon"), "stop: got 'soon', allowed are eps_norm, convergence, x0_delta and None"),
+        (lambda: make(stop="eps_norm", check_every=0), "check_every: got 0"),
+        (lambda: make(steps=1001), "steps: got 1001, allowed is 1 to num_train_timesteps = 1000"),
+        (lambda: make()(2, batch_size=0), "batch_size: got 0"),
+        (lambda: make()(2, guidance_scale=2.0), "guidance_scale: got a value without cond"),
+        (lambda: make()(2, cond=torch.zeros(3, 4)), "cond, uncond: got tensors of another shape, allowed is one row for each of 2"),
+        (lambda: make()(2, cond=torch.zeros(2, 4), guidance_scale=torch.ones(3)), "guidance_scale: got 3 values"),
+        (lambda: make()(indices=[3, -1]), "indices: got -1"),
+        (lambda: make().from_latents(torch.zeros(1, *SHAPE), 0.0), "strength: got 0.0, allowed is above 0 up to 1"),
+        (lambda: FastSampler(lambda x, t: x[:, :1], scheduler(), shape=SHAPE, steps=2)(2), r"model: got an output of shape \(2, 1, 8, 8\)"),
+        (lambda: FastSampler(unet, object(), shape=SHAPE), "scheduler: got object, allowed is a scheduler with set_timesteps"),
         (lambda: make(mode="loop-graph"), "mode: got 'loop-graph', which needs CUDA"),
         (lambda: make(mode="step-graph"), "mode: got 'step-graph', which needs CUDA"),
-        (lambda: make(steps=0), "num_inference_steps: got 0"),
+        (lambda: make(steps=0), "steps: got 0"),
         (lambda: make(eta=-1.0), "eta: got -1.0"),
-        (lambda: make()(), "n, noise: give one of the two"),
-        (lambda: make()(2, noise=torch.zeros(2, *SHAPE)), "n, noise: give one of the two"),
+        (lambda: make()(), "n, noise, indices: got none of them"),
+        (lambda: make()(3, noise=torch.zeros(2, *SHAPE)), r"n, noise, indices: got \[3, 2\]"),
         (lambda: make()(noise=torch.zeros(2, 3, 8, 8)), r"noise: got shape \(2, 3, 8, 8\), allowed is \[n, 4, 8, 8\]"),
         (lambda: make()(2, seed=[1]), "seed: got 1 seeds for 2 samples"),
         (lambda: make()(2, seed=-1), "seed: got -1"),
@@ -265,7 +593,7 @@ def test_pictures_say_what_they_are(tmp_path: Path) -> None:
     images = torch.stack([torch.full((1, 8, 8), v) for v in (-2.0, -1.0, 0.0, 1.0, 3.0)])
     assert to_uint8(images)[:, 0, 0].tolist() == [0, 0, 128, 255, 255]
     save_png(to_uint8(images)[3], tmp_path / "one.png")
-    save_grid(images, tmp_path / "grid.png")
+    save_grid(to_uint8(images), tmp_path / "grid.png")
     with Image.open(tmp_path / "one.png") as one:
         assert one.info["Description"] == NOTICE
         assert np.asarray(one).min() == 255

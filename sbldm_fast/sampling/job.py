@@ -1,0 +1,113 @@
+"""Sampling as a job that may be interrupted, split over processes and run again: a finished image is never made twice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from sbldm_fast.files import read_json, whole_file, write_json
+
+from .images import NOTICE, save_grid, save_nifti, save_png, to_uint8
+from .pipeline import Pipeline, even_batch
+from .sampler import choose
+
+FORMATS = ("png", "npy", "nifti")
+GRID = 64  # images in the grid
+RECORD = "sample.json"  # what the images in a folder were made with
+
+
+def sample_to_folder(
+    pipeline: str, out: Path, n: int, *, seed: int, steps: int, scheduler: str, mode: str, eta: float, dtype: torch.dtype | None,
+    batch_size: int, form: str, progress: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Make images 0 to n - 1 of `seed` that are not in `out` yet, this process its share of them; the last step puts them together.
+
+    Under torchrun whole batches go round the ranks, so that each image comes out of a batch of the same size, and of the same images,
+    as in one process: byte for byte the same. `png` is a file per image and a grid; `npy` and `nifti` one array, float32.
+
+    Returns:
+        What was done: images made by this process, images there before, the mode.
+
+    Raises:
+        ValueError: as `FastSampler`, an unknown format, or `out` holds images of other settings.
+        KeyboardInterrupt: what is finished stays.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"format: got {form!r}, allowed are {', '.join(FORMATS)}")
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    pipe = Pipeline.from_pretrained(pipeline).to(device)
+    size, reason = even_batch(n, batch_size), "asked for"
+    if mode == "auto":  # settled by the whole job: a rank must not choose otherwise than one process would
+        mode, reason = choose(device, n, steps)
+    sampler = pipe.sampler(steps, mode, scheduler=scheduler, eta=eta, dtype=dtype)
+    _claim(out, form, {
+        "pipeline": _identity(pipe), "seed": seed, "steps": steps, "scheduler": scheduler, "eta": eta,
+        "dtype": str(sampler.dtype)[6:], "batch": size, "format": form, "notice": NOTICE,
+    })  # fmt: skip
+    mine = [i for i in range(n) if i // size % world == rank]
+    missing = [i for i in mine if not _part(out, i, form).exists()]
+    with tqdm(total=len(missing), desc="sample", unit="image", disable=not progress or rank > 0) as bar:
+        made = 0
+        for batch in sampler.stream(indices=missing, seed=seed, batch_size=size) if missing else ():
+            for image in batch.cpu():
+                _write_part(image, _part(out, missing[made], form), form)
+                made += 1
+                bar.update()
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        _assemble(out, n, form)
+    return {"out": str(out), "n": n, "made": made, "kept": len(mine) - made, "mode": sampler.mode, "reason": reason, "rank": rank}
+
+
+def _identity(pipe: Pipeline) -> str:
+    digest = hashlib.sha256()
+    for model in (pipe.vae, pipe.unet):
+        for value in model.state_dict().values():
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _claim(out: Path, form: str, settings: dict[str, Any]) -> None:
+    there = read_json(out / RECORD) if (out / RECORD).exists() else None
+    if there is None and _part(out, 0, form).exists():
+        raise ValueError(f"{out} holds images but no {RECORD} that says what made them; allowed is another folder")
+    if there is not None and (other := [k for k in settings if there.get(k) != settings[k]]):
+        k = other[0]
+        raise ValueError(f"{out} holds images of {k} {there.get(k)}, this run's is {settings[k]}; allowed is another folder")
+    write_json(out / RECORD, settings)
+
+
+def _part(out: Path, i: int, form: str) -> Path:
+    return out / f"{i:06d}.png" if form == "png" else out / "parts" / f"{i:06d}.npy"
+
+
+def _write_part(image: torch.Tensor, path: Path, form: str) -> None:
+    if form == "png":
+        save_png(to_uint8(image[None])[0], path)
+        return
+    with whole_file(path) as aside, aside.open("wb") as file:
+        np.save(file, image[0].float().numpy(), allow_pickle=False)
+
+
+def _assemble(out: Path, n: int, form: str) -> None:
+    if form == "png":
+        shown = [Image.open(_part(out, i, form)) for i in range(min(n, GRID))]
+        save_grid(np.stack([np.asarray(image) for image in shown]), out / "grid.png")
+        return
+    images = np.stack([np.load(_part(out, i, form), allow_pickle=False) for i in range(n)])
+    if form == "nifti":
+        save_nifti(images, out / "images.nii.gz")
+    else:
+        with whole_file(out / "images.npy") as aside, aside.open("wb") as file:
+            np.save(file, images, allow_pickle=False)

@@ -1,0 +1,217 @@
+"""The loop for one batch size: its buffers, its step, and the ways to run it (eager, compiled, captured)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sbldm_fast.kernels import solver_step
+from sbldm_fast.models import UNet2D
+
+from .model import Named, Predict, fused
+
+if TYPE_CHECKING:
+    from .sampler import FastSampler
+
+Callback = Callable[[int, float, Tensor], None]
+
+
+class Buffers(NamedTuple):
+    """What `solver_step` keeps between steps, None where the run has no use for it, and the norms that stopping compares."""
+
+    counter: Tensor
+    seeds: Tensor | None
+    history: Tensor | None
+    guidance: Tensor | None
+    frozen: Tensor | None
+    x0: Tensor | None
+    statistics: Tensor | None
+    last: Tensor | None
+
+
+def make_step(
+    predict: Predict, dtype: torch.dtype, clip_range: float | None, stop: str | None, threshold: float
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor, Buffers, Named], Tensor]:
+    """One step as a function of tensors alone, so that it can be compiled and captured."""
+
+    def step(x: Tensor, row: Tensor, scale: Tensor | None, table: Tensor, b: Buffers, cond: Named) -> Tensor:
+        h = (x if scale is None else x * scale).to(dtype)
+        if b.guidance is not None:
+            h = torch.cat([h, h])
+        m = predict(h, row, cond)
+        if m.shape != h.shape:
+            raise ValueError(f"model: got an output of shape {tuple(m.shape)}, allowed is that of its input, {tuple(h.shape)}")
+        if not (m.is_contiguous() or (m.dim() == 4 and m.is_contiguous(memory_format=torch.channels_last))):
+            m = m.contiguous()
+        x = solver_step(
+            x, m, table, b.counter, guidance_scale=b.guidance, history=b.history, seeds=b.seeds, frozen=b.frozen, x0=b.x0,
+            statistics=b.statistics, clip_range=clip_range,
+        )  # fmt: skip
+        if b.statistics is not None and b.frozen is not None and b.last is not None:
+            output, moved = (b.statistics / x[0].numel()).sqrt().unbind(1)
+            if stop == "eps_norm":
+                hit = output < threshold
+            elif stop == "convergence":
+                hit = (output - b.last).abs() < threshold * b.last
+            else:  # x0_delta; before the first step there is no x0 to compare with
+                hit = (moved < threshold) & (b.counter[:1] > 1)
+            b.last.copy_(output)
+            b.frozen.logical_or_(hit)
+        return x
+
+    return step
+
+
+class Loop:
+    """The loop of a `FastSampler` for one batch size, with conditioning and guidance of one shape."""
+
+    def __init__(self, sampler: FastSampler, n: int, cond: Named, guided: bool) -> None:
+        s = self.sampler = sampler
+        shape = (n, *s.shape)
+
+        def zeros(*size: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Any:
+            return torch.zeros(size, dtype=dtype, device=s.device) if wanted else None
+
+        stops = s.stop is not None
+        self.x: Tensor = zeros(*shape)
+        self.buffers = Buffers(
+            counter=zeros(2, dtype=torch.int32), seeds=zeros(n, 2, dtype=torch.int64, wanted=s.table.stochastic),
+            history=zeros(s.table.history, 2, *shape, wanted=s.table.history > 0), guidance=zeros(n, wanted=guided),
+            frozen=zeros(n, dtype=torch.bool, wanted=stops), x0=zeros(*shape, wanted=stops), statistics=zeros(n, 2, wanted=stops),
+            last=zeros(n, wanted=stops),
+        )  # fmt: skip
+        self.cond = {k: v.clone() for k, v in cond.items()}
+        predict = s.predict
+        if s.fuse:
+            x = torch.cat([self.x] * (1 + guided)).to(s.dtype)
+            predict, s.counts["fused"] = fused(predict, s.model, x, s.rows[:1], self.cond)
+        self.step = make_step(predict, s.dtype, s.table.clip_range, s.stop, s.threshold)
+        if s.compiled:
+            # a graph break in our own model would be a defect; a foreign model may have its reasons
+            self.step = torch.compile(self.step, fullgraph=isinstance(s.model, UNet2D), dynamic=False, mode=s.compiled)
+        self.graphs: dict[str, Callable[[], Tensor]] = {}
+        # a graph keeps addresses, not tensors: without this a model that moves away would leave it freed memory
+        self.held = [p.data for p in s.model.parameters()] if isinstance(s.model, nn.Module) else []
+
+    def run(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, callback: Callback | None) -> Tensor:
+        """From the first x to the last, or to what `decode` makes of it."""
+        s, b = self.sampler, self.buffers
+        whole = s.graph == "loop-graph" and callback is None and s.stop is None
+        with torch.no_grad(), compilation(s.device) if s.compiled else nullcontext():
+            replay = self._captured(whole) if s.graph else None
+            self.x.copy_(x)
+            self._rewind()
+            pairs = [(b.seeds, seeds), (b.guidance, guidance), *((self.cond[name], given) for name, given in cond.items())]
+            for mine, given in pairs:
+                if mine is not None and given is not None:
+                    mine.copy_(given)
+            if whole and replay is not None:
+                return replay().clone()
+            x, looks = self.x, Looks(s.device)
+            for i, t in enumerate(s.timesteps):
+                x = self._advance(x, i) if replay is None else replay()
+                if callback is not None:
+                    callback(i, t, x)
+                if b.frozen is not None and (i + 1) % s.check_every == 0 and looks.all_stopped(b.frozen):
+                    s.counts["steps_saved"] += s.steps - i - 1
+                    break
+            if b.frozen is not None and b.x0 is not None:
+                s.counts["stopped"] += int(b.frozen.sum())
+                x = torch.where(b.frozen.reshape(-1, *[1] * len(s.shape)), b.x0, x)
+            x = x.clone() if replay is not None else x
+            return x if s.decode is None else s.decode(x)
+
+    def _advance(self, x: Tensor, i: int) -> Tensor:
+        s = self.sampler
+        scale = None if s.input_scale is None else s.input_scale[i]
+        out: Tensor = self.step(x, s.rows[i : i + 1], scale, s.numbers, self.buffers, self.cond)
+        return out
+
+    def _rewind(self) -> None:
+        for buffer in (self.buffers.counter, self.buffers.frozen, self.buffers.last):
+            if buffer is not None:
+                buffer.zero_()
+
+    def _captured(self, whole: bool) -> Callable[[], Tensor]:
+        s, name = self.sampler, "loop" if whole else "step"
+
+        def loop() -> Tensor:
+            x = self.x
+            for i in range(s.steps):
+                x = self._advance(x, i)
+            return x if s.decode is None else s.decode(x)
+
+        def step() -> Tensor:
+            at = self.buffers.counter[:1]
+            scale = None if s.input_scale is None else s.input_scale.index_select(0, at)
+            self.x.copy_(self.step(self.x, s.rows.index_select(0, at), scale, s.numbers, self.buffers, self.cond))
+            return self.x
+
+        if name not in self.graphs:
+            s.counts["captures"] += 1
+            self.graphs[name] = capture(loop if whole else step, self._rewind, s.device, s.pool)
+        s.counts["replays"] += 1
+        return self.graphs[name]
+
+
+class Looks:
+    """Looks at whether every sample has stopped; on CUDA at a copy that was sent off at the look before, so that nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.event = torch.cuda.Event() if device.type == "cuda" else None
+        self.sent: Tensor | None = None
+
+    def all_stopped(self, frozen: Tensor) -> bool:
+        if self.event is None:
+            return bool(frozen.all())
+        stopped = self.sent is not None and self.event.query() and bool(self.sent)
+        if self.sent is None:
+            self.sent = torch.zeros((), dtype=torch.bool, pin_memory=True)
+        if self.event.query():
+            self.sent.copy_(frozen.all(), non_blocking=True)
+            self.event.record()
+        return stopped
+
+
+@contextmanager
+def compilation(device: torch.device) -> Iterator[None]:
+    """How a step is compiled: on a CPU with frozen weights, which Inductor packs for oneDNN; on CUDA that would gain nothing.
+
+    Freezing must be set while Dynamo traces: as an option of torch.compile it leaves the weights unpacked. Every sampler and
+    every batch size is a version of one step, so Dynamo's limit of 8, made for accidents, is lifted.
+    """
+    from torch._inductor import config  # half a second that only this mode pays
+
+    with config.patch(freezing=device.type == "cpu"), torch._dynamo.config.patch(recompile_limit=256):
+        yield
+
+
+def capture(work: Callable[[], Tensor], reset: Callable[[], Any], device: torch.device, pool: Any) -> Callable[[], Tensor]:
+    """Record `work` into a CUDA graph; the function returned replays it and gives its static output.
+
+    `reset` undoes what a run of `work` leaves behind, so that the warm-up runs, which plan cuDNN and compile Triton before
+    the capture, do not walk the counter off the table.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                reset()
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        reset()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            out = work()
+
+    def replay() -> Tensor:
+        with torch.cuda.device(device):
+            graph.replay()
+        return out
+
+    return replay
