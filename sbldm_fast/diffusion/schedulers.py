@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -15,6 +16,7 @@ from sbldm_fast.models.config import SchedulerConfig
 
 from .schedule import NoiseSchedule, rescale_zero_terminal_snr
 
+THEIR_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 FILE = "scheduler_config.json"  # diffusers' name for it
 
 
@@ -220,28 +222,29 @@ class _Diffusers:
 
     def __new__(cls, **config: Any) -> Any:
         """diffusers' scheduler."""
-        try:
-            import diffusers
-        except ImportError:
-            raise ValueError(f"{cls.__name__} needs diffusers: pip install diffusers; DDIMScheduler and DDPMScheduler do without") from None
+        theirs = cls._theirs()
         ours = {k: v for k, v in config.items() if k in SchedulerConfig.__dataclass_fields__}
-        own = {k: config.pop(k) for k in ("beta_start", "beta_end", "beta_schedule", "trained_betas", "gamma", "normalise") if k in config}
-        if own.get("beta_schedule") in (None, "linear", "scaled_linear", "squaredcos_cap_v2"):
-            own.pop("gamma", None), own.pop("normalise", None)
-        else:
-            own = {"trained_betas": _tables(SchedulerConfig.from_dict(ours))[0].tolist()}
-        return getattr(diffusers, cls.__name__)(**config, **own)
+        betas = {
+            k: config.pop(k) for k in ("beta_start", "beta_end", "beta_schedule", "trained_betas", "gamma", "normalise") if k in config
+        }
+        if betas.get("trained_betas") is None and betas.get("beta_schedule", "linear") not in THEIR_SCHEDULES:
+            betas = {"trained_betas": _tables(SchedulerConfig.from_dict(ours))[0].tolist()}
+        return theirs(**config, **{k: v for k, v in betas.items() if k not in ("gamma", "normalise")})
 
     @classmethod
     def from_config(cls, config: SchedulerConfig | Mapping[str, Any], **overrides: Any) -> Any:
         """diffusers' scheduler from a configuration of ours or of any of diffusers'; keys that it does not know are passed over."""
-        import inspect
-
-        import diffusers
-
         given = config.to_dict() if isinstance(config, SchedulerConfig) else dict(config)
-        takes = {*inspect.signature(getattr(diffusers, cls.__name__).__init__).parameters, "gamma", "normalise"}
+        takes = {*inspect.signature(cls._theirs().__init__).parameters, "gamma", "normalise"}
         return cls(**{k: v for k, v in {**given, **overrides}.items() if k in takes})
+
+    @classmethod
+    def _theirs(cls) -> Any:
+        try:
+            import diffusers
+        except ImportError:
+            raise ValueError(f"{cls.__name__} needs diffusers: pip install diffusers; DDIMScheduler and DDPMScheduler do without") from None
+        return getattr(diffusers, cls.__name__)
 
 
 class DPMSolverMultistepScheduler(_Diffusers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def sample_to_folder(
                 made += 1
                 bar.update()
     if world > 1:
-        torch.distributed.init_process_group("gloo")
+        # a rank with everything still to do may keep the others waiting; one that dies is torchrun's to notice
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if rank == 0:

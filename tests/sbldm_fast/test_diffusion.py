@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
 
+import sbldm_fast
 from sbldm_fast import DDIMScheduler, DDPMScheduler, NoiseSchedule, preset
 from sbldm_fast.diffusion.schedule import rescale_zero_terminal_snr
 
@@ -171,6 +173,65 @@ def test_bad_steps_are_named() -> None:
     s.set_timesteps(10)
     with pytest.raises(ValueError, match="generator, variance_noise: got both"):
         s.step(x, 1, x, eta=1.0, generator=torch.Generator(), variance_noise=x)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 30, 50, 333])
+@pytest.mark.parametrize(("offset", "clip"), [(0, False), (1, True)])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_compat_monai_is_monai_to_the_bit(steps: int, offset: int, clip: bool, eta: float) -> None:
+    schedulers = pytest.importorskip("monai.networks.schedulers", reason="MONAI is the peer that this test compares with")
+    ours = DDIMScheduler(compat="monai", steps_offset=offset, clip_sample=clip)
+    theirs = schedulers.DDIMScheduler(steps_offset=offset, clip_sample=clip)
+    for s in (ours, theirs):
+        s.set_timesteps(steps)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    x = y = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    a, b = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    for t in ours.timesteps:
+        x, y = ours.step(x.sin(), t, x, eta=eta, generator=a).prev_sample, theirs.step(y.sin(), t, y, eta=eta, generator=b)[0]
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(("spacing", "steps"), [("linspace", 10), ("linspace", 30), ("trailing", 30), ("leading", 50)])
+def test_lookup_leads_to_the_next_timestep(spacing: str, steps: int) -> None:
+    ours = DDIMScheduler(prev="lookup", timestep_spacing=spacing, clip_sample=False)
+    ours.set_timesteps(steps)
+    times = ours.timesteps.tolist()
+    assert [ours.previous_timestep(t) for t in times] == [*times[1:], -1]
+    # and the step that it takes is DDIM's formula with that timestep
+    x, m = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    t, before = times[0], times[1]
+    a, a_prev = ours.alphas_cumprod[[t, before]].double()
+    x0 = (x.double() - (1 - a).sqrt() * m.double()) / a.sqrt()
+    expected = a_prev.sqrt() * x0 + (1 - a_prev).sqrt() * m.double()
+    torch.testing.assert_close(ours.step(m, t, x).prev_sample.double(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"timestep: got 7, allowed are the \d+ in self.timesteps"):
+        ours.previous_timestep(7)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_solvers_of_diffusers_on_our_betas(name: str) -> None:
+    ours, theirs = getattr(sbldm_fast, name), getattr(diffusers, name)
+    config = {"solver_order": 2, "prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}
+    a, b = ours(**config), theirs(**config)
+    assert type(a) is theirs
+    assert dict(a.config) == dict(b.config)
+    on_ours = ours.from_config(preset("paper").scheduler, timestep_spacing="linspace")
+    torch.testing.assert_close(on_ours.betas, NoiseSchedule("cosine_ramp").betas.float(), rtol=0, atol=0)
+    assert on_ours.config.timestep_spacing == "linspace"
+    gamma = ours(beta_schedule="gamma", gamma=2.0)
+    torch.testing.assert_close(gamma.betas, NoiseSchedule("gamma", gamma=2.0).betas.float(), rtol=0, atol=0)
+    again = ours.from_config(b.config)
+    assert torch.equal(again.alphas_cumprod, b.alphas_cumprod)
+    with pytest.raises(ValueError, match="beta_schedule: got 'odd'"):
+        ours(beta_schedule="odd")
+
+
+def test_solvers_of_diffusers_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for make in (sbldm_fast.UniPCMultistepScheduler, lambda: sbldm_fast.UniPCMultistepScheduler.from_config({})):
+        with pytest.raises(ValueError, match="UniPCMultistepScheduler needs diffusers: pip install diffusers"):
+            make()
 
 
 def test_presets_keep_their_schedule() -> None:

@@ -1,0 +1,123 @@
+"""Sampling as a job: run again, split over processes, interrupted, in every format."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sbldm_fast import AutoencoderKL, Pipeline, UNet2D, preset
+from sbldm_fast.sampling.images import NOTICE
+from sbldm_fast.sampling.job import sample_to_folder
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    p = preset("demo")
+    path = tmp_path_factory.mktemp("pipe") / "p"
+    Pipeline(AutoencoderKL(p.vae), UNet2D(p.unet), p.scheduler).save(path)
+    return path
+
+
+def make(pipeline: Path, out: Path, n: int = 5, **changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"seed": 1, "steps": 2, "scheduler": "ddim", "mode": "auto", "eta": 0.0, "dtype": None, "batch_size": 2,
+                                "form": "png", "progress": False} | changes  # fmt: skip
+    return sample_to_folder(str(pipeline), out, n, **settings)
+
+
+def images(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.glob("0*.png")}
+
+
+def command(pipeline: Path, out: Path, n: int, *more: str, processes: int = 1) -> list[str]:
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
+    settings = ["-n", str(n), "--steps", "2", "--batch", "2", "--seed", "1", "-o", str(out)]
+    return [sys.executable, "-m", *several, "sbldm_fast", "sample", str(pipeline), *settings, *more]
+
+
+def test_two_processes_make_the_bytes_of_one(pipeline: Path, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        started = command(pipeline, out, 7, "--json", processes=processes)
+        done = subprocess.run(started, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        assert sum(s["made"] for s in said) == 7
+        assert all(s["made"] for s in said)
+        assert {p.name for p in out.iterdir()} == {*(f"{i:06d}.png" for i in range(7)), "grid.png", "sample.json"}
+    assert images(tmp_path / "1") == images(tmp_path / "2")
+
+
+def test_what_is_missing_is_made_and_nothing_else(pipeline: Path, tmp_path: Path) -> None:
+    make(pipeline, tmp_path, 6)
+    whole = images(tmp_path)
+    for lost in (1, 2, 5):
+        (tmp_path / f"{lost:06d}.png").unlink()
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("0*.png")}
+    again = make(pipeline, tmp_path, 6)
+    assert (again["made"], again["kept"]) == (3, 3)
+    assert images(tmp_path) == whole, "an image in another place of a batch of the same size is the same to the byte"
+    assert all(p.stat().st_mtime_ns == t for p, t in times.items())
+    assert make(pipeline, tmp_path, 6)["made"] == 0
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_what_is_finished_survives(pipeline: Path, tmp_path: Path, sent: int) -> None:
+    process = subprocess.Popen(command(pipeline, tmp_path, 400), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("0*.png"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    there = images(tmp_path)
+    assert 4 <= len(there) < 400
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        assert "interrupted; what is finished stays in" in err
+    reference = tmp_path / "reference"
+    make(pipeline, reference, len(there))
+    assert there == images(reference)
+
+
+def test_arrays_and_stacks(pipeline: Path, tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel", reason="nibabel reads the stack that this test writes")
+    expected = Pipeline.from_pretrained(pipeline).sample(3, seed=1, steps=2, batch_size=2)[:, 0].numpy()
+    for form, name in (("npy", "images.npy"), ("nifti", "images.nii.gz")):
+        make(pipeline, tmp_path / form, 3, form=form)
+        assert (tmp_path / form / name).is_file()
+    np.testing.assert_array_equal(np.load(tmp_path / "npy" / "images.npy"), expected)
+    stack = nibabel.load(tmp_path / "nifti" / "images.nii.gz")
+    assert stack.shape == (128, 128, 3)
+    assert nibabel.aff2axcodes(stack.affine) == ("R", "A", "S")
+    assert bytes(stack.header["descrip"]).decode().startswith(NOTICE)
+    # the first row of a picture is the front of the head, the last along the second axis
+    np.testing.assert_allclose(stack.get_fdata()[:, -1, 1], expected[1, 0], rtol=1e-6)
+
+
+def test_bad_input_is_named(pipeline: Path, tmp_path: Path) -> None:
+    make(pipeline, tmp_path / "a", 2)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "000000.png").write_bytes(b"")
+    for call, message in (
+        (lambda: make(pipeline, tmp_path / "a", 2, seed=2), "holds images of seed 1, this run's is 2"),
+        (lambda: make(pipeline, tmp_path / "a", 2, steps=3), "holds images of steps 2, this run's is 3"),
+        (lambda: make(Path("demo"), tmp_path / "a", 2), "holds images of pipeline"),
+        (lambda: make(pipeline, tmp_path / "b", 2), "holds images but no sample.json"),
+        (lambda: make(pipeline, tmp_path / "c", 2, form="gif"), "format: got 'gif', allowed are png, npy, nifti"),
+        (lambda: make(pipeline, tmp_path / "c", 2, scheduler="fast"), "scheduler: got 'fast', allowed are ddim, ddpm, dpm, unipc"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not (tmp_path / "c").exists(), "nothing is written before the settings are known to be good"
