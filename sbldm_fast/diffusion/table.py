@@ -178,7 +178,7 @@ def prepared(scheduler: Any, steps: int, eta: float = 0.0, start: int = 0) -> An
     own = copy.deepcopy(scheduler)
     try:
         own.set_timesteps(steps)
-    except (TypeError, IndexError, AttributeError) as wrong:
+    except (TypeError, IndexError, AttributeError, ValueError) as wrong:
         raise ValueError(f"scheduler: {name}.set_timesteps({steps}) failed: {wrong}") from wrong
     if start and hasattr(own, "set_begin_index"):
         own.set_begin_index(start)
