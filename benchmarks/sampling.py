@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +35,11 @@ def bench_sampling(
     """One row for each provider and batch: seconds for `batch` latents of `steps` DDIM steps, noise to latent.
 
     Providers: `reference` (UNet and scheduler stepped as in a textbook, PyTorch ops only), `FastSampler` in each mode that this
-    machine has, diffusers' own UNet2DModel and DDIMScheduler in diffusers' own loop, eager and through torch.compile, and the
-    same diffusers objects under `FastSampler`; in float32 and, with `half`, in the machine's native half precision. Each row
-    holds its error against its own float32 loop and gets no speed-up where that is too large. The speed-up is over eager
-    float32 diffusers. A provider that is absent or fails is a row that says why. TF32 is off, so that float32 means float32.
+    machine has, diffusers' own UNet2DModel and DDIMScheduler in diffusers' own loop, eager and through torch.compile, the same
+    diffusers objects under `FastSampler`, and, on a CPU, that UNet in ONNX Runtime and OpenVINO; in float32 and, with `half`, in
+    the machine's native half precision. Each row holds its error against its own float32 loop and gets no speed-up where that is
+    too large. The speed-up is over eager float32 diffusers. A provider that is absent or fails is a row that says why. TF32 is
+    off, so that float32 means float32.
 
     Raises:
         ValueError: steps, batches or rounds below 1.
@@ -57,8 +62,14 @@ def bench_sampling(
         for batch in batches:
             noise = philox_normal((batch, *shape), 0, device=device)
             cases = _cases(noise, ours, peer, steps, modes, [d for d in dtypes if d])
+            missing: list[dict[str, Any]] = []
+            if peer is not None and device.type == "cpu" and "compile" in modes:
+                say(f"exporting for the runtimes: batch {batch}")
+                runtimes, missing = _runtimes(noise, peer, steps, half and bool(dtypes[-1]))
+                cases |= runtimes
             common = {"target": "sampling", "run": run, "preset": preset_name, "steps": steps, "batch": batch, "env": machine()}
             rows += [common | row for row in _timed(cases, noise, steps, rounds, say)]
+            rows += [common | row for row in missing]
             if peer is None:
                 rows.append(common | {"provider": PEER, "absent": absence})
     finally:
@@ -110,6 +121,59 @@ def _cases(
             cases[f"{title} torch.compile"] = _Case(_as_ours(run, noise.device), dtype, PEER, title)
         cases[f"{title} under FastSampler {modes[-1]}"] = _Case(fast(peer[0], sched, modes[-1], dtype), dtype, PEER, title)
     return cases
+
+
+def _runtimes(noise: Tensor, peer: tuple[nn.Module, Any], steps: int, half: bool) -> tuple[dict[str, _Case], list[dict[str, Any]]]:
+    """diffusers' loop with its UNet in ONNX Runtime and in OpenVINO, as many threads as PyTorch; and a row for each that is missing."""
+    model, sched = peer
+    cases: dict[str, _Case] = {}
+    missing: list[dict[str, Any]] = []
+    threads = torch.get_num_threads()
+
+    def case(name: str, call: Callable[[dict[str, Any]], Any], dtype: torch.dtype, plain: str) -> None:
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return torch.from_numpy(call({"x": x.numpy(), "t": t.expand(len(x)).numpy()}))
+
+        cases[name] = _Case(lambda: stepped(predict, sched, steps, noise), dtype, PEER, plain)
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter's notices are not about the model
+        path = f"{folder}/unet.onnx"
+        for name in ("ONNX Runtime", "OpenVINO"):
+            try:
+                if not cases and not Path(path).exists():
+                    t = torch.full((len(noise),), 1)
+                    program = torch.onnx.export(model, (noise, t), dynamo=True, input_names=["x", "t"], output_names=["m"], verbose=False)
+                    assert program is not None  # the exporter gives None only for dynamo=False
+                    program.save(path)
+                if name == "ONNX Runtime":
+                    import onnxruntime
+
+                    options = onnxruntime.SessionOptions()
+                    options.intra_op_num_threads = threads
+                    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+                    case(f"{PEER} {name}", functools.partial(_run_onnxruntime, session), torch.float32, PEER)
+                    continue
+                import openvino
+
+                core = openvino.Core()
+                for hint, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16))[: 1 + half]:
+                    config = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+                    request = core.compile_model(core.read_model(path), "CPU", config).create_infer_request()
+                    title = f"{PEER} {name}" if dtype == torch.float32 else f"{PEER} {name} bfloat16"
+                    plain = PEER if dtype == torch.float32 else f"{PEER} bfloat16"
+                    case(title, functools.partial(_run_openvino, request), dtype, plain)
+            except ImportError as error:
+                missing.append({"provider": f"{PEER} {name}", "absent": f"not installed ({error})"})
+    return cases, missing
+
+
+def _run_onnxruntime(session: Any, inputs: dict[str, Any]) -> Any:
+    return session.run(None, inputs)[0]
+
+
+def _run_openvino(request: Any, inputs: dict[str, Any]) -> Any:
+    return request.infer(inputs)["m"].copy()
 
 
 def _as_ours(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:

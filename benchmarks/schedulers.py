@@ -6,7 +6,6 @@ python -m sbldm_fast.benchmarks.schedulers > benchmarks/SCHEDULERS.md
 from __future__ import annotations
 
 import importlib
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +57,7 @@ def own_loop(
     for i, t in enumerate(own.timesteps):
         m = model(scaled_input(own, x, t), t)
         if draw is not None:
-            torch.randn = lambda *_, i=i, **k: draw(i).to(k.get("dtype") or torch.float32)  # type: ignore[assignment]  # every library draws by it
+            torch.randn = lambda *_, i=i, **k: draw(i).to(k.get("dtype") or torch.float32)  # every library draws by it
         try:
             x = scheduler_step(own, m, i, x, 0.0, torch.Generator())[0]
         finally:
@@ -98,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
