@@ -146,6 +146,8 @@ def sample(
     except KeyboardInterrupt:
         print(f"sbldm-fast: interrupted; what is finished stays in {out}, the same command makes the rest", file=sys.stderr)
         raise typer.Exit(130) from None
+    if done["rank"]:
+        return
     seconds = time.monotonic() - start
     rate = done["made"] / seconds
     done |= {"seconds": round(seconds, 2), "images_per_s": round(rate, 3), "notice": NOTICE}

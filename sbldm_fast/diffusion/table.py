@@ -25,6 +25,7 @@ MAX_HISTORY = 12  # diffusers' PNDM looks that far back after its Runge-Kutta st
 SIZES = (1.0, 1.0, 30.0, 1000.0)  # of model outputs: clipping must show at every step, also where an ordinary x0 stays inside
 EXACT = 1e-11  # a residual of float64, relative
 ROUNDED = 2e-6  # and of a scheduler that casts to float32 inside
+LAST_DIGIT = 3e-7  # a longer history that gains less than this fits what float32 rounded
 PROOF = 2e-5  # largest relative error of a whole run
 
 
@@ -76,6 +77,8 @@ class SolverTable:
             ValueError: not a scheduler, or steps or eta that it does not take.
         """
         own = prepared(scheduler, steps, eta)
+        if not 0 <= start < len(own.timesteps):
+            raise ValueError(f"start: got {start}, allowed is 0 to {len(own.timesteps) - 1}")
         alpha, sigma = (v[start:] for v in _levels(own))
         run = _run(prepared(scheduler, steps, eta, start), eta, start, seed=0)
         c, clip_range = _predictions(run, scheduler, alpha, sigma)
@@ -97,6 +100,8 @@ class SolverTable:
         Raises:
             ValueError: the solver looks back on steps that a run from `start` does not have.
         """
+        if not 0 <= start < len(self.timesteps):
+            raise ValueError(f"start: got {start}, allowed is 0 to {len(self.timesteps) - 1}")
         if self.history and start:
             raise ValueError(f"table: got a history of {self.history} steps, allowed to start inside is none; give its scheduler")
         cut = {k: getattr(self, k)[start:] for k in ("timesteps", "rows", "input_scale", "alpha", "sigma")}
@@ -148,10 +153,13 @@ class SolverTable:
             tensors = {k: _tensor(values[k]) for k in ("rows", "input_scale", "alpha", "sigma")}
             table = cls(
                 timesteps.double() if timesteps.is_floating_point() else timesteps, **tensors,
-                init_noise_sigma=float(values["init_noise_sigma"]), clip_range=values["clip_range"],
+                init_noise_sigma=float(values["init_noise_sigma"]),
+                clip_range=None if values["clip_range"] is None else float(values["clip_range"]),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, RuntimeError) as wrong:
             raise ValueError(f"{source}: not a solver table ({type(wrong).__name__}: {wrong})") from None
+        if values.get("format") != 1 or table.timesteps.dim() != 1 or not 0 < table.init_noise_sigma < float("inf"):
+            raise ValueError(f"{source}: format, timesteps, init_noise_sigma: allowed are 1, a list and a number above 0")
         S, width = table.rows.shape if table.rows.dim() == 2 else (0, 0)
         if S < 1 or width < 6 or width % 2 or any(len(v) != S for v in (table.timesteps, table.input_scale, table.alpha, table.sigma)):
             raise ValueError(f"{source}: rows: got {list(table.rows.shape)}, allowed are [steps, 6 + 2 K] and as many of the others")
@@ -171,7 +179,7 @@ def prepared(scheduler: Any, steps: int, eta: float = 0.0, start: int = 0) -> An
         raise ValueError(f"scheduler: got {name}, allowed is a scheduler with set_timesteps and step, or a SolverTable")
     config = getattr(scheduler, "config", scheduler)
     T = getattr(config, "num_train_timesteps", None) or 1000
-    if not 1 <= steps <= T:
+    if not isinstance(steps, int) or not 1 <= steps <= T:
         raise ValueError(f"steps: got {steps}, allowed is 1 to num_train_timesteps = {T}")
     if not 0 <= eta <= 1 or (eta and "eta" not in inspect.signature(scheduler.step).parameters):
         raise ValueError(f"eta: got {eta}, allowed is 0 to 1, and 0 alone for a scheduler whose step does not take it")
@@ -186,13 +194,14 @@ def prepared(scheduler: Any, steps: int, eta: float = 0.0, start: int = 0) -> An
 
 
 def scheduler_step(
-    scheduler: Any, m: Tensor, i: int, x: Tensor, eta: float, generator: torch.Generator | None
+    scheduler: Any, m: Tensor, i: int, x: Tensor, eta: float, noise: torch.Generator | Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Step i of a prepared scheduler in whichever protocol it speaks: the next x, and x0 if it tells."""
     takes = inspect.signature(scheduler.step).parameters
     t = scheduler.timesteps
     following = t[i + 1] if i + 1 < len(t) else torch.zeros_like(t[0])
-    optional = {"eta": eta or None, "generator": generator, "next_timestep": following}
+    source = "variance_noise" if isinstance(noise, Tensor) else "generator"
+    optional = {"eta": eta or None, source: noise, "next_timestep": following}
     out = scheduler.step(m, t[i], x, **{k: v for k, v in optional.items() if k in takes and v is not None})
     if hasattr(out, "prev_sample"):
         return out.prev_sample, getattr(out, "pred_original_sample", None)
@@ -294,14 +303,12 @@ def _predictions(run: _Run, scheduler: Any, alpha: Tensor, sigma: Tensor) -> tup
 
 def _rows(run: _Run, c: list[Tensor], clip_range: float | None) -> tuple[list[Tensor], int]:
     """The row of each step, each as long as its history needs, and which of the two draws the noise was."""
-    draws = 2 if any(run.z) else 1
-    for draw in range(draws):
-        try:
-            return [_row(run, i, c[i], clip_range, draw) for i in range(len(run.m))], draw
-        except NotLinear:
-            if draw == draws - 1:
-                raise
-    raise AssertionError
+    try:
+        return [_row(run, i, c[i], clip_range, 0) for i in range(len(run.m))], 0
+    except NotLinear:
+        if not any(run.z):
+            raise
+    return [_row(run, i, c[i], clip_range, 1) for i in range(len(run.m))], 1
 
 
 def _row(run: _Run, i: int, c: Tensor, clip_range: float | None, draw: int) -> Tensor:
@@ -327,7 +334,7 @@ def _row(run: _Run, i: int, c: Tensor, clip_range: float | None, draw: int) -> T
     best = min(error for error, _, _ in tried)
     if best > ROUNDED:
         raise NotLinear(f"step {i} is not a sum of what came before it: {best:.1e} of it is left over")
-    return _placed(c, *next(t[1:] for t in tried if t[0] <= 4 * best))
+    return _placed(c, *next(t[1:] for t in tried if t[0] <= max(4 * best, LAST_DIGIT)))
 
 
 def _placed(c: Tensor, places: list[int], values: Tensor) -> Tensor:

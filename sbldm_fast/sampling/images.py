@@ -39,15 +39,9 @@ def save_grid(array: np.ndarray, path: str | Path) -> None:
 
 
 def save_nifti(images: np.ndarray, path: str | Path) -> None:
-    """Write `[N, H, W]` float as a NIfTI stack in RAS, pixels of 1 mm, sample number along the third axis.
+    """Write `[N, H, W]` float as a NIfTI stack in RAS, pixels of 1 mm, sample number along the third axis."""
+    import nibabel
 
-    Raises:
-        ValueError: nibabel is missing.
-    """
-    try:
-        import nibabel
-    except ImportError:
-        raise ValueError("format: nifti needs nibabel: pip install 'sbldm_fast[data]'") from None
     # rows run from anterior to posterior in a picture, from posterior to anterior in RAS
     stack = nibabel.Nifti1Image(images[:, ::-1].transpose(2, 1, 0).astype(np.float32), np.eye(4))
     stack.header["descrip"] = NOTICE.encode()

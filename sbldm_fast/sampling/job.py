@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -30,11 +32,12 @@ def sample_to_folder(
 ) -> dict[str, Any]:  # fmt: skip
     """Make images 0 to n - 1 of `seed` that are not in `out` yet, this process its share of them; the last step puts them together.
 
-    Under torchrun whole batches go round the ranks, so that each image comes out of a batch of the same size, and of the same images,
-    as in one process: byte for byte the same. `png` is a file per image and a grid; `npy` and `nifti` one array, float32.
+    Under torchrun whole batches go round the ranks, so that a job that nothing interrupts makes each image in the same batch as one
+    process does: byte for byte the same. After an interruption what is missing fills batches of the same size in another order, the
+    same to rounding. `png` is a file per image and a grid; `npy` and `nifti` one array, float32.
 
     Returns:
-        What was done: images made by this process, images there before, the mode.
+        What was done by all processes: images made, images there before; the mode, and this process' rank.
 
     Raises:
         ValueError: as `FastSampler`, an unknown format, or `out` holds images of other settings.
@@ -42,6 +45,8 @@ def sample_to_folder(
     """
     if form not in FORMATS:
         raise ValueError(f"format: got {form!r}, allowed are {', '.join(FORMATS)}")
+    if form == "nifti" and importlib.util.find_spec("nibabel") is None:
+        raise ValueError("format: nifti needs nibabel: pip install 'sbldm_fast[data]'")
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     pipe = Pipeline.from_pretrained(pipeline).to(device)
@@ -51,29 +56,35 @@ def sample_to_folder(
     sampler = pipe.sampler(steps, mode, scheduler=scheduler, eta=eta, dtype=dtype)
     _claim(out, form, {
         "pipeline": _identity(pipe), "seed": seed, "steps": steps, "scheduler": scheduler, "eta": eta,
-        "dtype": str(sampler.dtype)[6:], "batch": size, "format": form, "notice": NOTICE,
+        "dtype": str(sampler.dtype)[6:], "batch": batch_size, "format": form, "notice": NOTICE,
     })  # fmt: skip
-    mine = [i for i in range(n) if i // size % world == rank]
-    missing = [i for i in mine if not _part(out, i, form).exists()]
+    # one list for all ranks, made before any of them writes
+    shared = [[i for i in range(n) if not _part(out, i, form).exists()]]
+    if world > 1:
+        # a rank with much to do may keep the others waiting; one that dies is torchrun's to notice
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        torch.distributed.broadcast_object_list(shared, src=0)
+    batches = [[i for i in shared[0] if i // size == b] for b in sorted({i // size for i in shared[0]})]
+    missing = [i for batch in batches[rank::world] for i in batch]
+    made = 0
     with tqdm(total=len(missing), desc="sample", unit="image", disable=not progress or rank > 0) as bar:
-        made = 0
-        for batch in sampler.stream(indices=missing, seed=seed, batch_size=size) if missing else ():
-            for image in batch.cpu():
+        for images in sampler.stream(indices=missing, seed=seed, batch_size=size) if missing else ():
+            for image in images.cpu():
                 _write_part(image, _part(out, missing[made], form), form)
                 made += 1
                 bar.update()
     if world > 1:
-        # a rank with everything still to do may keep the others waiting; one that dies is torchrun's to notice
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if rank == 0:
         _assemble(out, n, form)
-    return {"out": str(out), "n": n, "made": made, "kept": len(mine) - made, "mode": sampler.mode, "reason": reason, "rank": rank}
+    total = len(shared[0])
+    return {"out": str(out), "n": n, "made": total, "kept": n - total, "mode": sampler.mode, "reason": reason, "rank": rank}
 
 
 def _identity(pipe: Pipeline) -> str:
-    digest = hashlib.sha256()
+    configs = [part.config.to_dict() for part in (pipe.vae, pipe.unet, pipe.scheduler)]
+    digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
     for model in (pipe.vae, pipe.unet):
         for value in model.state_dict().values():
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -81,10 +92,11 @@ def _identity(pipe: Pipeline) -> str:
 
 
 def _claim(out: Path, form: str, settings: dict[str, Any]) -> None:
-    there = read_json(out / RECORD) if (out / RECORD).exists() else None
-    if there is None and _part(out, 0, form).exists():
-        raise ValueError(f"{out} holds images but no {RECORD} that says what made them; allowed is another folder")
-    if there is not None and (other := [k for k in settings if there.get(k) != settings[k]]):
+    """Write down what the images are made with, unless there are images of something else."""
+    there = read_json(out / RECORD) if (out / RECORD).exists() else {}
+    used = there.get("format", form)
+    other = [k for k in settings if there.get(k) != settings[k]]
+    if other and any(_part(out, 0, used).parent.glob("[0-9]" * 6 + _part(out, 0, used).suffix)):
         k = other[0]
         raise ValueError(f"{out} holds images of {k} {there.get(k)}, this run's is {settings[k]}; allowed is another folder")
     write_json(out / RECORD, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,12 +13,18 @@ from torch import Tensor, nn
 from sbldm_fast.kernels import solver_step
 from sbldm_fast.models import UNet2D
 
-from .model import Named, Predict, fused
+from .ahead import compiled_ahead
+from .model import Named, Predict, fused, predictor
 
 if TYPE_CHECKING:
     from .sampler import FastSampler
 
+OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # torch.compile modes that capture CUDA graphs of their own
 Callback = Callable[[int, float, Tensor], None]
+
+
+class CaptureFailed(ValueError):
+    """A model, or a decode, that waits for the device or asks it something; the message says what CUDA said."""
 
 
 class Buffers(NamedTuple):
@@ -85,20 +92,26 @@ class Loop:
             last=zeros(n, wanted=stops),
         )  # fmt: skip
         self.cond = {k: v.clone() for k, v in cond.items()}
-        predict = s.predict
+        predict, model = s.predict, s.model
+        if s.compiled and s.device.type == "cpu" and isinstance(model, nn.Module):
+            # oneDNN's convolutions want the channels side by side
+            model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+            predict = predictor(model)
         if s.fuse:
             x = torch.cat([self.x] * (1 + guided)).to(s.dtype)
-            predict, s.counts["fused"] = fused(predict, s.model, x, s.rows[:1], self.cond)
+            predict, s.counts["fused"] = fused(predict, model, x, s.rows[:1], self.cond)
         self.step = make_step(predict, s.dtype, s.table.clip_range, s.stop, s.threshold)
-        if s.compiled:
+        if s.compiled and (s.device.type != "cpu" or not self._ahead(model, s.compiled)):
             # a graph break in our own model would be a defect; a foreign model may have its reasons
             self.step = torch.compile(self.step, fullgraph=isinstance(s.model, UNet2D), dynamic=False, mode=s.compiled)
         self.graphs: dict[str, Callable[[], Tensor]] = {}
         # a graph keeps addresses, not tensors: without this a model that moves away would leave it freed memory
-        self.held = [p.data for p in s.model.parameters()] if isinstance(s.model, nn.Module) else []
+        owner = getattr(s.decode, "__self__", s.decode)
+        parts = [m for m in (s.model, owner, *getattr(owner, "__dict__", {}).values()) if isinstance(m, nn.Module)]
+        self.held = [t.data for m in parts for t in (*m.parameters(), *m.buffers())]
 
-    def run(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, callback: Callback | None) -> Tensor:
-        """From the first x to the last, or to what `decode` makes of it."""
+    def run(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, real: int, callback: Callback | None) -> Tensor:
+        """From the first x to the last, or to what `decode` makes of it; `real` of the samples are not padding."""
         s, b = self.sampler, self.buffers
         whole = s.graph == "loop-graph" and callback is None and s.stop is None
         with torch.no_grad(), compilation(s.device) if s.compiled else nullcontext():
@@ -120,16 +133,43 @@ class Loop:
                     s.counts["steps_saved"] += s.steps - i - 1
                     break
             if b.frozen is not None and b.x0 is not None:
-                s.counts["stopped"] += int(b.frozen.sum())
+                s.counts["stopped"] += int(b.frozen[:real].sum())
                 x = torch.where(b.frozen.reshape(-1, *[1] * len(s.shape)), b.x0, x)
-            x = x.clone() if replay is not None else x
+            x = x.clone()  # out of the memory of a graph, ours or torch.compile's
             return x if s.decode is None else s.decode(x)
 
     def _advance(self, x: Tensor, i: int) -> Tensor:
         s = self.sampler
         scale = None if s.input_scale is None else s.input_scale[i]
+        if s.compiled in OWN_GRAPHS and s.device.type == "cuda":
+            # torch.compile's own graphs overwrite their last output
+            torch.compiler.cudagraph_mark_step_begin()
+            x = x.clone()
         out: Tensor = self.step(x, s.rows[i : i + 1], scale, s.numbers, self.buffers, self.cond)
         return out
+
+    def _ahead(self, model: object, mode: str) -> bool:
+        """Compile the step for the CPU ahead of time; False where torch.export cannot trace the model."""
+        s, step = self.sampler, self.step
+
+        def packed(x: Tensor, row: Tensor, tensors: dict[str, Tensor], cond: Named) -> Tensor:
+            b = Buffers(**{name: tensors.get(name) for name in Buffers._fields})  # type: ignore[arg-type]  # the counter is always there
+            return step(x, row, tensors.get("scale"), tensors["table"], b, cond)
+
+        kept = {name: t for name, t in self.buffers._asdict().items() if t is not None} | {"table": s.numbers}
+        scale = {} if s.input_scale is None else {"scale": s.input_scale[0]}
+        try:
+            call, found = compiled_ahead(packed, model, (self.x, s.rows[:1], kept | scale, self.cond), mode)
+        except Exception as failure:  # whatever the tracer raises on a foreign model
+            s.reason += f"; torch.compile, for it cannot be compiled ahead of time: {str(failure).splitlines()[0]}"
+            return False
+        s.counts["loaded" if found else "compiled"] += 1
+
+        def ahead(x: Tensor, row: Tensor, scale: Tensor | None, table: Tensor, b: Buffers, cond: Named) -> Tensor:
+            return call(x, row, kept if scale is None else kept | {"scale": scale}, cond)
+
+        self.step = ahead
+        return True
 
     def _rewind(self) -> None:
         for buffer in (self.buffers.counter, self.buffers.frozen, self.buffers.last):
@@ -152,8 +192,13 @@ class Loop:
             return self.x
 
         if name not in self.graphs:
+            try:
+                self.graphs[name] = capture(loop if whole else step, self._rewind, s.device, s.pool)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise CaptureFailed(f"mode: got {s.graph!r}, and {type(s.model).__name__} or decode cannot be captured: {error}") from error
             s.counts["captures"] += 1
-            self.graphs[name] = capture(loop if whole else step, self._rewind, s.device, s.pool)
         s.counts["replays"] += 1
         return self.graphs[name]
 

@@ -54,7 +54,8 @@ def phase_upsampling(model: UNet2D) -> UNet2D:
 
     `K[r] = W[2 - r] + W[3 - r]` along each axis, W zero outside 0 ... 2: four phases of 2x2 taps, 2.25 times fewer multiplications.
     """
-    model = copy.deepcopy(model)
+    # what does not change is shared, so that a copy per sampler costs nothing
+    model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Upsample):

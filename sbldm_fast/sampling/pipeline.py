@@ -14,7 +14,7 @@ from sbldm_fast.diffusion import DDIMScheduler, DDPMScheduler, DPMSolverMultiste
 from sbldm_fast.files import whole_folder, write_json
 from sbldm_fast.models import AutoencoderKL, SchedulerConfig, UNet2D
 
-from .sampler import FastSampler
+from .sampler import MAX_LOOPS, FastSampler
 
 SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler,
@@ -90,9 +90,13 @@ class Pipeline:
             name: Any = scheduler
             scheduler = SCHEDULERS[scheduler].from_config(self.scheduler.config)
         else:
-            name = id(scheduler)
-        key = (steps, mode, name, eta, dtype)
+            name = scheduler  # itself, not its id: an id is given again
+        # weights that were trained or loaded since are other weights
+        stamp = hash(tuple((p.data_ptr(), p._version) for p in self.unet.parameters()))
+        key = (steps, mode, name, eta, dtype, stamp)
         if key not in self._samplers:
+            if len(self._samplers) == MAX_LOOPS:
+                self._samplers.pop(next(iter(self._samplers)))
             self._samplers[key] = FastSampler(
                 self.unet,
                 scheduler or self.scheduler,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import math
+import operator
+import traceback
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +20,7 @@ from sbldm_fast.diffusion.table import NotLinear, SolverTable, prepared, scaled_
 from sbldm_fast.kernels import philox_normal
 from sbldm_fast.models import UNet2D
 
-from .loop import Callback, Loop
+from .loop import OWN_GRAPHS, Callback, CaptureFailed, Loop
 from .model import Cond, Named, named, phase_upsampling, predictor
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -25,6 +29,7 @@ STOPS = {"eps_norm": 0.05, "convergence": 1e-3, "x0_delta": 0.01}  # with the th
 MAX_LOOPS = 4  # batch sizes kept captured at a time
 COMPILE_PAYS = 10_000  # model calls of one call on a CPU that win the minute of compiling back
 WHOLE_LOOP = 100  # steps up to which `auto` puts the whole loop into one graph: the graph grows with them
+Parts = tuple[Tensor, Tensor, Named, Tensor | None]  # of a batch: x, seeds, conditioning, guidance
 INVERSIONS = 3  # fixed-point iterations of a step backwards; one is the usual DDIM inversion
 
 
@@ -36,7 +41,7 @@ class FastSampler:
 
     - `eager`: the loop in Python.
     - `compile` (`default`), `reduce-overhead`, `max-autotune`, `max-autotune-no-cudagraphs`: the step through that mode of
-      torch.compile, on a CPU with frozen weights.
+      torch.compile; on a CPU ahead of time, with its weights packed, and kept in a cache for the next process (`cache_folder`).
     - `step-graph`: one CUDA graph of a step that reads its rows through a counter on the device, replayed.
     - `loop-graph`: one CUDA graph of the whole loop, `decode` included.
     - `step-graph+compile`, ...: a graph of either kind around a compiled step.
@@ -79,7 +84,7 @@ class FastSampler:
         self.device = parameter.device if parameter is not None else torch.device(device or "cpu")
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
         self.graph, self.compiled = parse_mode(mode, self.device)
-        self._auto, self.reason = mode == "auto", "asked for"
+        self._auto, self._captures, self.reason = mode == "auto", True, "asked for"
         if stop is not None and stop not in STOPS:
             raise ValueError(f"stop: got {stop!r}, allowed are {', '.join(STOPS)} and None")
         if check_every < 1:
@@ -90,7 +95,13 @@ class FastSampler:
         self._scheduler, self._asked = scheduler, steps
         self.table: SolverTable
         self._linear = True
+        if threshold is not None and not threshold > 0:
+            raise ValueError(f"threshold: got {threshold}, allowed is above 0")
+        if isinstance(model, UNet2D) and (len(self.shape) != 3 or self.shape[0] != model.config.in_channels):
+            raise ValueError(f"shape: got {self.shape}, allowed for this model is ({model.config.in_channels}, H, W)")
         if isinstance(scheduler, SolverTable):
+            if eta:
+                raise ValueError(f"eta: got {eta}, allowed is 0 with a SolverTable, which has its own")
             self.table = scheduler
         else:
             try:
@@ -109,7 +120,7 @@ class FastSampler:
             model = copy.deepcopy(model).to(self.dtype, memory_format=torch.channels_last)  # type: ignore[attr-defined]  # it has parameters
         self.model = model.eval() if isinstance(model, nn.Module) else model
         self.predict = predictor(self.model)
-        self._tails: dict[int, FastSampler] = {}
+        self._tails: OrderedDict[int, FastSampler] = OrderedDict()
         if self._linear:
             self._load()
         else:
@@ -184,8 +195,10 @@ class FastSampler:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, allowed is 1 or more")
         conds, guidance = named(cond), None
+        if conds and isinstance(self.model, UNet2D):
+            raise ValueError("cond: got a value, allowed is None: this model is unconditional")
         others = named(uncond) or {k: torch.zeros_like(v) for k, v in conds.items()}
-        if bad := [k for k in conds if k not in others or others[k].shape != conds[k].shape or len(conds[k]) != count]:
+        if bad := sorted(conds.keys() ^ others.keys()) or [k for k, v in conds.items() if others[k].shape != v.shape or len(v) != count]:
             raise ValueError(
                 f"cond, uncond: got {bad[0] or 'tensors'} of another shape, allowed is one row for each of {count} samples, in both alike"
             )
@@ -208,10 +221,17 @@ class FastSampler:
             if guidance is not None:
                 given = {k: torch.cat([others[k][at.to(others[k].device)].to(self.device), v]) for k, v in given.items()}
             some = (self._draw(seeds[at]) if x is None else x[at.to(x.device)]) * self.init_noise_sigma
-            yield self._batch(some, seeds[at].to(self.device), given, None if guidance is None else guidance[at], callback)[:real]
+            parts = some, seeds[at].to(self.device), given, None if guidance is None else guidance[at]
+            yield self._batch(range(first, first + real), parts, callback)[:real]
 
     def trajectory(self, n: int, **arguments: Any) -> Tensor:
-        """x after each step, `[steps, n, *shape]`, latents even with `decode`; arguments as in a call."""
+        """x after each step, `[steps, n, *shape]`, fewer if all samples stop; latents even with `decode`; arguments as in a call.
+
+        Raises:
+            ValueError: a `batch_size`: all samples of a trajectory are made at once.
+        """
+        if arguments.get("batch_size") is not None:
+            raise ValueError(f"batch_size: got {arguments['batch_size']}, allowed is None: a trajectory is of one batch")
         seen: list[Tensor] = []
         self(n, **arguments, callback=lambda i, t, x: seen.append(x.clone()))
         return torch.stack(seen)
@@ -225,9 +245,12 @@ class FastSampler:
         a, b = (self._draw(torch.tensor([[s, 0]])) for s in seeds)
         w = torch.acos((a * b).sum() / (a.norm() * b.norm()))
         p = torch.linspace(0, 1, n, device=self.device).reshape(-1, *[1] * len(self.shape))
-        return self(noise=(torch.sin((1 - p) * w) * a + torch.sin(p * w) * b) / torch.sin(w), **arguments)
+        arc = (torch.sin((1 - p) * w) * a + torch.sin(p * w) * b) / torch.sin(w)
+        return self(noise=arc if w > 1e-3 else a.expand(n, *self.shape), **arguments)
 
-    def from_latents(self, z: Tensor, strength: float, *, seed: int | Sequence[int] = 0, **arguments: Any) -> Tensor:
+    def from_latents(
+        self, z: Tensor, strength: float, *, seed: int | Sequence[int] = 0, indices: Sequence[int] | None = None, **arguments: Any
+    ) -> Tensor:
         """Samples near `z` `[n, *shape]`: noise is added as far as the last `strength` of the steps can take away (img2img).
 
         Arguments as in a call. A solver with history starts anew, at first order, as diffusers' `set_begin_index` has it.
@@ -237,15 +260,17 @@ class FastSampler:
         """
         if not 0 < strength <= 1:
             raise ValueError(f"strength: got {strength}, allowed is above 0 up to 1")
-        x, seeds = self._start(None, seed, z, None)
+        x, seeds = self._start(None, seed, z, indices)
         assert x is not None
         asked = self.steps if isinstance(self._scheduler, SolverTable) else self._asked
         start = (asked - max(int(asked * strength), 1)) * getattr(self._scheduler, "order", 1)
         if start not in self._tails:
+            if len(self._tails) == MAX_LOOPS:
+                self._tails.popitem(last=False)
             self._tails[start] = self._tail(start)
         tail = self._tails[start]
         noised = tail.table.alpha[0].item() * x + tail.table.sigma[0].item() * self._draw(seeds)
-        return tail(noise=noised / tail.init_noise_sigma, seed=seed, **arguments)
+        return tail(noise=noised / tail.init_noise_sigma, seed=seed, indices=indices, **arguments)
 
     def invert(self, z: Tensor, *, cond: Cond = None) -> Tensor:
         """The noise of unit variance from which a deterministic run would have come to `z`, both `[n, *shape]`.
@@ -258,6 +283,8 @@ class FastSampler:
         """
         if not self._linear or self.table.history or self.table.stochastic or self.table.clip_range is not None:
             raise ValueError("scheduler: got one with history, noise or clipping, allowed is a deterministic first-order one, such as DDIM")
+        if bool((self.table.rows[:, 4].abs() < 1e-6).any()):
+            raise ValueError("scheduler: got one with a step that forgets x, as x0 prediction does, allowed is one that can be led back")
         x, _ = self._start(None, 0, z, None)
         assert x is not None
         with torch.no_grad():
@@ -267,14 +294,19 @@ class FastSampler:
                 for _ in range(INVERSIONS):
                     h = x if self.input_scale is None else x * self.input_scale[i]
                     x = (after - b * self.predict(h.to(self.dtype), self.rows[i : i + 1], named(cond)).float()) / a
+        if not x.isfinite().all():
+            raise FloatingPointError(f"model: NaN or infinity while inverting samples {_broken(x)}")
         return x / self.init_noise_sigma
 
     def stats(self) -> dict[str, int]:
-        """Counts since construction: samples, pads, captures, replays, evictions, fallbacks, stopped, steps_saved, fused."""
+        """Counts since construction.
+
+        samples, pads, compiled, loaded, captures, replays, evictions, fallbacks, stopped, steps_saved, fused; what is 0 is left out.
+        """
         return dict(self.counts)
 
     def _choose(self, n: int) -> None:
-        if self.compiled is None:
+        if self.compiled is None and self._captures:
             mode, self.reason = choose(self.device, n, self.steps)
             self.graph, self.compiled = parse_mode(mode, self.device)
             if self.compiled is not None:
@@ -302,44 +334,54 @@ class FastSampler:
         counts = [c for c in (n, None if noise is None else len(noise), None if indices is None else len(indices)) if c is not None]
         if not counts or min(counts) != max(counts):
             raise ValueError(f"n, noise, indices: got {counts or 'none of them'}, allowed is one of them, or the same number of samples")
-        count = counts[0]
+        count = operator.index(counts[0])
         if count < 1:
             raise ValueError(f"n: got {count}, allowed is 1 or more")
-        one = isinstance(seed, int)
-        listed = [seed] * count if isinstance(seed, int) else list(seed)
+        one = isinstance(seed, SupportsIndex) and not isinstance(seed, Tensor)
+        listed = [operator.index(v) for v in (itertools.repeat(seed, count) if one else seed)]  # type: ignore[arg-type,union-attr]  # a number is one
         if len(listed) != count:
             raise ValueError(f"seed: got {len(listed)} seeds for {count} samples, allowed is one seed or one for each sample")
-        numbers = list(indices) if indices is not None else list(range(count)) if one else [0] * count
+        numbers = [operator.index(v) for v in indices] if indices is not None else list(range(count)) if one else [0] * count
         for name, values, top in (("seed", listed, 2**63), ("indices", numbers, 2**31)):
             if bad := [v for v in values if not 0 <= v < top]:
                 raise ValueError(f"{name}: got {bad[0]}, allowed is 0 to 2^{top.bit_length() - 1} - 1")
         given = None if noise is None else noise.to(self.device, torch.float32).contiguous()
         return given, torch.tensor([listed, numbers], dtype=torch.int64).T.contiguous()
 
-    def _draw(self, seeds: Tensor) -> Tensor:
-        """Stream 0 of each sample: its starting noise. Neighbours of one seed are drawn in one launch."""
+    def _draw(self, seeds: Tensor, stream: int = 0) -> Tensor:
+        """Noise of each sample, stream 0 to start with and i + 1 for step i. Neighbours of one seed are drawn in one launch."""
         parts, pairs, first = [], seeds.tolist(), 0
         for i in range(1, len(pairs) + 1):
             if i == len(pairs) or pairs[i] != [pairs[i - 1][0], pairs[i - 1][1] + 1]:
-                parts.append(philox_normal((i - first, *self.shape), pairs[first][0], first_index=pairs[first][1], device=self.device))
+                seed, number = pairs[first]
+                shape = (i - first, *self.shape)
+                parts.append(philox_normal(shape, seed, first_index=number, stream=stream, device=self.device))
                 first = i
         return torch.cat(parts)
 
-    def _batch(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, callback: Callback | None) -> Tensor:
+    def _batch(self, numbers: range, parts: Parts, callback: Callback | None) -> Tensor:
+        """One batch, the samples `numbers` of the call and padding; and the two ways in which it can go wrong."""
         try:
-            out = self._made(x, seeds, cond, guidance, callback)
-        except RuntimeError as error:  # torch.OutOfMemoryError on CUDA; a CPU's allocator has no type of its own
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            out = self._made(parts, len(numbers), callback)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
                 raise
-            raise MemoryError(self._what_fits(x, seeds, cond, guidance)) from error
-        if not out.isfinite().all():
-            self._made(x, seeds, cond, guidance, _named_if_broken)
-            raise FloatingPointError(f"decode: NaN or infinity in samples {_broken(out)}, whose latents are finite")
+            traceback.clear_frames(error.__traceback__)  # what the failed attempt still holds
+            raise MemoryError(self._what_fits(parts)) from error
+        if broken := _broken(out[: len(numbers)]):
+
+            def name(i: int, t: float, x: Tensor) -> None:
+                if at := _broken(x[: len(numbers)]):
+                    raise FloatingPointError(f"model: NaN or infinity at step {i} (timestep {t:g}) in samples {[numbers[k] for k in at]}")
+
+            self._made(parts, len(numbers), name)
+            raise FloatingPointError(f"decode: NaN or infinity in samples {[numbers[k] for k in broken]}, whose latents are finite")
         return out
 
-    def _made(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, callback: Callback | None) -> Tensor:
+    def _made(self, parts: Parts, real: int, callback: Callback | None) -> Tensor:
+        x, seeds, cond, guidance = parts
         if not self._linear:
-            return self._stepped(x, seeds, cond, guidance, callback)
+            return self._stepped(parts, callback)
         key = (len(x), guidance is not None, *((name, tuple(v.shape), v.dtype) for name, v in cond.items()))
         if key not in self._loops:
             if len(self._loops) == MAX_LOOPS:
@@ -347,13 +389,23 @@ class FastSampler:
                 self.counts["evictions"] += 1
             self._loops[key] = Loop(self, len(x), cond, guidance is not None)
         self._loops.move_to_end(key)
-        return self._loops[key].run(x, seeds, cond, guidance, callback)
+        try:
+            return self._loops[key].run(x, seeds, cond, guidance, real, callback)
+        except CaptureFailed as failure:
+            if not self._auto:
+                raise
+            self.graph, self.reason, self._captures = None, f"eager: {failure}", False
+            self._loops.clear()
+            return self._made(parts, real, callback)
 
-    def _stepped(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, callback: Callback | None) -> Tensor:
+    def _stepped(self, parts: Parts, callback: Callback | None) -> Tensor:
         """The scheduler's own loop, for what no table describes."""
+        x, seeds, cond, guidance = parts
         self.counts["fallbacks"] += 1
         scheduler = prepared(self._scheduler, self._asked, self.eta)
-        generator = torch.Generator(self.device).manual_seed(int(seeds[0, 0]))
+        # a step that takes its noise gets that of each sample; one that draws gets a generator of the first
+        takes = "variance_noise" in inspect.signature(scheduler.step).parameters
+        generator = torch.Generator(self.device).manual_seed(int(seeds[0, 0]) ^ int(seeds[0, 1]) << 32)
         times = scheduler.timesteps.to(self.device)
         with torch.no_grad():
             for i, t in enumerate(scheduler.timesteps):
@@ -363,7 +415,8 @@ class FastSampler:
                 else:
                     m_u, m_c = self.predict(torch.cat([h, h]), self._row(times[i]), cond).float().chunk(2)
                     m = m_u + guidance.to(self.device).reshape(-1, *[1] * len(self.shape)) * (m_c - m_u)
-                x, _ = scheduler_step(scheduler, m, i, x, self.eta, generator)
+                noise = self._draw(seeds.cpu(), i + 1) if takes else generator
+                x, _ = scheduler_step(scheduler, m, i, x, self.eta, noise)
                 if callback is not None:
                     callback(i, float(t), x)
             return x if self.decode is None else self.decode(x)
@@ -371,19 +424,25 @@ class FastSampler:
     def _row(self, t: Tensor) -> Tensor:
         return self.model.time_rows(t[None]).to(self.dtype) if isinstance(self.model, UNet2D) else t[None]
 
-    def _what_fits(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None) -> str:
-        """The largest half, quarter, ... of a batch whose steps run when tried now, one after another."""
-        self._loops.clear()
+    def _what_fits(self, parts: Parts) -> str:
+        """The largest half, quarter, ... of a batch whose first step and decoding run when tried now, one after another."""
+        x, seeds, cond, guidance = parts
         n = len(x)
         while n > 1:
             n //= 2
+            self._loops.clear()
             some = {k: v[: n * (1 if guidance is None else 2)] for k, v in cond.items()}
             try:
-                self._made(x[:n], seeds[:n], some, None if guidance is None else guidance[:n], _first_only)
-            except StopIteration:
-                return f"n: {len(x)} at a time do not fit into memory; {n} do, a step of them ran just now: batch_size={n}"
-            except RuntimeError:
-                self._loops.clear()
+                try:
+                    self._made((x[:n], seeds[:n], some, None if guidance is None else guidance[:n]), n, _first_only)
+                except StopIteration:
+                    if self.decode is not None:
+                        self.decode(x[:n])
+                    return f"n: {len(x)} at a time do not fit into memory; {n} do, a step of them ran just now: give a batch size of {n}"
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                traceback.clear_frames(error.__traceback__)
         return f"n: {len(x)} at a time do not fit into memory, nor does a single one, which was tried just now"
 
 
@@ -391,13 +450,13 @@ def _first_only(i: int, t: float, x: Tensor) -> None:
     raise StopIteration
 
 
+def _out_of_memory(error: RuntimeError) -> bool:
+    # a CPU's allocator has no type of its own
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def _broken(x: Tensor) -> list[int]:
     return (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-
-
-def _named_if_broken(i: int, t: float, x: Tensor) -> None:
-    if broken := _broken(x):
-        raise FloatingPointError(f"model: NaN or infinity at step {i} (timestep {t:g}) in samples {broken} of the batch")
 
 
 def choose(device: torch.device, n: int, steps: int) -> tuple[str, str]:
@@ -422,7 +481,7 @@ def parse_mode(mode: str, device: torch.device) -> tuple[str | None, str | None]
     compiles = ["default" if p == "compile" else p for p in parts if p == "compile" or p in COMPILE_MODES]
     if set(parts) - set(names) or len(graphs) > 1 or len(compiles) > 1 or (len(parts) > 1 and len(graphs) + len(compiles) < 2):
         raise ValueError(f"mode: got {mode!r}, allowed are {', '.join(names)}, and a graph + a compile mode")
-    if graphs and compiles and compiles[0] in ("reduce-overhead", "max-autotune"):
+    if graphs and compiles and compiles[0] in OWN_GRAPHS:
         raise ValueError(f"mode: got {mode!r}, allowed in a graph are compile, max-autotune-no-cudagraphs: the others capture their own")
     if graphs and device.type != "cuda":
         raise ValueError(f"mode: got {mode!r}, which needs CUDA, and the model is on {device}; allowed here are eager, compile modes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,9 +54,8 @@ def test_two_processes_make_the_bytes_of_one(pipeline: Path, tmp_path: Path) -> 
         started = command(pipeline, out, 7, "--json", processes=processes)
         done = subprocess.run(started, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        assert sum(s["made"] for s in said) == 7
-        assert all(s["made"] for s in said)
+        said = json.loads(done.stdout)
+        assert (said["made"], said["kept"]) == (7, 0)
         assert {p.name for p in out.iterdir()} == {*(f"{i:06d}.png" for i in range(7)), "grid.png", "sample.json"}
     assert images(tmp_path / "1") == images(tmp_path / "2")
 
@@ -71,6 +71,23 @@ def test_what_is_missing_is_made_and_nothing_else(pipeline: Path, tmp_path: Path
     assert images(tmp_path) == whole, "an image in another place of a batch of the same size is the same to the byte"
     assert all(p.stat().st_mtime_ns == t for p, t in times.items())
     assert make(pipeline, tmp_path, 6)["made"] == 0
+    assert make(pipeline, tmp_path, 9)["made"] == 3, "more of the same"
+
+
+def test_a_folder_without_images_takes_new_settings(pipeline: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seed: got"):
+        make(pipeline, tmp_path, 2, seed=2**63)
+    assert make(pipeline, tmp_path, 2, seed=3)["made"] == 2
+
+
+def test_another_schedule_is_another_pipeline(pipeline: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pipeline, other)
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("cosine_ramp", "linear"))
+    make(pipeline, tmp_path / "o", 1)
+    with pytest.raises(ValueError, match="holds images of pipeline"):
+        make(other, tmp_path / "o", 1)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
@@ -114,7 +131,7 @@ def test_bad_input_is_named(pipeline: Path, tmp_path: Path) -> None:
         (lambda: make(pipeline, tmp_path / "a", 2, seed=2), "holds images of seed 1, this run's is 2"),
         (lambda: make(pipeline, tmp_path / "a", 2, steps=3), "holds images of steps 2, this run's is 3"),
         (lambda: make(Path("demo"), tmp_path / "a", 2), "holds images of pipeline"),
-        (lambda: make(pipeline, tmp_path / "b", 2), "holds images but no sample.json"),
+        (lambda: make(pipeline, tmp_path / "b", 2), "holds images of pipeline None"),
         (lambda: make(pipeline, tmp_path / "c", 2, form="gif"), "format: got 'gif', allowed are png, npy, nifti"),
         (lambda: make(pipeline, tmp_path / "c", 2, scheduler="fast"), "scheduler: got 'fast', allowed are ddim, ddpm, dpm, unipc"),
     ):

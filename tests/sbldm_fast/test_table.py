@@ -122,6 +122,10 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         ({"sigma": [1.0]}, "rows: got"),
         ({"input_scale": [None] * 3}, "not finite"),
         ({"timesteps": None}, "not a solver table"),
+        ({"timesteps": [[1], [2], [3]]}, "format, timesteps, init_noise_sigma"),
+        ({"format": 2}, "format, timesteps, init_noise_sigma"),
+        ({"init_noise_sigma": 0}, "format, timesteps, init_noise_sigma"),
+        ({"clip_range": "x"}, "not a solver table"),
     ):
         (tmp_path / "t.json").write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=message):
@@ -165,9 +169,17 @@ def test_bad_input_is_named() -> None:
         (lambda: SolverTable.from_scheduler(diffusers.PNDMScheduler(), 10, eta=0.5), "eta: got 0.5, allowed is 0 to 1, and 0 alone"),
         (lambda: SolverTable.from_scheduler(DDIMScheduler(), 10, eta=2.0), "eta: got 2.0"),
         (lambda: SolverTable.from_scheduler(diffusers.UniPCMultistepScheduler(), 10).from_step(3), "table: got a history of 2 steps"),
+        (lambda: SolverTable.from_scheduler(DDIMScheduler(), 10).from_step(10), "start: got 10, allowed is 0 to 9"),
+        (lambda: SolverTable.from_scheduler(DDIMScheduler(), 10, start=-1), "start: got -1, allowed is 0 to 9"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("steps", [5, 10, 20, 50])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_rounding_is_not_a_history(steps: int, prediction: str) -> None:
+    assert SolverTable.from_scheduler(diffusers.EulerDiscreteScheduler(prediction_type=prediction), steps).history == 0
 
 
 def test_a_start_inside_is_diffusers_begin_index() -> None:
