@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,12 +37,13 @@ class Attention(nn.Module):
         self.norm = GroupNormSiLU(num_groups, channels, activation="none")
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = nn.Linear(channels, channels)
+        self.attend: Callable[..., Tensor] = F.scaled_dot_product_attention
 
     def forward(self, x: Tensor) -> Tensor:
         N, C, H, W = x.shape
         h = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = self.to_qkv(h).reshape(N, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, H * W, C)
+        h = self.attend(q, k, v).transpose(1, 2).reshape(N, H * W, C)
         out: Tensor = x + self.to_out(h).transpose(1, 2).reshape(N, C, H, W)
         return out
 

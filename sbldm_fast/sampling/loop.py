@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +13,7 @@ from sbldm_fast.kernels import solver_step
 from sbldm_fast.models import UNet2D
 
 from .ahead import compiled_ahead
-from .model import Named, Predict, fused, predictor
+from .model import Named, Predict, for_cpu, fused, predictor
 
 if TYPE_CHECKING:
     from .sampler import FastSampler
@@ -94,8 +93,7 @@ class Loop:
         self.cond = {k: v.clone() for k, v in cond.items()}
         predict, model = s.predict, s.model
         if s.compiled and s.device.type == "cpu" and isinstance(model, nn.Module):
-            # oneDNN's convolutions want the channels side by side
-            model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+            model = for_cpu(model)
             predict = predictor(model)
         if s.fuse:
             x = torch.cat([self.x] * (1 + guided)).to(s.dtype)

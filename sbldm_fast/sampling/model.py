@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sbldm_fast.kernels import group_norm_silu
 from sbldm_fast.models import UNet2D
-from sbldm_fast.models.layers import Upsample
+from sbldm_fast.models.layers import Attention, Upsample
 
 Cond = Tensor | Mapping[str, Tensor] | None  # what a caller gives
 Named = dict[str, Tensor]  # what the loop handles; "" is a tensor that came without a name
@@ -72,6 +72,22 @@ def _transposed(conv: nn.Conv2d) -> nn.ConvTranspose2d:
     out = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1, device=W.device, dtype=W.dtype)
     out.weight, out.bias = nn.Parameter(W.transpose(0, 1).contiguous()), conv.bias
     return out.requires_grad_(False)
+
+
+def for_cpu(model: nn.Module) -> nn.Module:
+    """A copy as a CPU wants it: weights for oneDNN with the channels side by side, attention over a few pixels written out.
+
+    `softmax(q k^T / sqrt(d)) v` in three operators that Inductor fuses with their neighbours; PyTorch's own is made for long sequences.
+    """
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = _attention
+    return model
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
 
 
 def fused(predict: Predict, model: Callable[..., Any], x: Tensor, row: Tensor, cond: Named) -> tuple[Predict, int]:
