@@ -59,10 +59,10 @@ class FastSampler:
         model: a `UNet2D`, a diffusers or MONAI UNet, or any callable `(x, t) -> prediction`. A module is put in evaluation mode;
             after moving or retraining it, build a new sampler.
         scheduler: ours, diffusers', MONAI's or a `SolverTable`. One that no table describes is stepped as it is, with a warning, and
-            counted in `stats()["fallbacks"]`; what noise it adds is then torch's, not a function of sample and seed.
+            counted in `stats()["fallbacks"]`; its noise is each sample's own only if its `step` takes `variance_noise`.
         shape: of one sample, `(C, H, W)`.
         steps: for `set_timesteps`; a `SolverTable` brings its own.
-        mode: see the table.
+        mode: one of the above.
         dtype: of the model's arithmetic, on a copy; norms compute in float32, the solver stays in it. None: as the model is.
         eta: of schedulers that take it, 0 deterministic to 1 the variance of DDPM.
         decode: applied to the final latents; None: latents are returned.
@@ -437,7 +437,8 @@ class FastSampler:
                     self._made((x[:n], seeds[:n], some, None if guidance is None else guidance[:n]), n, _first_only)
                 except StopIteration:
                     if self.decode is not None:
-                        self.decode(x[:n])
+                        with torch.no_grad():
+                            self.decode(x[:n])
                     return f"n: {len(x)} at a time do not fit into memory; {n} do, a step of them ran just now: give a batch size of {n}"
             except RuntimeError as error:
                 if not _out_of_memory(error):
