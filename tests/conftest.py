@@ -36,6 +36,18 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["SBLDM_FAST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session")
+def fresh_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of preset `demo` with fresh weights."""
+    from sbldm_fast import AutoencoderKL, Pipeline, UNet2D, preset
+
+    torch.manual_seed(0)
+    p = preset("demo")
+    path = tmp_path_factory.mktemp("pipe") / "p"
+    Pipeline(AutoencoderKL(p.vae), UNet2D(p.unet), p.scheduler).save(path)
+    return path
+
+
 @pytest.fixture(params=["cpu", CUDA])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU (Triton's interpreter) and, where there is one, the GPU."""

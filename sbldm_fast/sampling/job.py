@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -32,9 +33,11 @@ def sample_to_folder(
 ) -> dict[str, Any]:  # fmt: skip
     """Make images 0 to n - 1 of `seed` that are not in `out` yet, this process its share of them; the last step puts them together.
 
-    Under torchrun whole batches go round the ranks, so that a job that nothing interrupts makes each image in the same batch as one
-    process does: byte for byte the same. After an interruption what is missing fills batches of the same size in another order, the
-    same to rounding. `png` is a file per image and a grid; `npy` and `nifti` one array, float32.
+    Under torchrun whole batches go round the ranks, so that a job of at least `batch_size` images a rank, if nothing interrupts it,
+    makes each image in the same batch as one process does: byte for byte the same. Smaller jobs take smaller batches. After an
+    interruption what is missing fills batches of the same size in another order: the same to rounding.
+
+    `png` is a file per image and a grid; `npy` and `nifti` one array, float32.
 
     Returns:
         What was done by all processes: images made, images there before; the mode, and this process' rank.
@@ -50,7 +53,7 @@ def sample_to_folder(
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     pipe = Pipeline.from_pretrained(pipeline).to(device)
-    size, reason = even_batch(n, batch_size), "asked for"
+    size, reason = even_batch(n, min(batch_size, math.ceil(n / world))), "asked for"  # no rank without work
     if mode == "auto":  # settled by the whole job: a rank must not choose otherwise than one process would
         mode, reason = choose(device, n, steps)
     sampler = pipe.sampler(steps, mode, scheduler=scheduler, eta=eta, dtype=dtype)

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from sbldm_fast.benchmarks.kernels import OPS
 
-from sbldm_fast import AutoencoderKL, Pipeline, UNet2D, preset
 from sbldm_fast.cli import main
 from sbldm_fast.sampling.images import NOTICE
 
@@ -33,13 +32,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    p = preset("demo")
-    path = tmp_path_factory.mktemp("pipe") / "p"
-    Pipeline(AutoencoderKL(p.vae), UNet2D(p.unet), p.scheduler).save(path)
-    return path
+@pytest.fixture
+def folder(fresh_demo: Path) -> Path:
+    return fresh_demo
 
 
 def test_prepare_train_sample_end_to_end(run: Any, tmp_path: Path) -> None:

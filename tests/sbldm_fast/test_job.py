@@ -16,20 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from sbldm_fast import AutoencoderKL, Pipeline, UNet2D, preset
+from sbldm_fast import Pipeline
 from sbldm_fast.sampling.images import NOTICE
 from sbldm_fast.sampling.job import sample_to_folder
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    p = preset("demo")
-    path = tmp_path_factory.mktemp("pipe") / "p"
-    Pipeline(AutoencoderKL(p.vae), UNet2D(p.unet), p.scheduler).save(path)
-    return path
+@pytest.fixture
+def pipeline(fresh_demo: Path) -> Path:
+    return fresh_demo
 
 
 def make(pipeline: Path, out: Path, n: int = 5, **changes: Any) -> dict[str, Any]:
@@ -58,6 +54,16 @@ def test_two_processes_make_the_bytes_of_one(pipeline: Path, tmp_path: Path) -> 
         assert (said["made"], said["kept"]) == (7, 0)
         assert {p.name for p in out.iterdir()} == {*(f"{i:06d}.png" for i in range(7)), "grid.png", "sample.json"}
     assert images(tmp_path / "1") == images(tmp_path / "2")
+
+
+def test_no_process_is_left_without_work(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("init_process_group", "barrier", "destroy_process_group", "broadcast_object_list"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):  # rank 0 puts together what both have made
+        monkeypatch.setenv("RANK", rank)
+        make(pipeline, tmp_path, 4, batch_size=16)
+        assert len(images(tmp_path)) == (2 if rank == "1" else 4)
 
 
 def test_what_is_missing_is_made_and_nothing_else(pipeline: Path, tmp_path: Path) -> None:
