@@ -266,10 +266,9 @@ def _levels(scheduler: Any) -> tuple[Tensor, Tensor]:
     """alpha and sigma `[S]` of `add_noise` at each timestep; NaN where the scheduler has none."""
     t = scheduler.timesteps
     one = torch.ones(len(t), 1, 1, 1, dtype=torch.float64)
-    try:
-        alpha, sigma = scheduler.add_noise(one, 0 * one, t), scheduler.add_noise(0 * one, one, t)
-    except (AttributeError, TypeError, NotImplementedError):
+    if not hasattr(scheduler, "add_noise"):
         return (one * torch.nan).flatten(), (one * torch.nan).flatten()
+    alpha, sigma = scheduler.add_noise(one, 0 * one, t), scheduler.add_noise(0 * one, one, t)
     return alpha.double().flatten(), sigma.double().flatten()
 
 

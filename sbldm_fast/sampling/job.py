@@ -19,8 +19,8 @@ from tqdm import tqdm
 from sbldm_fast.files import read_json, whole_file, write_json
 
 from .images import NOTICE, save_grid, save_nifti, save_png, to_uint8
+from .modes import choose
 from .pipeline import Pipeline, even_batch
-from .sampler import choose
 
 FORMATS = ("png", "npy", "nifti")
 GRID = 64  # images in the grid

@@ -14,11 +14,11 @@ from sbldm_fast.models import UNet2D
 
 from .ahead import compiled_ahead
 from .model import Named, Predict, for_cpu, fused, predictor
+from .modes import OWN_GRAPHS
 
 if TYPE_CHECKING:
     from .sampler import FastSampler
 
-OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # torch.compile modes that capture CUDA graphs of their own
 Callback = Callable[[int, float, Tensor], None]
 
 

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 import math
-import operator
 import traceback
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sbldm_fast.diffusion.table import NotLinear, SolverTable, prepared, scaled_input, scheduler_step
-from sbldm_fast.kernels import philox_normal
 from sbldm_fast.models import UNet2D
 
-from .loop import OWN_GRAPHS, Callback, CaptureFailed, Loop
+from .loop import Callback, CaptureFailed, Loop
 from .model import Cond, Named, named, phase_upsampling, predictor
+from .modes import choose, parse_mode
+from .noise import draw, numbered
 
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-GRAPHS = ("step-graph", "loop-graph")
 STOPS = {"eps_norm": 0.05, "convergence": 1e-3, "x0_delta": 0.01}  # with the threshold of each
 MAX_LOOPS = 4  # batch sizes kept captured at a time
-COMPILE_PAYS = 5_000  # model calls of one call on a CPU that win the minute of compiling back
-WHOLE_LOOP = 100  # steps up to which `auto` puts the whole loop into one graph: the graph grows with them
 Parts = tuple[Tensor, Tensor, Named, Tensor | None]  # of a batch: x, seeds, conditioning, guidance
 INVERSIONS = 3  # fixed-point iterations of a step backwards; one is the usual DDIM inversion
 
@@ -190,7 +185,7 @@ class FastSampler:
         batch_size: int | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """The samples of a call, batch by batch as they are made; arguments and errors as there."""
-        x, seeds = self._start(n, seed, noise, indices)
+        x, seeds = numbered(self.shape, self.device, n, seed, noise, indices)
         count = len(seeds)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, allowed is 1 or more")
@@ -220,7 +215,7 @@ class FastSampler:
             given = {k: v[at.to(v.device)].to(self.device) for k, v in conds.items()}
             if guidance is not None:
                 given = {k: torch.cat([others[k][at.to(others[k].device)].to(self.device), v]) for k, v in given.items()}
-            some = (self._draw(seeds[at]) if x is None else x[at.to(x.device)]) * self.init_noise_sigma
+            some = (draw(seeds[at], self.shape, self.device) if x is None else x[at.to(x.device)]) * self.init_noise_sigma
             parts = some, seeds[at].to(self.device), given, None if guidance is None else guidance[at]
             yield self._batch(range(first, first + real), parts, callback)[:real]
 
@@ -242,7 +237,7 @@ class FastSampler:
         `z(p) = (sin((1 - p) w) z_a + sin(p w) z_b) / sin w`, w the angle between z_a and z_b, p from 0 to 1.
         Source: Shoemake 1985, doi:10.1145/325334.325242.
         """
-        a, b = (self._draw(torch.tensor([[s, 0]])) for s in seeds)
+        a, b = (draw(torch.tensor([[s, 0]]), self.shape, self.device) for s in seeds)
         w = torch.acos((a * b).sum() / (a.norm() * b.norm()))
         p = torch.linspace(0, 1, n, device=self.device).reshape(-1, *[1] * len(self.shape))
         arc = (torch.sin((1 - p) * w) * a + torch.sin(p * w) * b) / torch.sin(w)
@@ -260,7 +255,7 @@ class FastSampler:
         """
         if not 0 < strength <= 1:
             raise ValueError(f"strength: got {strength}, allowed is above 0 up to 1")
-        x, seeds = self._start(None, seed, z, indices)
+        x, seeds = numbered(self.shape, self.device, None, seed, z, indices)
         assert x is not None
         asked = self.steps if isinstance(self._scheduler, SolverTable) else self._asked
         start = (asked - max(int(asked * strength), 1)) * getattr(self._scheduler, "order", 1)
@@ -269,7 +264,7 @@ class FastSampler:
                 self._tails.popitem(last=False)
             self._tails[start] = self._tail(start)
         tail = self._tails[start]
-        noised = tail.table.alpha[0].item() * x + tail.table.sigma[0].item() * self._draw(seeds)
+        noised = tail.table.alpha[0].item() * x + tail.table.sigma[0].item() * draw(seeds, self.shape, self.device)
         return tail(noise=noised / tail.init_noise_sigma, seed=seed, indices=indices, **arguments)
 
     def invert(self, z: Tensor, *, cond: Cond = None) -> Tensor:
@@ -285,7 +280,7 @@ class FastSampler:
             raise ValueError("scheduler: got one with history, noise or clipping, allowed is a deterministic first-order one, such as DDIM")
         if bool((self.table.rows[:, 4].abs() < 1e-6).any()):
             raise ValueError("scheduler: got one with a step that forgets x, as x0 prediction does, allowed is one that can be led back")
-        x, _ = self._start(None, 0, z, None)
+        x, _ = numbered(self.shape, self.device, None, 0, z, None)
         assert x is not None
         with torch.no_grad():
             for i in reversed(range(self.steps)):
@@ -324,40 +319,6 @@ class FastSampler:
             )
         tail._load()
         return tail
-
-    def _start(
-        self, n: int | None, seed: int | Sequence[int], noise: Tensor | None, indices: Sequence[int] | None
-    ) -> tuple[Tensor | None, Tensor]:
-        """The noise that was given, and seed and number of each sample, int64 `[n, 2]`."""
-        if noise is not None and tuple(noise.shape[1:]) != self.shape:
-            raise ValueError(f"noise: got shape {tuple(noise.shape)}, allowed is [n, {', '.join(map(str, self.shape))}]")
-        counts = [c for c in (n, None if noise is None else len(noise), None if indices is None else len(indices)) if c is not None]
-        if not counts or min(counts) != max(counts):
-            raise ValueError(f"n, noise, indices: got {counts or 'none of them'}, allowed is one of them, or the same number of samples")
-        count = operator.index(counts[0])
-        if count < 1:
-            raise ValueError(f"n: got {count}, allowed is 1 or more")
-        one = isinstance(seed, SupportsIndex) and not isinstance(seed, Tensor)
-        listed = [operator.index(v) for v in (itertools.repeat(seed, count) if one else seed)]  # type: ignore[arg-type,union-attr]  # a number is one
-        if len(listed) != count:
-            raise ValueError(f"seed: got {len(listed)} seeds for {count} samples, allowed is one seed or one for each sample")
-        numbers = [operator.index(v) for v in indices] if indices is not None else list(range(count)) if one else [0] * count
-        for name, values, top in (("seed", listed, 2**63), ("indices", numbers, 2**31)):
-            if bad := [v for v in values if not 0 <= v < top]:
-                raise ValueError(f"{name}: got {bad[0]}, allowed is 0 to 2^{top.bit_length() - 1} - 1")
-        given = None if noise is None else noise.to(self.device, torch.float32).contiguous()
-        return given, torch.tensor([listed, numbers], dtype=torch.int64).T.contiguous()
-
-    def _draw(self, seeds: Tensor, stream: int = 0) -> Tensor:
-        """Noise of each sample, stream 0 to start with and i + 1 for step i. Neighbours of one seed are drawn in one launch."""
-        parts, pairs, first = [], seeds.tolist(), 0
-        for i in range(1, len(pairs) + 1):
-            if i == len(pairs) or pairs[i] != [pairs[i - 1][0], pairs[i - 1][1] + 1]:
-                seed, number = pairs[first]
-                shape = (i - first, *self.shape)
-                parts.append(philox_normal(shape, seed, first_index=number, stream=stream, device=self.device))
-                first = i
-        return torch.cat(parts)
 
     def _batch(self, numbers: range, parts: Parts, callback: Callback | None) -> Tensor:
         """One batch, the samples `numbers` of the call and padding; and the two ways in which it can go wrong."""
@@ -415,7 +376,7 @@ class FastSampler:
                 else:
                     m_u, m_c = self.predict(torch.cat([h, h]), self._row(times[i]), cond).float().chunk(2)
                     m = m_u + guidance.to(self.device).reshape(-1, *[1] * len(self.shape)) * (m_c - m_u)
-                noise = self._draw(seeds.cpu(), i + 1) if takes else generator
+                noise = draw(seeds.cpu(), self.shape, self.device, i + 1) if takes else generator
                 x, _ = scheduler_step(scheduler, m, i, x, self.eta, noise)
                 if callback is not None:
                     callback(i, float(t), x)
@@ -458,32 +419,3 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 def _broken(x: Tensor) -> list[int]:
     return (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-
-
-def choose(device: torch.device, n: int, steps: int) -> tuple[str, str]:
-    """The mode that `auto` is for n samples, and why."""
-    if device.type == "cuda":
-        whole = steps <= WHOLE_LOOP
-        return ("loop-graph", "step-graph")[not whole], f"CUDA device, {steps} steps: one launch a {'run' if whole else 'step'}"
-    if n * steps >= COMPILE_PAYS:
-        return "compile", f"{n} samples of {steps} steps win the minute of compiling back"
-    return "eager", f"{device.type} has no CUDA graphs, and a few images take less than compiling; mode='compile' is faster after it"
-
-
-def parse_mode(mode: str, device: torch.device) -> tuple[str | None, str | None]:
-    """The graph and the torch.compile mode of `mode`, None for neither.
-
-    Raises:
-        ValueError: an unknown mode, a graph without CUDA, or a graph around a compile mode that captures its own.
-    """
-    names = ("eager", "compile", *COMPILE_MODES, *GRAPHS, "auto")
-    parts = mode.split("+")
-    graphs = [p for p in parts if p in GRAPHS]
-    compiles = ["default" if p == "compile" else p for p in parts if p == "compile" or p in COMPILE_MODES]
-    if set(parts) - set(names) or len(graphs) > 1 or len(compiles) > 1 or (len(parts) > 1 and len(graphs) + len(compiles) < 2):
-        raise ValueError(f"mode: got {mode!r}, allowed are {', '.join(names)}, and a graph + a compile mode")
-    if graphs and compiles and compiles[0] in OWN_GRAPHS:
-        raise ValueError(f"mode: got {mode!r}, allowed in a graph are compile, max-autotune-no-cudagraphs: the others capture their own")
-    if graphs and device.type != "cuda":
-        raise ValueError(f"mode: got {mode!r}, which needs CUDA, and the model is on {device}; allowed here are eager, compile modes")
-    return next(iter(graphs), None), next(iter(compiles), None)

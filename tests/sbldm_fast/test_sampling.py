@@ -24,6 +24,7 @@ UNET = UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channe
                   attention_resolutions=(4,), norm_num_groups=8, time_embed_dim=32)  # fmt: skip
 VAE = VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)
 module = importlib.import_module("sbldm_fast.sampling.sampler")
+modes = importlib.import_module("sbldm_fast.sampling.modes")
 loop = importlib.import_module("sbldm_fast.sampling.loop")
 
 
@@ -275,13 +276,13 @@ def test_auto_says_what_it_took_and_why(unet: UNet2D) -> None:
     assert sampler.mode == "eager"
     assert "cpu has no CUDA graphs" in sampler.reason
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert [module.choose(*c)[0] for c in ((cuda, 1, 50), (cuda, 1, 1000), (cpu, 16, 50), (cpu, 1000, 50))] == [
+    assert [modes.choose(*c)[0] for c in ((cuda, 1, 50), (cuda, 1, 1000), (cpu, 16, 50), (cpu, 1000, 50))] == [
         "loop-graph", "step-graph", "eager", "compile",
     ]  # fmt: skip
 
 
 def test_auto_compiles_for_a_call_that_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "COMPILE_PAYS", 12)
+    monkeypatch.setattr(modes, "COMPILE_PAYS", 12)
     monkeypatch.setattr(loop, "compiled_ahead", lambda function, *_: (function, False))
     sampler = FastSampler(lambda x, t: 0.1 * x, scheduler(), shape=(3, 2, 2), steps=4)
     eager = sampler(2)
