@@ -68,7 +68,7 @@ def bench_sampling(
                 runtimes, missing = _runtimes(noise, peer, steps, half and bool(dtypes[-1]))
                 cases |= runtimes
             common = {"target": "sampling", "run": run, "preset": preset_name, "steps": steps, "batch": batch, "env": machine()}
-            rows += [common | row for row in _timed(cases, noise, steps, rounds, say)]
+            rows += [common | row for row in timed(cases, noise, steps, rounds, say)]
             rows += [common | row for row in missing]
             if peer is None:
                 rows.append(common | {"provider": PEER, "absent": absence})
@@ -77,7 +77,9 @@ def bench_sampling(
     return rows
 
 
-class _Case(NamedTuple):
+class Case(NamedTuple):
+    """A provider: a run, its precision, and what its output is held against."""
+
     run: Callable[[], Tensor]
     dtype: torch.dtype
     against: str  # the provider whose output this one must equal
@@ -87,7 +89,7 @@ class _Case(NamedTuple):
 def _cases(
     noise: Tensor, ours: tuple[UNet2D, DDIMScheduler], peer: tuple[nn.Module, Any] | None, steps: int, modes: Sequence[str],
     dtypes: Sequence[torch.dtype],
-) -> dict[str, _Case]:  # fmt: skip
+) -> dict[str, Case]:  # fmt: skip
     unet, scheduler = ours
     # Dynamo counts versions of a function over the whole process; each batch starts afresh
     torch.compiler.reset()
@@ -103,30 +105,30 @@ def _cases(
     def loop(model: Callable[..., Any], sched: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
         return lambda: stepped(lambda x, t: model(x.to(dtype), t, return_dict=False)[0].float(), sched, steps, noise)
 
-    cases = {"reference": _Case(reference, torch.float32, "reference", "reference")}
+    cases = {"reference": Case(reference, torch.float32, "reference", "reference")}
     for dtype in dtypes:
         name = str(dtype)[6:]
         for mode in modes:
             plain = "reference" if dtype == torch.float32 else f"FastSampler eager {name}"
-            cases[f"FastSampler {mode} {name}"] = _Case(fast(unet, scheduler, mode, dtype), dtype, "reference", plain)
+            cases[f"FastSampler {mode} {name}"] = Case(fast(unet, scheduler, mode, dtype), dtype, "reference", plain)
         if peer is None:
             continue
         model, sched = peer
         title = PEER if dtype == torch.float32 else f"{PEER} {name}"
         if dtype != torch.float32:
             model = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
-        cases[title] = _Case(loop(model, sched, dtype), dtype, PEER, title)
+        cases[title] = Case(loop(model, sched, dtype), dtype, PEER, title)
         if "compile" in modes:
             run = loop(torch.compile(model, dynamic=False), sched, dtype)
-            cases[f"{title} torch.compile"] = _Case(_as_ours(run, noise.device), dtype, PEER, title)
-        cases[f"{title} under FastSampler {modes[-1]}"] = _Case(fast(peer[0], sched, modes[-1], dtype), dtype, PEER, title)
+            cases[f"{title} torch.compile"] = Case(_as_ours(run, noise.device), dtype, PEER, title)
+        cases[f"{title} under FastSampler {modes[-1]}"] = Case(fast(peer[0], sched, modes[-1], dtype), dtype, PEER, title)
     return cases
 
 
-def _runtimes(noise: Tensor, peer: tuple[nn.Module, Any], steps: int, half: bool) -> tuple[dict[str, _Case], list[dict[str, Any]]]:
+def _runtimes(noise: Tensor, peer: tuple[nn.Module, Any], steps: int, half: bool) -> tuple[dict[str, Case], list[dict[str, Any]]]:
     """diffusers' loop with its UNet in ONNX Runtime and in OpenVINO, as many threads as PyTorch; and a row for each that is missing."""
     model, sched = peer
-    cases: dict[str, _Case] = {}
+    cases: dict[str, Case] = {}
     missing: list[dict[str, Any]] = []
     threads = torch.get_num_threads()
 
@@ -134,7 +136,7 @@ def _runtimes(noise: Tensor, peer: tuple[nn.Module, Any], steps: int, half: bool
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return torch.from_numpy(call({"x": x.numpy(), "t": t.expand(len(x)).numpy()}))
 
-        cases[name] = _Case(lambda: stepped(predict, sched, steps, noise), dtype, PEER, plain)
+        cases[name] = Case(lambda: stepped(predict, sched, steps, noise), dtype, PEER, plain)
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's notices are not about the model
@@ -184,7 +186,10 @@ def _as_ours(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
     return compiled_as_ours
 
 
-def _timed(cases: dict[str, _Case], noise: Tensor, steps: int, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def timed(
+    cases: dict[str, Case], noise: Tensor, steps: int, rounds: int, say: Callable[[str], None], base_name: str = PEER
+) -> list[dict[str, Any]]:
+    """A row for each case, warmed up, then interleaved; the speed-up is over the case `base_name`, and only with parity."""
     first: dict[str, float] = {}
     outputs: dict[str, Tensor] = {}
     failed: list[dict[str, Any]] = []
@@ -202,7 +207,7 @@ def _timed(cases: dict[str, _Case], noise: Tensor, steps: int, rounds: int, say:
     say(f"timing: batch {len(noise)}, {rounds} rounds of {len(cases)} providers")
     with torch.no_grad():
         seconds = interleaved({name: case.run for name, case in cases.items()}, rounds)
-    base = summary(seconds[PEER])["median_s"] if PEER in cases else None
+    base = summary(seconds[base_name])["median_s"] if base_name in cases else None
     rows: list[dict[str, Any]] = []
     for name, case in cases.items():
         s = summary(seconds[name])
@@ -222,7 +227,7 @@ def _timed(cases: dict[str, _Case], noise: Tensor, steps: int, rounds: int, say:
                 "ms_per_image": 1e3 * s["median_s"] / len(noise),
                 "first_call_s": first[name],
                 "parity": {"against": case.against, "error": error, "allowed": allowed, "ok": ok},
-                "speedup": {"over": PEER, "factor": base / s["median_s"]} if base and ok else None,
+                "speedup": {"over": base_name, "factor": base / s["median_s"]} if base and ok else None,
             }
         )
     return rows + failed

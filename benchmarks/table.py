@@ -29,8 +29,9 @@ def latest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def sampling_table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table: a line per provider, a column of latency and of speed-up per batch, and the conditions below."""
     batches = sorted({r["batch"] for r in rows})
+    over = next((r["speedup"]["over"] for r in rows if r.get("speedup")), "its reference")
     lines = [
-        "| provider | " + " | ".join(f"batch {b}: ms/step | × diffusers" for b in batches) + " |",
+        "| provider | " + " | ".join(f"batch {b}: ms/step | × {over}" for b in batches) + " |",
         "|---|" + "---:|---:|" * len(batches),
     ]
     for name in dict.fromkeys(r["provider"] for r in rows):
@@ -46,7 +47,7 @@ def sampling_table(rows: Sequence[dict[str, Any]]) -> str:
     r = next(r for r in rows if "absent" not in r)
     e = r["env"]
     where = e["gpu"] or f"{e['cpu']}, {e['threads']} threads, {e['cpu_capability']}"
-    versions = ", ".join(f"{p} {v}" for p, v in e["packages"].items() if p in ("torch", "triton", "diffusers"))
+    versions = ", ".join(f"{p} {v}" for p, v in e["packages"].items() if p in ("torch", "triton", "diffusers", "onnxruntime"))
     lines += [
         "",
         f"Preset `{r['preset']}`, DDIM, {r['steps']} steps, median of {r['n']} interleaved runs; "

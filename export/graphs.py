@@ -1,141 +1,404 @@
-"""A pipeline to ONNX: one file for the decoder and one for the UNet, with the proof that they compute the same."""
+"""A pipeline, or any model with a linear scheduler, to a folder of ONNX graphs, each proven equal before it is kept."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
+import importlib
 import logging
+import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sbldm_fast.kernels import backend
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from sbldm_fast import Pipeline
+from sbldm_fast import FastSampler, Pipeline, SolverTable
 from sbldm_fast.files import whole_folder, write_json
+from sbldm_fast.models.config import PRESETS
+from sbldm_fast.sampling.images import NOTICE
+from sbldm_fast.sampling.model import Cond, Named, named
+from sbldm_fast.sampling.noise import draw
 
-OPSET = 18  # with a dynamic batch, ONNX Runtime can fuse GroupNorm from this form; GroupNormalization-18 itself is never emitted
-TOLERANCE = 1e-4
-TARGETS = ("ort",)
+from .fusion import fused
+from .modules import (
+    DecoderGraph,
+    EncoderGraph,
+    SamplerGraph,
+    Solver,
+    StepGraph,
+    Tensors,
+    UNetGraph,
+    conditioned,
+    first_not_finite,
+    norms,
+    table_inputs,
+)
+from .ort import EXAMPLE, FORMAT, GRAPHS, MANIFEST, ORTSampler, session
+
+# ort: with a dynamic batch ONNX Runtime fuses GroupNorm from the form of this opset, and from no later one.
+# tensorrt: GroupNormalization of opset 21 (TensorRT 10.9); that of 18 is deprecated, and Attention of 23 fails to build.
+OPSETS = {"ort": 18, "tensorrt": 21}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-3}  # of the largest value, or of 1, beside twice what PyTorch itself loses
+EXAMPLES = 4  # samples kept beside the graphs, for whoever runs them elsewhere
+GUIDANCE = 2.0  # of the samples of a conditional model
+RANGES = {"x": "standard normal times init_noise_sigma", "image": [-1, 1], "noise": "standard normal", "history": "zeros at the first step"}
 
 
-class _UNet(nn.Module):
-    def __init__(self, pipeline: Pipeline) -> None:
-        super().__init__()
-        self.unet = pipeline.unet
+class Graph(NamedTuple):
+    """A graph to write: its module, an example of its inputs, which of their axes are free."""
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        out: Tensor = self.unet(x, t)
-        return out
+    module: nn.Module
+    given: Tensors
+    free: dict[str, dict[int, str]]
 
 
-class _Decoder(nn.Module):
-    def __init__(self, pipeline: Pipeline) -> None:
-        super().__init__()
-        self.vae = pipeline.vae
+class Networks(NamedTuple):
+    """The parts of a pipeline, or a model alone, as modules to trace in one dtype."""
 
-    def forward(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z / self.vae.config.scaling_factor)
+    unet: UNetGraph
+    encoder: EncoderGraph | None = None
+    decoder: DecoderGraph | None = None
 
 
-def export(pipeline: Pipeline, out: str | Path, *, target: str = "ort", latents: Tensor | None = None) -> dict[str, Any]:
-    """Write `unet.onnx`, `vae_decoder.onnx` and `manifest.json` to the folder `out`, verified by ONNX Runtime on the CPU.
+def export(
+    source: Pipeline | nn.Module, out: str | Path, *, target: str = "ort", dtype: str = "fp32", batch: int | str = "dynamic",
+    scheduler: Any = "ddim", steps: int = 50, eta: float = 0.0, shape: tuple[int, int, int] | None = None, cond: Cond = None,
+    licence: str = "not stated", force: bool = False, progress: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Write `unet`, `step`, `sampler` and, of a pipeline, `vae_encoder` and `vae_decoder`, with `manifest.json` and `example.npz`.
 
-    Graphs are single files, opset 18, float32, with a dynamic batch: `unet` takes `x [N, C, h, w]` and `t [N]` int64,
-    `vae_decoder` takes scaled latents `z` and gives images in [-1, 1].
+    Each graph is one file, run by ONNX Runtime on the CPU and compared with PyTorch before the folder appears. What they compute:
+    `sbldm_fast.export.modules`. Inputs and outputs are float32 whatever the dtype.
 
     Args:
-        target: `"ort"`.
-        latents: scaled latents for the parity check, at least two; None: the pipeline samples two in ten steps.
+        source: a `Pipeline`, or a diffusers or MONAI UNet, or any module `(x, t) -> prediction`.
+        out: a new folder, or one that an export wrote.
+        target: `"ort"`, opset 18, or `"tensorrt"`, opset 21.
+        dtype: `"fp32"` or `"fp16"`, of the arithmetic between the float32 islands.
+        batch: of `step`, whose shapes are fixed, and for `tensorrt` of every graph; `"dynamic"`: 1 in `step`, free elsewhere.
+        scheduler: a name of `Pipeline.sampler`, a scheduler object or a `SolverTable`.
+        steps, eta: of the table in the manifest. `step` has as many rows; `sampler` takes any number.
+        shape: of one sample, `(C, H, W)`; a pipeline knows its own.
+        cond: an example of the conditioning, `[n, ...]` or a mapping of such; the graphs then take `cond`, `uncond`, `guidance_scale`.
+        licence: of the weights, for the manifest.
+        force: replace a folder that holds something else.
+        progress: show which graph is being made.
 
     Returns:
-        The manifest: sha256, opset, shapes, parity figures, versions.
+        The manifest.
 
     Raises:
-        ValueError: an unknown target, too few latents, a missing package, or a graph that differs from PyTorch by more than 1e-4.
+        ValueError: an argument that is not allowed; a missing package; an operator without an ONNX form (named with its module); a
+            graph that is not finite, or differs from PyTorch by more than `TOLERANCE`.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target: got {target!r}, allowed are {', '.join(TARGETS)}")
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript
-    except ImportError as missing:
-        raise ValueError(f"export needs {missing.name}: pip install 'sbldm_fast[onnx]'") from None
-    if latents is None:
-        latents = _sampled(pipeline)
-    if len(latents) < 2:
-        raise ValueError(f"latents: got {len(latents)}, allowed is 2 or more (the exporter takes a batch of 1 for a constant)")
-    pipeline = copy.deepcopy(pipeline).to("cpu")  # the caller's stays where it is
-    latents = latents.float().cpu()
-    t = torch.linspace(0, pipeline.scheduler.config.num_train_timesteps - 1, len(latents)).long()
-    jobs: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {
-        "unet": (_UNet(pipeline), {"x": latents, "t": t}),
-        "vae_decoder": (_Decoder(pipeline), {"z": latents}),
-    }
+    for name, value, allowed in (("target", target, OPSETS), ("dtype", dtype, DTYPES)):
+        if value not in allowed:
+            raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)}")
+    if batch != "dynamic" and (not isinstance(batch, int) or batch < 1):
+        raise ValueError(f"batch: got {batch!r}, allowed is 1 or more, or 'dynamic'")
+    claim(Path(out), force)
+    versions = _versions()
+    source = _own(source)
+    model, shape, table = _parts(source, shape, scheduler, steps, eta)
+    if target == "tensorrt" and any(getattr(m, "num_groups", None) == 1 for m in model.modules()):
+        raise ValueError("target: got 'tensorrt' for a norm of one group, which TensorRT takes for an instance norm; allowed is ort")
+    example = {k: v[:1].repeat(EXAMPLES, *[1] * (v.dim() - 1)) for k, v in named(cond).items()}
+    asked: dict[str, Any] = {"cond": example, "guidance_scale": GUIDANCE} if example else {}
+    fixed = None if batch == "dynamic" else int(batch)
+    decode = source.decode if isinstance(source, Pipeline) else None
     manifest: dict[str, Any] = {
-        "format": 1, "target": target, "opset": OPSET, "dtype": "float32", "tolerance": TOLERANCE,
-        "notice": "images are synthetic, not for diagnosis",
-        "versions": {p.__name__: p.__version__ for p in (torch, onnx, onnxscript, onnxruntime)},
-        "latent_shape": list(pipeline.latent_shape), "scaling_factor": pipeline.vae.config.scaling_factor,
-        "scheduler": pipeline.scheduler.config.to_dict(), "graphs": {},
+        "format": FORMAT, "target": target, "opset": OPSETS[target], "dtype": dtype, "notice": NOTICE, "licence": licence,
+        "versions": versions, "model": _origin(source), "latent_shape": list(shape),
+        "cond": {k: list(v.shape[1:]) for k, v in example.items()}, "decodes": decode is not None, "solver": table.to_dict(), "graphs": {},
     }  # fmt: skip
-    with whole_folder(out) as folder:
-        for name, (module, inputs) in jobs.items():
-            path = folder / f"{name}.onnx"
-            _write(module.eval(), inputs, path)
-            error = _parity(module, inputs, path)
-            if not error <= TOLERANCE:
-                raise ValueError(f"{name}.onnx: ONNX Runtime differs from PyTorch by {error:.1e}, allowed is {TOLERANCE:.0e}")
-            manifest["graphs"][name] = {
-                "file": path.name,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                "inputs": {k: ["batch", *v.shape[1:]] for k, v in inputs.items()},
-                "parity_max_abs_error": error,
-            }
-        write_json(folder / "manifest.json", manifest)
+    with whole_folder(out, lose=force) as folder, torch.no_grad(), backend("torch"):
+        exact, own = _networks(source, torch.float32), _networks(source, DTYPES[dtype])
+        latents = FastSampler(model, table, shape=shape, mode="eager")(EXAMPLES, seed=0, **asked)
+        expected = latents if decode is None else decode(latents)
+        graphs = _graphs(own, table, latents, expected, example, fixed, target)
+        plain = _graphs(exact, table, latents, expected, example, fixed, target)
+        for name, graph in tqdm(graphs.items(), desc="export", unit="graph", disable=not progress):
+            data = _onnx(name, graph, OPSETS[target])
+            (folder / f"{name}.onnx").write_bytes(data)
+            manifest["graphs"][name] = _entry(name, data, graph, target, isinstance(source, Pipeline))
+            if name not in ("step", "sampler"):
+                manifest["graphs"][name]["parity"] = _compared(name, data, graph.module, plain[name].module, graph, dtype)
+        write_json(folder / MANIFEST, manifest)
+        # what PyTorch loses itself: in fp16 beside fp32, in a foreign model (its weights may amplify anything) at another batch size
+        again = latents
+        if dtype == "fp16" or decode is None:
+            size = None if dtype == "fp16" else 1
+            again = FastSampler(_called(own.unet), table, shape=shape, mode="eager")(EXAMPLES, seed=0, batch_size=size, **asked)
+        same = again if own.decoder is None else own.decoder({"z": again})["image"]
+        for name in ("step", "sampler"):
+            got = torch.from_numpy(ORTSampler(folder, mode=name)(EXAMPLES, seed=0, **asked))
+            manifest["graphs"][name]["parity"] = _parity(name, got, expected, same, dtype)
+        noise = draw(torch.tensor([[0, i] for i in range(EXAMPLES)]), shape, latents.device)
+        kept = {"noise": noise, "images" if decode else "latents": expected} | {conditioned("cond", k): v for k, v in example.items()}
+        np.savez(folder / EXAMPLE, allow_pickle=False, **{k: v.numpy() for k, v in kept.items()})
+        manifest["example"] = {"sha256": _sha256((folder / EXAMPLE).read_bytes()), "seed": 0, **{k: list(v.shape) for k, v in kept.items()}}
+        write_json(folder / MANIFEST, manifest)
     return manifest
 
 
-def _sampled(pipeline: Pipeline) -> Tensor:
-    from sbldm_fast import FastSampler
+def claim(out: Path, force: bool) -> None:
+    """Make sure that `out` may be written, before the work begins.
 
-    return FastSampler(pipeline.unet, pipeline.scheduler, shape=pipeline.latent_shape, steps=10, mode="eager")(2, seed=0)
+    Raises:
+        ValueError: a file, or a folder with something that no export wrote.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file, allowed is a folder")
+    ours = {MANIFEST, EXAMPLE, *(f"{name}.onnx" for name in GRAPHS)}
+    if out.exists() and not force and (other := sorted({p.name for p in out.iterdir()} - ours)):
+        raise ValueError(f"out: {out} holds {other[0]}, which no export wrote; allowed is a new folder, or --force to replace this one")
 
 
-def _write(module: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
+def _own(source: Pipeline | nn.Module) -> Pipeline | nn.Module:
+    """A copy on the CPU: the caller's stays where it is."""
+    if isinstance(source, Pipeline):
+        return Pipeline(copy.deepcopy(source.vae), copy.deepcopy(source.unet), source.scheduler.config).to("cpu")
+    if isinstance(source, nn.Module):
+        return nn.Module.to(copy.deepcopy(source), "cpu").eval()
+    raise ValueError(f"source: got {type(source).__name__}, allowed is a Pipeline or a torch.nn.Module")
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": torch.__version__, "sbldm_fast": importlib.metadata.version("sbldm_fast")}
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            found[package] = importlib.import_module(package).__version__
+        except ImportError:
+            raise ValueError(f"export needs {package}: pip install 'sbldm_fast[onnx]'") from None
+    return found
+
+
+def _parts(
+    source: Pipeline | nn.Module, shape: tuple[int, int, int] | None, scheduler: Any, steps: int, eta: float
+) -> tuple[nn.Module, tuple[int, int, int], SolverTable]:
+    """The model, the shape of a sample, the table."""
+    if isinstance(source, Pipeline):
+        if shape is not None:
+            raise ValueError(f"shape: got {shape}, allowed with a pipeline is None: it has its own")
+        sampler = source.sampler(steps, "eager", scheduler=scheduler, eta=eta)
+        if not hasattr(sampler, "table"):
+            raise ValueError(f"scheduler: got {type(scheduler).__name__}, allowed is one that a SolverTable describes")
+        return source.unet, source.latent_shape, sampler.table
+    if shape is None or isinstance(scheduler, str):
+        raise ValueError("shape, scheduler: got none, allowed with a model alone is (C, H, W) and a scheduler object or SolverTable")
+    return source, shape, scheduler if isinstance(scheduler, SolverTable) else SolverTable.from_scheduler(scheduler, steps, eta=eta)
+
+
+def _origin(source: Pipeline | nn.Module) -> dict[str, Any]:
+    if not isinstance(source, Pipeline):
+        return {"class": type(source).__name__}
+    vae, unet = source.vae.config, source.unet.config
+    preset = [name for name, p in PRESETS.items() if p.unet == unet and p.vae.block_out_channels == vae.block_out_channels]
+    return {"class": "Pipeline", "preset": next(iter(preset), None), "scaling_factor": vae.scaling_factor, "vae": vae.to_dict(),
+            "unet": unet.to_dict(), "scheduler": source.scheduler.config.to_dict()}  # fmt: skip
+
+
+def _networks(source: Pipeline | nn.Module, dtype: torch.dtype) -> Networks:
+    if not isinstance(source, Pipeline):
+        return Networks(UNetGraph(source, dtype))
+    return Networks(UNetGraph(source.unet, dtype), EncoderGraph(source.vae, dtype), DecoderGraph(source.vae, dtype))
+
+
+def _called(unet: UNetGraph) -> Any:
+    """A traced network as a model that `FastSampler` calls."""
+
+    def model(x: Tensor, t: Tensor, cond: Tensor | None = None, **others: Tensor) -> Tensor:
+        given = {conditioned("cond", k): v for k, v in (named(cond) | others).items()}
+        out: Tensor = unet({"x": x, "t": t.expand(len(x)), **given})["prediction"]
+        return out
+
+    return model
+
+
+def _graphs(
+    parts: Networks, table: SolverTable, latents: Tensor, images: Tensor, cond: Named, fixed: int | None, target: str
+) -> dict[str, Graph]:
+    """The graphs with what they are traced on; only `step`, and for TensorRT all of them, have a fixed batch."""
+    rows, solver = table_inputs(table), Solver.of(table)
+    step = StepGraph(parts.unet, solver)
+
+    def inputs(N: int) -> tuple[Tensors, Tensors]:
+        guided = {conditioned(p, k): v[:1].repeat(N, *[1] * (v.dim() - 1)) for k, v in cond.items() for p in ("cond", "uncond")}
+        guided |= {"guidance_scale": torch.full((N,), GUIDANCE)} if cond else {}
+        noise = {"noise": torch.randn(solver.steps, N, *latents.shape[1:])} if solver.stochastic else {}
+        return {"x": latents[:1].repeat(N, 1, 1, 1), **rows, **noise}, guided
+
+    def graph(module: nn.Module, given: Tensors) -> Graph:
+        free: dict[str, dict[int, str]] = {}
+        for name in given:
+            axes = {0: "steps"} if name in rows else {0: "steps", 1: "batch"} if name == "noise" else {0: "batch"}
+            free[name] = {axis: word for axis, word in axes.items() if word == "steps" or fixed is None or target == "ort"}
+        return Graph(module, given, free)
+
+    N = fixed if fixed is not None and target == "tensorrt" else 2  # the exporter takes a free axis of 1 for a constant
+    x = (torch.cat([latents] * (N // EXAMPLES + 1)))[:N]
+    t = rows["timesteps"][torch.linspace(0, solver.steps - 1, N).long()]
+    state, guided = inputs(N)
+    out = {"unet": graph(parts.unet, {"x": x, "t": t, **{k: v for k, v in guided.items() if k.startswith("cond")}})}
+    if parts.encoder is not None and parts.decoder is not None:
+        pictures = torch.cat([images] * (N // EXAMPLES + 1))[:N]
+        out |= {"vae_encoder": graph(parts.encoder, {"image": pictures}), "vae_decoder": graph(parts.decoder, {"z": x})}
+    inside = {k: v for k, v in (state | guided).items() if k != "timesteps"} | {"index": torch.zeros(1, dtype=torch.int64)}
+    inside |= {"row": parts.unet.row(rows["timesteps"][:1])} | _history(solver, state["x"])
+    free = {k: {} if k in ("row", "index") else {2: "batch"} if k == "history" else graph(step, {k: v}).free[k] for k, v in inside.items()}
+    traced = _program("sampler", Graph(step, inside, free if fixed is None or target == "ort" else {})).module(check_guards=False)
+    out["sampler"] = graph(SamplerGraph(step, traced, parts.decoder), state | guided)
+    M = fixed or 1
+    state, guided = inputs(M)
+    out["step"] = Graph(step, state | guided | _history(solver, state["x"]) | {"index": torch.zeros(1, dtype=torch.int64)}, {})
+    return out
+
+
+def _history(solver: Solver, x: Tensor) -> Tensors:
+    return {"history": x.new_zeros(solver.history, 2, *x.shape)} if solver.history else {}
+
+
+def _program(name: str, graph: Graph) -> torch.export.ExportedProgram:
+    free = {k: dict.fromkeys(graph.free.get(k, {}), torch.export.Dim.DYNAMIC) for k in graph.given}
+    try:
+        return torch.export.export(graph.module, (graph.given,), dynamic_shapes=(free,) if graph.free else None, strict=False)
+    except Exception as failure:  # whatever the tracer raises on a foreign model
+        why = " ".join(str(failure).split())[:300]
+        raise ValueError(f"{name}: torch.export cannot trace {type(graph.module).__name__}: {why}") from failure
+
+
+def _onnx(name: str, graph: Graph, opset: int) -> bytes:
+    """The graph as ONNX has it: single file, its free axes named, without the exporter's notes on where each node came from.
+
+    Raises:
+        ValueError: what torch.export cannot trace, or an operator that has no ONNX form, with its module.
+    """
     import onnx
 
-    batch = torch.export.Dim("batch", min=1)
+    program = _program(name, graph)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with backend("torch"), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's deprecation notices are not about our model
-        program = torch.onnx.export(
-            module, tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False, external_data=False,
-            input_names=list(inputs), output_names=["out"], dynamic_shapes=tuple({0: batch} for _ in inputs),
-        )  # fmt: skip
-    assert program is not None  # the exporter gives None only for dynamo=False
-    program.save(path, external_data=False)
-    model = onnx.load(path)
-    onnx.checker.check_model(model, full_check=True)
-    for value in (*model.graph.input, *model.graph.output):
-        if not value.type.tensor_type.shape.dim[0].dim_param:
-            raise ValueError(f"{path.name}: {value.name} has a fixed batch; the exporter fell back to a static shape")
+        try:
+            made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, external_data=False,
+                                     input_names=list(graph.given), output_names=_outputs(program))  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as failure:
+            raise ValueError(f"{name}: {_culprit(program, failure)}") from failure
+    assert made is not None  # the exporter gives None only for dynamo=False
+    model = made.model_proto
+    words = {d.dim_param: axes[i] for v in model.graph.input for axes in [graph.free.get(v.name, {})]
+             for i, d in enumerate(v.type.tensor_type.shape.dim) if i in axes}  # fmt: skip
+    if fallen := [word for word in words if not word]:
+        raise ValueError(f"{name}: {len(fallen)} free axes became fixed; the exporter fell back to a static shape")
+    _cleaned(model.graph, words)
+    for node in model.graph.node:
+        if node.op_type == "Loop":
+            _weights_into(next(a.g for a in node.attribute if a.name == "body"), model.graph)
+    model.metadata_props.append(onnx.StringStringEntryProto(key="notice", value=NOTICE))
+    return bytes(model.SerializeToString())
 
 
-def _parity(module: nn.Module, inputs: dict[str, Tensor], path: Path) -> float:
-    """The largest absolute difference, on the batch exported and on its first sample alone."""
-    import onnxruntime
+def _outputs(program: torch.export.ExportedProgram) -> list[str]:
+    spec = program.call_spec.out_spec
+    return list(spec.unflatten(range(spec.num_leaves)))
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    worst = 0.0
-    for n in (len(next(iter(inputs.values()))), 1):
-        some = {k: v[:n] for k, v in inputs.items()}
-        with torch.no_grad(), backend("torch"):
-            expected = module(*some.values()).numpy()
-        got = session.run(None, {k: v.numpy() for k, v in some.items()})[0]
-        worst = max(worst, float(np.abs(got - expected).max()))
-    return worst
+
+def _cleaned(graph: Any, words: dict[str, str]) -> None:
+    for node in graph.node:
+        node.ClearField("metadata_props")  # stack traces, with the paths of the machine
+        node.ClearField("doc_string")
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _cleaned(attribute.g, words)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.ClearField("metadata_props")
+        for d in value.type.tensor_type.shape.dim:
+            if d.dim_param:
+                d.dim_param = re.sub(r"\w+", lambda m: words.get(m[0], m[0]), d.dim_param)
+    graph.ClearField("metadata_props")
+
+
+def _weights_into(body: Any, graph: Any) -> None:
+    # ONNX Runtime blocks the layout of convolutions only where their weights are initialisers of the same graph (LOG 18)
+    outside = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    inside = {name for node in body.node for name in node.input}
+    moved = [t for t in graph.initializer if t.name in inside - outside]
+    kept = [t for t in graph.initializer if t.name not in inside - outside]
+    body.initializer.extend(moved)
+    graph.ClearField("initializer")
+    graph.initializer.extend(kept)
+
+
+def _culprit(program: Any, failure: Exception) -> str:
+    """The operator that has no ONNX form, and the module it is in."""
+    text = str(failure.__cause__ or failure)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and re.search(rf"%{re.escape(node.name)}\b|\b{re.escape(str(node.target))}\b", text):
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            where = f"{stack[-1][0]} ({getattr(stack[-1][1], '__name__', stack[-1][1])})" if stack else "the model"
+            return f"operator {node.target} in module {where} has no ONNX form"
+    return f"the exporter failed: {text.strip().splitlines()[0]}"
+
+
+def _entry(name: str, data: bytes, graph: Graph, target: str, ours: bool) -> dict[str, Any]:
+    """What the manifest says of a graph.
+
+    Raises:
+        ValueError: ONNX Runtime does not fuse all norms of a model of ours.
+    """
+    import onnx
+
+    model = onnx.load_model_from_string(data)
+    entry: dict[str, Any] = {"sha256": _sha256(data), "bytes": len(data)}
+    for side in ("input", "output"):
+        entry[f"{side}s"] = {
+            v.name: {
+                "dtype": onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name,
+                "shape": [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
+            } | ({"range": RANGES[v.name]} if v.name in RANGES else {})
+            for v in getattr(model.graph, side)
+        }  # fmt: skip
+    if target == "ort" and not isinstance(graph.module, SamplerGraph):
+        entry["norms"], (_, entry["fused_norms"]) = norms(graph.module), fused(data)
+        if ours and entry["fused_norms"] != entry["norms"]:
+            raise ValueError(f"{name}.onnx: ONNX Runtime fuses {entry['fused_norms']} of {entry['norms']} norms, allowed is all of them")
+    return entry
+
+
+def _compared(name: str, data: bytes, own: nn.Module, exact: nn.Module, graph: Graph, dtype: str) -> dict[str, float]:
+    """Parity of one call, on the batch that was traced and, where it is free, on its first sample alone."""
+    run, found = session(data), []
+    whole = len(next(iter(graph.given.values())))
+    for N in (whole, 1) if any(graph.free.values()) else (whole,):
+        some = {k: v[:N] for k, v in graph.given.items()}
+        got = [torch.from_numpy(v) for v in run.run(None, {k: v.numpy() for k, v in some.items()})]
+        if dtype == "fp16" and not all(v.isfinite().all() for v in got):
+            where = first_not_finite(own, functools.partial(own, some)) or "none that PyTorch runs in fp16"
+            raise ValueError(f"{name}.onnx: NaN or infinity in fp16, first out of module {where}; allowed for this model is fp32")
+        found += [_parity(name, *three, dtype) for three in zip(got, exact(some).values(), own(some).values(), strict=True)]
+    return max(found, key=lambda parity: parity["error"] / parity["allowed"])
+
+
+def _parity(name: str, got: Tensor, exact: Tensor, same: Tensor, dtype: str) -> dict[str, float]:
+    """The largest error, and what is allowed: a tolerance and twice what PyTorch loses in the same arithmetic.
+
+    Raises:
+        ValueError: it is more.
+    """
+    unit = max(1.0, float(exact.abs().max()))
+    allowed = TOLERANCE[dtype] * unit + 2 * float((same - exact).abs().max())
+    error = float((got - exact).abs().max())
+    if not error <= allowed:
+        raise ValueError(f"{name}.onnx: ONNX Runtime differs from PyTorch by {error:.1e}, allowed is {allowed:.1e}")
+    return {"error": error, "allowed": allowed}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -21,6 +21,8 @@ Format = StrEnum("Format", ["png", "npy", "nifti"])
 Split = StrEnum("Split", ["subject", "slice"])
 Amp = StrEnum("Amp", ["auto", "off", "fp16", "bf16"])
 Dtype = StrEnum("Dtype", ["float32", "float16", "bfloat16"])
+Target = StrEnum("Target", ["ort", "tensorrt"])
+Precision = StrEnum("Precision", ["fp32", "fp16"])
 
 
 @app.command()
@@ -158,21 +160,66 @@ def sample(
 
 @app.command()
 def export(
-    pipeline: Annotated[str, typer.Argument(help="A pipeline folder, or demo for the bundled weights.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
-    target: Annotated[str, typer.Option(help="ort")] = "ort",
+    pipeline: Annotated[str | None, typer.Argument(help="A pipeline folder, demo, or a folder that holds a diffusers UNet2DModel.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write.")] = None,
+    target: Annotated[Target, typer.Option(help="ort: opset 18; tensorrt: opset 21.")] = Target.ort,
+    dtype: Annotated[Precision, typer.Option(help="Of the arithmetic; norms and softmax stay in fp32.")] = Precision.fp32,
+    batch: Annotated[str, typer.Option(help="Of step, and for tensorrt of all graphs: a number or dynamic.")] = "dynamic",
+    scheduler: Annotated[Scheduler, typer.Option(help="dpm and unipc need diffusers.")] = Scheduler.ddim,
+    steps: Annotated[int, typer.Option(help="Solver steps, 1 to 1000.")] = 50,
+    eta: Annotated[float, typer.Option(help="0: DDIM, 1: the noise of DDPM.")] = 0.0,
+    licence: Annotated[str | None, typer.Option(help="Of the weights, for the manifest (default: as in model_index.json).")] = None,
+    force: Annotated[bool, typer.Option(help="Replace a folder that holds something else.")] = False,
+    checked: Annotated[Path | None, typer.Option("--check", help="Verify this exported folder instead; with PIPELINE, against it.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write ONNX graphs and prove them. Example: sbldm-fast export demo -o onnx"""
+    """Write ONNX graphs and prove them. Example: sbldm-fast export demo -o onnx && sbldm-fast export --check onnx"""
     from sbldm_fast import Pipeline
+    from sbldm_fast.export import check
     from sbldm_fast.export import export as run
+    from sbldm_fast.export.foreign import load
 
-    manifest = run(Pipeline.from_pretrained(pipeline), out, target=target)
+    if checked is not None:
+        report = check(checked, None if pipeline is None else Pipeline.from_pretrained(pipeline))
+        _print_check(checked, report, as_json)
+        return
+    if pipeline is None or out is None:
+        raise typer.BadParameter("got none, allowed is PIPELINE -o OUT, or --check FOLDER", param_hint="PIPELINE, --out")
+    if batch != "dynamic" and not batch.isdecimal():
+        raise typer.BadParameter(f"got {batch}, allowed is a whole number or dynamic", param_hint="--batch")
+    source, own = load(pipeline)
+    own = {"scheduler": scheduler.value} | own | ({} if licence is None else {"licence": licence})
+    manifest = run(
+        source, out, target=target.value, dtype=dtype.value, batch=batch if batch == "dynamic" else int(batch), steps=steps, eta=eta,
+        force=force, progress=not as_json, **own,
+    )  # fmt: skip
     if as_json:
         print(json.dumps(manifest))
         return
     for name, graph in manifest["graphs"].items():
-        print(f"{out / graph['file']}: {name}, opset {manifest['opset']}, ONNX Runtime differs by {graph['parity_max_abs_error']:.1e}")
+        norms = f", {graph['fused_norms']} of {graph['norms']} norms fuse" if "norms" in graph else ""
+        print(f"{out / name}.onnx: opset {manifest['opset']}, {graph['bytes'] / 1e6:.1f} MB, "
+              f"error {graph['parity']['error']:.1e} (allowed {graph['parity']['allowed']:.1e}){norms}")  # fmt: skip
+
+
+def _print_check(folder: Path, report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report))
+    else:
+        for name, found in report["graphs"].items():
+            print(f"{folder / name}.onnx: " + ", ".join(f"{k} {_brief(v)}" for k, v in found.items()))
+        for line in report["remarks"]:
+            print(f"remark: {line}")
+    for line in report["failures"]:
+        print(f"FAILED {line}", file=sys.stderr)
+    if report["failures"]:
+        raise typer.Exit(1)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"built in {value['seconds']} s" if value.get("built") else "not built"
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
 @bench_app.command("sampling")
@@ -187,9 +234,25 @@ def bench_sampling(
     from sbldm_fast.benchmarks.table import sampling_table
     from sbldm_fast.benchmarks.timing import append
 
-    if not all(b.isdecimal() for b in batch.split(",")):
-        raise typer.BadParameter(f"got {batch}, allowed are whole numbers with commas between", param_hint="--batch")
-    rows = run(preset_name=preset, steps=steps, batches=[int(b) for b in batch.split(",")], rounds=rounds, say=_say)
+    rows = run(preset_name=preset, steps=steps, batches=_sizes(batch), rounds=rounds, say=_say)
+    if out is not None:
+        append(out, rows)
+    print("\n".join(json.dumps(row) for row in rows) if as_json else sampling_table(rows))
+
+
+@bench_app.command("export")
+def bench_export(
+    steps: Annotated[int, typer.Option()] = 50, batch: Annotated[str, typer.Option(help="Batch sizes, e.g. 1,8.")] = "1,8",
+    preset: Annotated[str, typer.Option(help="paper, template or demo.")] = "paper",
+    rounds: Annotated[int, typer.Option(help="Interleaved repetitions.")] = 5,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append the rows to.")] = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Time exported graphs in ONNX Runtime against our modes. Example: sbldm-fast bench export --batch 1"""
+    from sbldm_fast.benchmarks.export import bench_export as run
+    from sbldm_fast.benchmarks.table import sampling_table
+    from sbldm_fast.benchmarks.timing import append
+
+    rows = run(preset_name=preset, steps=steps, batches=_sizes(batch), rounds=rounds, say=_say)
     if out is not None:
         append(out, rows)
     print("\n".join(json.dumps(row) for row in rows) if as_json else sampling_table(rows))
@@ -245,7 +308,7 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.
     print(table)
     print("4/4 ONNX export")
     manifest = run(pipe, out / "onnx")
-    worst = max(g["parity_max_abs_error"] for g in manifest["graphs"].values())
+    worst = max(g["parity"]["error"] for g in manifest["graphs"].values())
     slow = [r["provider"] for r in rows if "parity" in r and not r["parity"]["ok"]]
     ok = report["ok"] and not slow
     warning = f"; WITHOUT PARITY: {', '.join(slow)}" if slow else ""
@@ -253,10 +316,16 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.
 {out}/samples.png    16 images; success: they look like axial brain slices (synthetic, not for diagnosis)
 {out}/latency.md     success: every provider has a speed-up, so every one agreed with its reference{warning}
 {out}/latency.jsonl  the same, row by row, with the raw timings
-{out}/onnx/          unet.onnx, vae_decoder.onnx, manifest.json; ONNX Runtime differs from PyTorch by {worst:.1e} (allowed 1e-4)
+{out}/onnx/          five graphs, manifest.json, example.npz; ONNX Runtime differs from PyTorch by {worst:.1e} (allowed 1e-4)
 demo {"finished" if ok else "FAILED"} in {time.monotonic() - start:.0f} s""")
     if not ok:
         raise typer.Exit(1)
+
+
+def _sizes(batch: str) -> list[int]:
+    if not all(b.isdecimal() for b in batch.split(",")):
+        raise typer.BadParameter(f"got {batch}, allowed are whole numbers with commas between", param_hint="--batch")
+    return [int(b) for b in batch.split(",")]
 
 
 def _say(text: str) -> None:

@@ -28,11 +28,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def whole_folder(path: str | Path, lose: bool = False) -> Iterator[Path]:
     """A folder to fill; it takes the place of `path` when the block ends well and is gone when it does not.
 
     Raises:
-        ValueError: `path` holds something that the new folder does not, which would be lost, or is a file.
+        ValueError: `path` is a file, or holds something that the new folder does not and that must not be lost (`lose`).
     """
     path = Path(path)
     if path.is_file():
@@ -45,7 +45,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         for file in aside.rglob("*"):
             _sync(file)
         aside.chmod(0o755)
-        if path.exists() and (lost := sorted({p.name for p in path.iterdir()} - {p.name for p in aside.iterdir()})):
+        if path.exists() and not lose and (lost := sorted({p.name for p in path.iterdir()} - {p.name for p in aside.iterdir()})):
             raise ValueError(f"{path} holds {lost[0]}, which would be lost; allowed is a new folder or one that this command wrote")
         if path.exists():
             path.rename(old)

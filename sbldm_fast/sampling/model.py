@@ -25,10 +25,11 @@ def named(cond: Cond) -> Named:
     return {} if cond is None else {"": cond} if isinstance(cond, Tensor) else dict(cond)
 
 
-def predictor(model: Callable[..., Any]) -> Predict:
+def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
     """`(x, row, cond) -> prediction` for any model; `row` is `[1, R]` of `UNet2D.time_rows` for ours, else the timestep `[1]`.
 
-    What a model takes is read from its signature: `timesteps` (MONAI) must be one per sample, `return_dict` (diffusers) is set to
+    What a model takes is read from its signature: `timesteps` (MONAI) must be one per sample, as with `each`, where `row` may also
+    have a timestep per sample; `return_dict` (diffusers) is set to
     False, a conditioning without a name goes by the first of the names above, or else as the third argument.
     """
     if isinstance(model, UNet2D):
@@ -36,7 +37,7 @@ def predictor(model: Callable[..., Any]) -> Predict:
     takes = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
     name = next((n for n in COND_NAMES if n in takes), None)
     options = {"return_dict": False} if "return_dict" in takes else {}
-    each = "timesteps" in takes
+    each = each or "timesteps" in takes
 
     def predict(x: Tensor, row: Tensor, cond: Named) -> Tensor:
         t = row.expand(x.shape[0]) if each else row[0]

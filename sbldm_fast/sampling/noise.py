@@ -4,13 +4,64 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
 from sbldm_fast.kernels import philox_normal
+
+from .model import Cond, Named, named
+
+Parts = tuple[Tensor, Tensor, Named, Tensor | None]  # of a batch: x, seeds, conditioning (unconditional first), guidance
+
+
+class Request:
+    """The samples that a call asks for, checked, to be made in batches; the arguments are those of `FastSampler`.
+
+    Raises:
+        ValueError: a wrong shape, count or number, conditionings that do not fit together, or guidance without them.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], device: torch.device, *, n: int | None, seed: int | Sequence[int], noise: Tensor | None,
+        indices: Sequence[int] | None, cond: Cond, uncond: Cond, guidance_scale: float | Tensor | None, batch_size: int | None,
+    ) -> None:  # fmt: skip
+        self.shape, self.device, self.guidance = shape, device, None
+        self.x, self.seeds = numbered(shape, device, n, seed, noise, indices)
+        count = self.count = len(self.seeds)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, allowed is 1 or more")
+        self.size = batch_size or count
+        conds = self.conds = named(cond)
+        others = self.others = named(uncond) or {k: torch.zeros_like(v) for k, v in conds.items()}
+        if bad := sorted(conds.keys() ^ others.keys()) or [k for k, v in conds.items() if others[k].shape != v.shape or len(v) != count]:
+            raise ValueError(
+                f"cond, uncond: got {bad[0] or 'tensors'} of another shape, allowed is one row for each of {count} samples, in both alike"
+            )
+        if guidance_scale is not None:
+            if cond is None:
+                raise ValueError("guidance_scale: got a value without cond, allowed is None")
+            guidance = torch.as_tensor(guidance_scale, dtype=torch.float32).reshape(-1)
+            if len(guidance) not in (1, count):
+                raise ValueError(f"guidance_scale: got {len(guidance)} values, allowed is one, or one for each of {count} samples")
+            self.guidance = guidance.expand(count)
+
+    def batches(self, sigma: float) -> Iterator[tuple[range, Parts]]:
+        """The numbers of each batch's samples and what they are made of; the last is padded to the size of the others."""
+        for first in range(0, self.count, self.size):
+            at = torch.arange(first, first + self.size).clamp(max=self.count - 1)  # padding is the last sample again
+
+            def rows(v: Tensor, at: Tensor = at) -> Tensor:
+                return v[at.to(v.device)].to(self.device)
+
+            given = {k: rows(v) for k, v in self.conds.items()}
+            if self.guidance is not None:
+                given = {k: torch.cat([rows(self.others[k]), v]) for k, v in given.items()}
+            x = draw(self.seeds[at], self.shape, self.device) if self.x is None else rows(self.x)
+            guidance = None if self.guidance is None else self.guidance[at]
+            yield range(first, min(first + self.size, self.count)), (x * sigma, self.seeds[at].to(self.device), given, guidance)
 
 
 def numbered(

@@ -18,13 +18,12 @@ from sbldm_fast.diffusion.table import NotLinear, SolverTable, prepared, scaled_
 from sbldm_fast.models import UNet2D
 
 from .loop import Callback, CaptureFailed, Loop
-from .model import Cond, Named, named, phase_upsampling, predictor
+from .model import Cond, named, phase_upsampling, predictor
 from .modes import choose, parse_mode
-from .noise import draw, numbered
+from .noise import Parts, Request, draw, numbered
 
 STOPS = {"eps_norm": 0.05, "convergence": 1e-3, "x0_delta": 0.01}  # with the threshold of each
 MAX_LOOPS = 4  # batch sizes kept captured at a time
-Parts = tuple[Tensor, Tensor, Named, Tensor | None]  # of a batch: x, seeds, conditioning, guidance
 INVERSIONS = 3  # fixed-point iterations of a step backwards; one is the usual DDIM inversion
 
 
@@ -185,39 +184,16 @@ class FastSampler:
         batch_size: int | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """The samples of a call, batch by batch as they are made; arguments and errors as there."""
-        x, seeds = numbered(self.shape, self.device, n, seed, noise, indices)
-        count = len(seeds)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, allowed is 1 or more")
-        conds, guidance = named(cond), None
-        if conds and isinstance(self.model, UNet2D):
+        asked = Request(self.shape, self.device, n=n, seed=seed, noise=noise, indices=indices, cond=cond, uncond=uncond,
+                        guidance_scale=guidance_scale, batch_size=batch_size)  # fmt: skip
+        if asked.conds and isinstance(self.model, UNet2D):
             raise ValueError("cond: got a value, allowed is None: this model is unconditional")
-        others = named(uncond) or {k: torch.zeros_like(v) for k, v in conds.items()}
-        if bad := sorted(conds.keys() ^ others.keys()) or [k for k, v in conds.items() if others[k].shape != v.shape or len(v) != count]:
-            raise ValueError(
-                f"cond, uncond: got {bad[0] or 'tensors'} of another shape, allowed is one row for each of {count} samples, in both alike"
-            )
-        if guidance_scale is not None:
-            if cond is None:
-                raise ValueError("guidance_scale: got a value without cond, allowed is None")
-            guidance = torch.as_tensor(guidance_scale, dtype=torch.float32).reshape(-1)
-            if len(guidance) not in (1, count):
-                raise ValueError(f"guidance_scale: got {len(guidance)} values, allowed is one, or one for each of {count} samples")
-            guidance = guidance.expand(count)
         if self._auto and self._linear:
-            self._choose(count)
-        size = batch_size or count
-        for first in range(0, count, size):
-            at = torch.arange(first, first + size).clamp(max=count - 1)  # padding is the last sample again
-            real = min(size, count - first)
-            self.counts["samples"] += real
-            self.counts["pads"] += size - real
-            given = {k: v[at.to(v.device)].to(self.device) for k, v in conds.items()}
-            if guidance is not None:
-                given = {k: torch.cat([others[k][at.to(others[k].device)].to(self.device), v]) for k, v in given.items()}
-            some = (draw(seeds[at], self.shape, self.device) if x is None else x[at.to(x.device)]) * self.init_noise_sigma
-            parts = some, seeds[at].to(self.device), given, None if guidance is None else guidance[at]
-            yield self._batch(range(first, first + real), parts, callback)[:real]
+            self._choose(asked.count)
+        for numbers, parts in asked.batches(self.init_noise_sigma):
+            self.counts["samples"] += len(numbers)
+            self.counts["pads"] += asked.size - len(numbers)
+            yield self._batch(numbers, parts, callback)[: len(numbers)]
 
     def trajectory(self, n: int, **arguments: Any) -> Tensor:
         """x after each step, `[steps, n, *shape]`, fewer if all samples stop; latents even with `decode`; arguments as in a call.

@@ -1,0 +1,160 @@
+"""An exported folder, verified again: whole, valid, supported by its target, equal to PyTorch, and buildable for a T4."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sbldm_fast import Pipeline
+
+from .fusion import fused, nodes
+from .ort import EXAMPLE, GRAPHS, MANIFEST, ORTSampler, manifest_of, verified
+
+BUILD_SECONDS = 300
+CONTROL_FLOW = ("If", "Loop", "Scan")
+# TensorRT-RTX compiles no float32 matrix product for Turing; TensorRT, its sibling for T4s, may
+KNOWN_LIMIT = "FP32 GEMM is not supported"
+
+
+def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool = True) -> dict[str, Any]:
+    """Verify a folder that `export` wrote.
+
+    Of every file the sha256; of every graph onnx.checker with strict shape inference and data propagation, its opset, its operators
+    against the dated list of its target (`operators.json`); for `ort` that all norms fuse; that `step` has fixed shapes and nothing that
+    branches or asks for a shape; the samples of `example.npz`, made again by ONNX Runtime on the CPU through `step` and through
+    `sampler`; and, where tensorrt-rtx is installed, an engine for SM75 of every graph for `tensorrt`, in a process of its own.
+
+    Args:
+        folder: what `export` wrote.
+        pipeline: to compare its own samples too.
+        build: whether to build engines.
+
+    Returns:
+        `failures`, a list of sentences, empty if all is well; `graphs`, what was found of each; `remarks`.
+
+    Raises:
+        ValueError: not such a folder, or onnx is not installed.
+    """
+    if importlib.util.find_spec("onnx") is None:
+        raise ValueError("check needs onnx: pip install 'sbldm_fast[onnx]'")
+    folder = Path(folder)
+    manifest = manifest_of(folder)
+    report: dict[str, Any] = {"failures": [], "remarks": [], "graphs": {}}
+    wanted = GRAPHS if manifest["decodes"] else GRAPHS[:3]
+    report["failures"] += [f"{MANIFEST} names no {name}.onnx" for name in wanted if name not in manifest["graphs"]]
+    sound = {}
+    for name, entry in manifest["graphs"].items():
+        try:
+            data = sound[name] = verified(folder, f"{name}.onnx", entry)
+        except ValueError as error:
+            report["failures"].append(str(error))
+            continue
+        report["graphs"][name] = {"bytes": len(data)}
+        report["failures"] += [f"{name}.onnx: {fault}" for fault in _faults(name, data, manifest, report["graphs"][name])]
+    if not report["failures"]:
+        report["failures"] += _parity(folder, manifest, pipeline, report)
+    if build and manifest["target"] == "tensorrt":
+        if importlib.util.find_spec("tensorrt_rtx") is None:
+            report["remarks"].append("no engine was built: pip install 'sbldm_fast[tensorrt]'")
+        else:
+            for name, data in sound.items():
+                report["failures"] += _built(name, data, manifest["dtype"], report)
+    return report
+
+
+def _faults(name: str, data: bytes, manifest: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
+    import onnx
+
+    try:
+        model = onnx.load_model_from_string(data)
+        if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
+            yield "it refers to other files, allowed is a graph in one file"
+            return
+        onnx.checker.check_model(model, full_check=True)
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    except Exception as error:  # protobuf's, onnx.checker's and the shape inference's have no common class
+        yield f"not valid: {str(error).strip().splitlines()[0]}"
+        return
+    opsets = {o.domain or "ai.onnx": o.version for o in model.opset_import}
+    if opsets != {"ai.onnx": manifest["opset"]}:
+        yield f"got opsets {opsets}, allowed is ai.onnx {manifest['opset']}"
+    support = json.loads(Path(__file__).with_name("operators.json").read_text())[manifest["target"]]
+    operators = {node.op_type for node in nodes(model.graph)}
+    found["operators"] = len(operators)
+    if other := sorted(operators - set(support["operators"].split())):
+        yield f"operators {', '.join(other)} are not in the list of {manifest['target']} ({support['source']}, {support['date']})"
+    if manifest["opset"] < 21 and "GroupNormalization" in operators:
+        yield "GroupNormalization before opset 21 is deprecated: its scale was per group"
+    if name == "step":
+        if other := sorted(operators & {*CONTROL_FLOW, "Shape", "Size", "NonZero"}):
+            yield f"got {', '.join(other)}, allowed in a graph that CUDA captures is what neither branches nor asks for a shape"
+        if any(d.dim_param for v in (*model.graph.input, *model.graph.output) for d in v.type.tensor_type.shape.dim):
+            yield "got a free axis, allowed are fixed shapes"
+    if name == "sampler" and [n.op_type for n in model.graph.node if n.op_type in CONTROL_FLOW] != ["Loop"]:
+        yield "allowed is exactly one Loop"
+    entry = manifest["graphs"][name]
+    if "norms" in entry:
+        found["norms"], found["fused_norms"] = entry["norms"], fused(data)[1]
+        if found["fused_norms"] != entry["norms" if manifest["model"]["class"] == "Pipeline" else "fused_norms"]:
+            yield f"ONNX Runtime fuses {found['fused_norms']} of {entry['norms']} norms"
+
+
+def _parity(folder: Path, manifest: dict[str, Any], pipeline: Pipeline | None, report: dict[str, Any]) -> Iterator[str]:
+    example = np.load(BytesIO(verified(folder, EXAMPLE, manifest["example"])), allow_pickle=False)
+    expected = example["images" if manifest["decodes"] else "latents"]
+    cond = {k.removeprefix("cond").removeprefix("_"): example[k] for k in example.files if k.startswith("cond")}
+    for mode in ("step", "sampler"):
+        allowed = manifest["graphs"][mode]["parity"]["allowed"]
+        sampler = ORTSampler(folder, providers=["CPUExecutionProvider"], mode=mode)
+        got = sampler(noise=example["noise"], **_asked(cond)) if not sampler.solver.stochastic else sampler(len(expected), **_asked(cond))
+        pairs = [("example.npz", expected)]
+        if pipeline is not None:
+            pairs.append(("the pipeline", pipeline.sampler(sampler.solver.steps, "eager", scheduler=sampler.table)(len(got)).cpu().numpy()))
+        for against, want in pairs:
+            error = float(np.abs(got - want).max())
+            report["graphs"][mode][f"error against {against}"] = error
+            if not error <= allowed:
+                yield f"{mode}.onnx: ONNX Runtime differs from {against} by {error:.1e}, allowed is {allowed:.1e}"
+
+
+def _asked(cond: dict[str, np.ndarray]) -> dict[str, Any]:
+    import torch
+
+    from .graphs import GUIDANCE
+
+    return {"cond": {k: torch.from_numpy(v) for k, v in cond.items()}, "guidance_scale": GUIDANCE} if cond else {}
+
+
+def _built(name: str, data: bytes, dtype: str, report: dict[str, Any]) -> Iterator[str]:
+    """Build an engine in another process: the builder can crash, and would take this one along."""
+    found = report["graphs"][name]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "graph.onnx"
+        path.write_bytes(data)
+        for capability in ("SM75", "default"):
+            command = [sys.executable, str(Path(__file__).with_name("rtx.py")), str(path), capability]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+                last = done.stdout.strip().splitlines()[-1:] or ["{}"]
+                result = json.loads(last[0]) if done.returncode == 0 else {"why": f"the builder ended with code {done.returncode}"}
+            except subprocess.TimeoutExpired:
+                result = {"why": f"not built in {BUILD_SECONDS} s"}
+            found[f"engine for {capability}"] = result
+            if result.get("built"):
+                return
+            why = re.sub(r"\s+", " ", result.get("why", "no answer"))
+            if dtype == "fp32" and KNOWN_LIMIT in why:
+                report["remarks"].append(f"{name}.onnx: TensorRT-RTX has no float32 matrix product for SM75; built for its defaults")
+                continue
+            yield f"{name}.onnx: TensorRT-RTX cannot build it for {capability}: {why[:300]}"
+            return

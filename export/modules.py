@@ -1,0 +1,247 @@
+"""What the five graphs compute, as modules from named tensors to named tensors, and where they keep float32.
+
+    unet         prediction of a latent at a timestep
+    step         one solver step: x' = a_0 x + b_0 m + d x0 + s z + sum_k (a_k x_-k + b_k m_-k), x0 = clip(c_x x + c_m m)
+    sampler      all steps in one loop, then the decoder if there is one
+    vae_encoder  image to the mean and logarithmic variance of its scaled latent
+    vae_decoder  scaled latent to image
+
+Inputs and outputs are float32 in every graph; float16 begins and ends inside. Norms, softmax and the last stage of the autoencoder
+stay in float32: float16 overflows in the first two (65,504) and leaves steps in the third.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sbldm_fast.kernels import GroupNormSiLU
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sbldm_fast.diffusion.table import SolverTable
+from sbldm_fast.models import AutoencoderKL, UNet2D
+from sbldm_fast.sampling.model import Named, phase_upsampling, predictor
+
+Tensors = dict[str, Tensor]
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d, nn.BatchNorm2d, GroupNormSiLU)
+_WIDE = (
+    F.group_norm, F.layer_norm, F.instance_norm, F.batch_norm, F.softmax,
+    torch.group_norm, torch.layer_norm, torch.instance_norm, torch.batch_norm, torch.softmax, Tensor.softmax,
+)  # fmt: skip
+
+
+class Float32Islands(TorchFunctionMode):
+    """Norms and softmax in float32 whatever comes in; attention written out, so that of it the softmax alone is widened."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and len(args) == 3 and not any(kwargs.get(k) for k in ("dropout_p", "is_causal")):
+            return _attention(*args, mask=kwargs.get("attn_mask"), scale=kwargs.get("scale"))
+        if function in _WIDE and args[0].dtype == torch.float16:
+            wide = [v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for v in args]
+            named = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
+            return function(*wide, **named).to(args[0].dtype)
+        return function(*args, **kwargs)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    weights = ((q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)).float()
+    if mask is not None:
+        weights = weights.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else weights + mask
+    return torch.softmax(weights, dim=-1).to(q.dtype) @ v
+
+
+def narrowed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in `dtype` whose norms keep float32 weights."""
+    model = nn.Module.to(copy.deepcopy(model).float().eval(), dtype)  # not diffusers' own, which warns
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            module.float()
+    return model
+
+
+class Solver(NamedTuple):
+    """What of a `SolverTable` is structure, built into a graph; its numbers are inputs."""
+
+    steps: int
+    history: int
+    stochastic: bool
+    scaled: bool
+    predicts_x0: bool
+    clip_range: float | None
+
+    @classmethod
+    def of(cls, table: SolverTable) -> Solver:
+        """The structure of a table."""
+        d = bool((table.rows[:, 2] != 0).any())
+        return cls(len(table.timesteps), table.history, table.stochastic, bool((table.input_scale != 1).any()), d, table.clip_range)
+
+
+def table_inputs(table: SolverTable) -> Tensors:
+    """The numbers of a table as the graphs take them: timesteps `[S]`, table `[S, 6 + 2 K]`, input_scale `[S]` if it is not 1.
+
+    What a table does not know (NaN) is 0 here, and multiplied by 0 there.
+    """
+    times = table.timesteps.float() if table.timesteps.is_floating_point() else table.timesteps
+    scale = {"input_scale": table.input_scale.float()} if Solver.of(table).scaled else {}
+    return {"timesteps": times, "table": table.rows.nan_to_num(0.0).float(), **scale}
+
+
+class UNetGraph(nn.Module):
+    """`x [N, C, h, w]`, `t [N]` and any conditioning to the model's prediction."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.model = narrowed(phase_upsampling(model) if isinstance(model, UNet2D) else model, dtype)
+        self.predict = predictor(self.model, each=True)
+
+    def forward(self, given: Tensors) -> Tensors:
+        with Float32Islands():
+            return {"prediction": self.at(given["x"], self.row(given["t"]), conditioning(given, "cond"))}
+
+    def row(self, t: Tensor) -> Tensor:
+        """What `at` takes for timesteps `[N]`: all scales and shifts of a `UNet2D`, else the timesteps."""
+        return self.model.time_rows(t) if isinstance(self.model, UNet2D) else t
+
+    def at(self, x: Tensor, row: Tensor, cond: Named) -> Tensor:
+        """The prediction in float32."""
+        return self.predict(x.to(self.dtype), row, {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in cond.items()}).float()
+
+
+def conditioned(prefix: str, key: str) -> str:
+    """The name of an input: `cond`, or `cond_NAME` of a conditioning that the model knows by name."""
+    return f"{prefix}_{key}" if key else prefix
+
+
+def conditioning(given: Tensors, prefix: str) -> Named:
+    """The inputs of a prefix, by the names that the model knows."""
+    return {k.removeprefix(prefix).removeprefix("_"): v for k, v in given.items() if k == prefix or k.startswith(f"{prefix}_")}
+
+
+class StepGraph(nn.Module):
+    """One step: x, its history and the step's number `index [1]` to those of the next step. Shapes are fixed, nothing branches."""
+
+    def __init__(self, unet: UNetGraph, solver: Solver) -> None:
+        super().__init__()
+        self.unet, self.solver = unet, solver
+
+    def forward(self, given: Tensors) -> Tensors:
+        with Float32Islands():
+            row = given["row"] if "row" in given else self.unet.row(given["timesteps"].index_select(0, given["index"]))
+            x, history = self._advance(given["x"], given.get("history"), given["index"], row, given)
+        out = {"x_next": x, "index_next": given["index"] + 1}
+        return out if history is None else out | {"history_next": history}
+
+    def _advance(self, x: Tensor, history: Tensor | None, index: Tensor, row: Tensor, given: Tensors) -> tuple[Tensor, Tensor | None]:
+        """The next x and history `[K, 2, N, ...]`, the newest pair of x and m first."""
+        solver = self.solver
+        c_x, c_m, d, s, *pairs = given["table"].index_select(0, index)[0].split(1)
+        h = x * given["input_scale"].index_select(0, index) if solver.scaled else x
+        m = self._guided(h, row, given)
+        y = pairs[0] * x + pairs[1] * m
+        if solver.predicts_x0:
+            x0 = c_x * x + c_m * m
+            y = y + d * (x0 if solver.clip_range is None else x0.clamp(-solver.clip_range, solver.clip_range))
+        if solver.stochastic:
+            y = y + s * given["noise"].index_select(0, index)[0]
+        if history is not None:
+            for k in range(solver.history):
+                y = y + pairs[2 * k + 2] * history[k, 0] + pairs[2 * k + 3] * history[k, 1]
+            history = torch.cat([torch.stack([x, m])[None], history[:-1]])
+        return y, history
+
+    def _guided(self, h: Tensor, row: Tensor, given: Tensors) -> Tensor:
+        cond, uncond = conditioning(given, "cond"), conditioning(given, "uncond")
+        if not cond:
+            return self.unet.at(h, row, {})
+        both = self.unet.at(torch.cat([h, h]), row, {k: torch.cat([uncond[k], v]) for k, v in cond.items()})
+        m_u, m_c = both[: h.shape[0]], both[h.shape[0] :]  # chunk becomes a sequence that onnxscript cannot fold in a loop
+        return m_u + given["guidance_scale"].reshape(-1, *[1] * (h.dim() - 1)) * (m_c - m_u)
+
+
+class SamplerGraph(nn.Module):
+    """Noise to image: the step in one loop over the rows of the table that comes in, the time of all steps computed before it.
+
+    `traced` is the step as torch.export made it from `given` and the row of one step: what it traces, Dynamo need not understand again.
+    """
+
+    def __init__(self, step: StepGraph, traced: nn.Module, decoder: DecoderGraph | None) -> None:
+        super().__init__()
+        self.unet, self.solver, self.traced, self.decoder = step.unet, step.solver, traced, decoder
+
+    def forward(self, given: Tensors) -> Tensors:
+        x, steps, K = given["x"], given["timesteps"].shape[0], self.solver.history
+        others = {k: v for k, v in given.items() if k not in ("x", "timesteps")}
+        with Float32Islands():
+            rows = self.unet.row(given["timesteps"])
+
+        def more(i: Tensor, *_: Tensor) -> Tensor:
+            return (i < steps)[0]
+
+        def body(i: Tensor, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+            state = {"x": x, "index": i, "row": rows.index_select(0, i), **({"history": past[0]} if past else {})}
+            after = self.traced(state | others)
+            return (after["index_next"], after["x_next"], *([after["history_next"]] if past else []))
+
+        past = (x.new_zeros(K, 2, *x.shape),) if K else ()
+        x = torch.while_loop(more, body, (torch.zeros(1, dtype=torch.int64), x, *past))[1]
+        return {"latent": x} if self.decoder is None else self.decoder({"z": x})
+
+
+class EncoderGraph(nn.Module):
+    """`image [N, 1, S, S]` in [-1, 1] to `mean` and `logvar` of its scaled latent."""
+
+    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
+        super().__init__()
+        layers, self.dtype, self.scaling_factor = list(vae.encoder), dtype, vae.config.scaling_factor
+        self.first, self.last = narrowed(nn.Sequential(*layers[:-2]), dtype), narrowed(nn.Sequential(*layers[-2:]), torch.float32)
+
+    def forward(self, given: Tensors) -> Tensors:
+        with Float32Islands():
+            mean, logvar = self.last(self.first(given["image"].to(self.dtype)).float()).chunk(2, dim=1)
+        shift = 2 * torch.tensor(self.scaling_factor, dtype=torch.float64).log().item()
+        return {"mean": mean * self.scaling_factor, "logvar": logvar.clamp(-30.0, 20.0) + shift}
+
+
+class DecoderGraph(nn.Module):
+    """Scaled latents `z [N, C, h, w]` to images in [-1, 1]."""
+
+    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
+        super().__init__()
+        layers, self.dtype, self.scaling_factor = list(vae.decoder), dtype, vae.config.scaling_factor
+        cut = 1 + max((i for i, layer in enumerate(layers) if isinstance(layer, nn.ConvTranspose2d)), default=-1)
+        self.first, self.last = narrowed(nn.Sequential(*layers[:cut]), dtype), narrowed(nn.Sequential(*layers[cut:]), torch.float32)
+
+    def forward(self, given: Tensors) -> Tensors:
+        with Float32Islands():
+            return {"image": self.last(self.first((given["z"] / self.scaling_factor).to(self.dtype)).float()).tanh()}
+
+
+def norms(module: nn.Module) -> int:
+    """How many group norms a module has."""
+    return sum(isinstance(m, nn.GroupNorm | GroupNormSiLU) for m in module.modules())
+
+
+def first_not_finite(module: nn.Module, call: Callable[[], Any]) -> str:
+    """The name of the first submodule whose output is NaN or infinite in a run, or ''."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:
+            if isinstance(out, Tensor) and not found and not out.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(look(name)) for name, m in module.named_modules() if name and not list(m.children())]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else ""

@@ -1,0 +1,238 @@
+"""Sampling with ONNX Runtime from an exported folder: the call and the seeds of `FastSampler`, the same images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sbldm_fast import SolverTable
+from sbldm_fast.files import read_json
+from sbldm_fast.sampling.model import Cond
+from sbldm_fast.sampling.noise import Parts, Request, draw
+
+from .fusion import fused
+from .modules import Solver, conditioned, table_inputs
+
+FORMAT = 2
+GRAPHS = ("unet", "step", "sampler", "vae_encoder", "vae_decoder")
+MANIFEST, EXAMPLE = "manifest.json", "example.npz"
+
+
+def session(data: bytes, providers: Sequence[Any] = ("CPUExecutionProvider",), threads: int | None = None) -> Any:
+    """An ONNX Runtime session of a graph in memory, with as many threads as PyTorch has.
+
+    Raises:
+        ValueError: onnxruntime is not installed, has not got a provider, or refuses the graph.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ValueError("onnxruntime is not installed: pip install 'sbldm_fast[onnx]'") from None
+    here = onnxruntime.get_available_providers()
+    if missing := [p for p in (p if isinstance(p, str) else p[0] for p in providers) if p not in here]:
+        raise ValueError(f"providers: got {missing[0]}, allowed on this machine are {', '.join(here)}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3  # its warnings are about what it folded
+    try:
+        return onnxruntime.InferenceSession(data, options, providers=list(providers))
+    except Exception as failure:  # the classes of its errors are private
+        raise ValueError(f"ONNX Runtime refuses the graph: {str(failure).strip().splitlines()[0]}") from failure
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest of an exported folder.
+
+    Raises:
+        ValueError: there is none, or it is of another format.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"folder: {folder} is not a folder, allowed is one that sbldm-fast export wrote")
+    manifest = read_json(folder / MANIFEST)
+    graphs = manifest.get("graphs")
+    if manifest.get("format") != FORMAT or not isinstance(graphs, dict) or not set(graphs) <= set(GRAPHS):
+        raise ValueError(f"{folder / MANIFEST}: got format {manifest.get('format')!r}, allowed is {FORMAT}: export again")
+    return manifest
+
+
+def verified(folder: Path, name: str, entry: dict[str, Any]) -> bytes:
+    """The content of a file that the manifest vouches for; `name` is one of ours, never a path out of the manifest.
+
+    Raises:
+        ValueError: the file is missing, or is not the one that was written.
+    """
+    try:
+        data = (folder / name).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{folder / name}: {error.strerror}; the manifest names it") from None
+    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+        raise ValueError(f"{folder / name}: its sha256 is not the one in {MANIFEST}; the file was changed or cut short")
+    return data
+
+
+class ORTSampler:
+    """Samples from the graphs of a folder that `export` wrote.
+
+    - `step`: the loop here, a session run per step, states bound to two buffers that change places: nothing is copied between steps.
+      Batches have the size that `step` was exported with.
+    - `sampler`: the loop inside one graph; any batch.
+    - `auto`: `step`.
+
+    On CUDA (compiled for, not run: no CUDA machine has measured it yet) the buffers are on the device, and `cuda_graph` replays a
+    captured step.
+
+    Args:
+        folder: what `export` wrote; every file is checked against its sha256.
+        providers: of ONNX Runtime, by name or with options; None: CUDA if it is there, then the CPU.
+        mode: one of the above.
+        cuda_graph: let the CUDA provider capture `step`.
+        fuse: on CUDA, a folder for `ort` with its norms fused (`sbldm_fast.export.fusion`).
+        threads: on a CPU; None: as many as PyTorch.
+
+    Raises:
+        ValueError: an argument that is not allowed, or a folder that is not whole.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, providers: Sequence[Any] | None = None, mode: str = "auto", cuda_graph: bool = False,
+        fuse: bool = False, threads: int | None = None,
+    ) -> None:  # fmt: skip
+        folder = Path(folder)
+        if mode not in ("auto", "step", "sampler"):
+            raise ValueError(f"mode: got {mode!r}, allowed are auto, step, sampler")
+        self.manifest = manifest_of(folder)
+        self.mode = "step" if mode == "auto" else mode
+        if providers is None:
+            import onnxruntime
+
+            wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+            providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
+        first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        self.device = "cuda" if first == "CUDAExecutionProvider" else "cpu"
+        if fuse and (self.device != "cuda" or self.manifest["target"] != "ort"):
+            raise ValueError(f"fuse: got True for {first} and {self.manifest['target']!r}, allowed is CUDAExecutionProvider and 'ort'")
+        if cuda_graph and (self.device != "cuda" or self.mode != "step"):
+            raise ValueError(f"cuda_graph: got True for {first} and {self.mode!r}, allowed is CUDAExecutionProvider and 'step'")
+        graphs = self.manifest["graphs"]
+        if missing := [n for n in (self.mode, "vae_decoder" if self.manifest["decodes"] else self.mode) if n not in graphs]:
+            raise ValueError(f"{folder / MANIFEST}: got no graph {missing[0]}, allowed is one with it: export again")
+        captured = [("CUDAExecutionProvider", {"enable_cuda_graph": "1"}), *providers[1:]] if cuda_graph else providers
+        self.graph = cuda_graph
+
+        def opened(name: str, providers: Sequence[Any]) -> Any:
+            data = verified(folder, f"{name}.onnx", graphs[name])
+            return session(fused(data)[0] if fuse else data, providers, threads)
+
+        self.run = opened(self.mode, captured)
+        self.decoder = opened("vae_decoder", providers) if self.mode == "step" and self.manifest["decodes"] else None
+        self.table = SolverTable.from_dict(self.manifest["solver"], str(folder / MANIFEST))
+        self.solver = Solver.of(self.table)
+        self.shape = tuple(self.manifest["latent_shape"])
+        size = graphs[self.mode]["inputs"]["x"]["shape"][0]
+        self.batch: int | None = size if isinstance(size, int) else None
+        self._loop: _Loop | None = None
+
+    def __call__(self, n: int | None = None, **arguments: Any) -> np.ndarray:
+        """Images `[n, 1, S, S]` in [-1, 1], or latents where the folder has no decoder, as float32 arrays; arguments as `stream`."""
+        return np.concatenate(list(self.stream(n, **arguments)))
+
+    def stream(
+        self, n: int | None = None, *, seed: int | Sequence[int] = 0, noise: Tensor | np.ndarray | None = None,
+        indices: Sequence[int] | None = None, cond: Cond = None, uncond: Cond = None, guidance_scale: float | Tensor | None = None,
+        callback: Callable[[int, float, np.ndarray], None] | None = None, batch_size: int | None = None,
+    ) -> Iterator[np.ndarray]:  # fmt: skip
+        """What a call makes, batch by batch; arguments as in `FastSampler`, a guidance_scale of None is 1, `callback` gets x as an array.
+
+        Raises:
+            ValueError: as `FastSampler`; a batch size that the graph has not; conditioning of other names or shapes; a callback in a loop.
+            FloatingPointError: NaN or infinity, with the samples.
+        """
+        if self.batch is not None and batch_size not in (None, self.batch):
+            raise ValueError(f"batch_size: got {batch_size}, allowed is {self.batch}, which {self.mode}.onnx was exported with")
+        if callback is not None and self.mode == "sampler":
+            raise ValueError("callback: got one, allowed in mode 'sampler' is None: its loop is inside the graph")
+        wanted = self.manifest["cond"]
+        if wanted and guidance_scale is None:
+            guidance_scale = 1.0
+        start = torch.from_numpy(noise) if isinstance(noise, np.ndarray) else noise
+        asked = Request(self.shape, torch.device("cpu"), n=n, seed=seed, noise=start, indices=indices, cond=cond, uncond=uncond,
+                        guidance_scale=guidance_scale if cond is not None else None, batch_size=self.batch or batch_size)  # fmt: skip
+        if {k: list(v.shape[1:]) for k, v in asked.conds.items()} != wanted:
+            raise ValueError(f"cond: got { ({k: list(v.shape) for k, v in asked.conds.items()}) }, allowed is one row each of {wanted}")
+        for numbers, parts in asked.batches(self.table.init_noise_sigma):
+            out = self._made(self._inputs(parts), callback)[: len(numbers)]
+            if broken := [numbers[i] for i in np.flatnonzero(~np.isfinite(out).all(axis=tuple(range(1, out.ndim))))]:
+                raise FloatingPointError(f"{self.mode}.onnx: NaN or infinity in samples {broken}")
+            yield out
+
+    def _inputs(self, parts: Parts) -> dict[str, np.ndarray]:
+        x, seeds, cond, guidance = parts
+        given = {"x": x, **table_inputs(self.table)}
+        if self.solver.stochastic:
+            given["noise"] = torch.stack([draw(seeds, self.shape, x.device, i + 1) for i in range(self.solver.steps)])
+        for key, both in cond.items():
+            given[conditioned("uncond", key)], given[conditioned("cond", key)] = both.chunk(2)
+        if guidance is not None:
+            given["guidance_scale"] = guidance
+        return {k: np.ascontiguousarray(v.numpy()) for k, v in given.items()}
+
+    def _made(self, given: dict[str, np.ndarray], callback: Callable[[int, float, np.ndarray], None] | None) -> np.ndarray:
+        if self.mode == "sampler":
+            out: np.ndarray = self.run.run(None, given)[0]
+            return out
+        if self._loop is None:
+            self._loop = _Loop(self.run, given, self.solver, self.device, self.graph)
+        latent = self._loop.run(given, callback, self.table.timesteps.tolist())
+        if self.decoder is None:
+            return np.array(latent.numpy())
+        bound = self.decoder.io_binding()
+        bound.bind_ortvalue_input("z", latent)
+        bound.bind_output("image", "cpu")
+        self.decoder.run_with_iobinding(bound)
+        image: np.ndarray = bound.get_outputs()[0].numpy()
+        return image
+
+
+class _Loop:
+    """The buffers of `step`, made once, on the device, and the two ways they are bound: from a to b and from b to a."""
+
+    def __init__(self, run: Any, given: dict[str, np.ndarray], solver: Solver, device: str, graph: bool) -> None:
+        import onnxruntime
+
+        def value(array: np.ndarray) -> Any:
+            return onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array), device, 0)
+
+        state = {"x": given["x"], "index": np.zeros(1, np.int64)}
+        if solver.history:
+            state["history"] = np.zeros((solver.history, 2, *given["x"].shape), np.float32)
+        self.session, self.start, self.device = run, state, device
+        self.fixed = {k: value(v) for k, v in given.items() if k != "x"}
+        self.states = [{k: value(v) for k, v in state.items()} for _ in range(2)]
+        self.bindings: list[Any] = []
+        self.options: list[Any] = []
+        for here, there in (self.states, self.states[::-1]):
+            binding, options = run.io_binding(), onnxruntime.RunOptions()
+            for name, held in (self.fixed | here).items():
+                binding.bind_ortvalue_input(name, held)
+            for name, held in there.items():
+                binding.bind_ortvalue_output(f"{name}_next", held)
+            if graph:
+                options.add_run_config_entry("gpu_graph_id", str(len(self.bindings) + 1))
+            self.bindings.append(binding)
+            self.options.append(options)
+
+    def run(self, given: dict[str, np.ndarray], callback: Callable[[int, float, np.ndarray], None] | None, times: list[float]) -> Any:
+        """The value that holds the last x."""
+        for name, array in (self.start | given).items():
+            (self.states[0] if name in self.start else self.fixed)[name].update_inplace(array)
+        for i, t in enumerate(times):
+            self.session.run_with_iobinding(self.bindings[i % 2], self.options[i % 2])
+            if callback is not None:
+                callback(i, t, np.array(self.states[1 - i % 2]["x"].numpy()))
+        return self.states[len(times) % 2]["x"]
