@@ -27,8 +27,9 @@ def bench_export(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row for each provider and batch: seconds for `batch` latents of `steps` DDIM steps, noise to latent, float32.
 
-    Providers: `FastSampler` eager and compiled, `ORTSampler` in its modes `step` and `sampler`, all on the same UNet; where ONNX Runtime
-    has CUDA also `step` as a CUDA graph and with fused norms. Each is held against the eager run. The speed-up is over it.
+    Providers: `FastSampler` eager and compiled, `ORTSampler` in its modes `step` and `sampler` and, approximate and so
+    without parity, with wide convolutions in int8, all on the same UNet; where ONNX Runtime has CUDA also `step` as a CUDA graph and with
+    fused norms. Each is held against the eager run. The speed-up is over it.
 
     Raises:
         ValueError: steps, batches or rounds below 1.
@@ -44,11 +45,11 @@ def bench_export(
     for batch in batches:
         say(f"exporting: batch {batch}")
         with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "onnx"
-            export(unet, out, scheduler=scheduler, steps=steps, shape=shape, batch=batch)
-            cases = _cases(unet, scheduler, out, philox_normal((batch, *shape), 0, device=device), steps)
+            noise, out = philox_normal((batch, *shape), 0, device=device), Path(folder)
+            for dtype in ("fp32", "int8"):
+                export(unet, out / dtype, dtype=dtype, scheduler=scheduler, steps=steps, shape=shape, batch=batch)
+            cases = _cases(unet, scheduler, out, noise, steps)
         common = {"target": "export", "run": run, "preset": preset_name, "steps": steps, "batch": batch, "env": machine()}
-        noise = philox_normal((batch, *shape), 0, device=device)
         rows += [common | row for row in timed(cases, noise, steps, rounds, say, BASE)]
     return rows
 
@@ -60,15 +61,17 @@ def _cases(unet: UNet2D, scheduler: Any, folder: Path, noise: Tensor, steps: int
         sampler = FastSampler(unet, scheduler, shape=noise.shape[1:], steps=steps, mode=mode)
         return Case(lambda: sampler(noise=noise), torch.float32, BASE, BASE)
 
-    def graph(**options: Any) -> Case:
-        sampler, start = ORTSampler(folder, **options), noise.cpu()
+    def graph(options: dict[str, Any], dtype: str = "fp32") -> Case:
+        sampler, start = ORTSampler(folder / dtype, **options), noise.cpu()
         return Case(lambda: torch.from_numpy(sampler(noise=start)), torch.float32, BASE, BASE)
 
+    cpu = {"providers": ["CPUExecutionProvider"]}
     cases = {BASE: torch_mode("eager"), "FastSampler compile float32": torch_mode("compile")}
-    cases |= {f"ORTSampler {mode} CPU": graph(mode=mode, providers=["CPUExecutionProvider"]) for mode in ("step", "sampler")}
+    cases |= {f"ORTSampler {mode} CPU": graph({"mode": mode, **cpu}) for mode in ("step", "sampler")}
+    cases["ORTSampler step CPU int8"] = graph({"mode": "step", **cpu}, "int8")
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and noise.device.type == "cuda":
         cases |= {f"FastSampler {mode} float32": torch_mode(mode) for mode in ("step-graph", "loop-graph")}
         for title, options in (("step CUDA", {}), ("step CUDA graph", {"cuda_graph": True}), ("step CUDA fused", {"fuse": True})):
-            cases[f"ORTSampler {title}"] = graph(mode="step", **options)
-        cases["ORTSampler sampler CUDA"] = graph(mode="sampler")
+            cases[f"ORTSampler {title}"] = graph({"mode": "step", **options})
+        cases["ORTSampler sampler CUDA"] = graph({"mode": "sampler"})
     return cases

@@ -26,6 +26,7 @@ from sbldm_fast.sampling.model import Cond, Named, named
 from sbldm_fast.sampling.noise import draw
 
 from .fusion import fused
+from .int8 import quantised
 from .modules import (
     DecoderGraph,
     EncoderGraph,
@@ -44,8 +45,10 @@ from .ort import EXAMPLE, FORMAT, GRAPHS, MANIFEST, ORTSampler, session
 # ort: with a dynamic batch ONNX Runtime fuses GroupNorm from the form of this opset, and from no later one.
 # tensorrt: GroupNormalization of opset 21 (TensorRT 10.9); that of 18 is deprecated, and Attention of 23 fails to build.
 OPSETS = {"ort": 18, "tensorrt": 21}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-3}  # of the largest value, or of 1, beside twice what PyTorch itself loses
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float32}
+# the largest error, of the largest value or of 1, beside twice what PyTorch itself loses; of int8 the root mean square error
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-3, "int8": 2e-2}
+CALIBRATED = 2  # every other step of a run
 EXAMPLES = 4  # samples kept beside the graphs, for whoever runs them elsewhere
 GUIDANCE = 2.0  # of the samples of a conditional model
 RANGES = {"x": "standard normal times init_noise_sigma", "image": [-1, 1], "noise": "standard normal", "history": "zeros at the first step"}
@@ -81,7 +84,8 @@ def export(
         source: a `Pipeline`, or a diffusers or MONAI UNet, or any module `(x, t) -> prediction`.
         out: a new folder, or one that an export wrote.
         target: `"ort"`, opset 18, or `"tensorrt"`, opset 21.
-        dtype: `"fp32"` or `"fp16"`, of the arithmetic between the float32 islands.
+        dtype: `"fp32"` or `"fp16"`, of the arithmetic between the float32 islands; `"int8"`, of the wide convolutions of `unet` and
+            `step` on a CPU, for `ort`, calibrated on what the model meets while it samples.
         batch: of `step`, whose shapes are fixed, and for `tensorrt` of every graph; `"dynamic"`: 1 in `step`, free elsewhere.
         scheduler: a name of `Pipeline.sampler`, a scheduler object or a `SolverTable`.
         steps, eta: of the table in the manifest. `step` has as many rows; `sampler` takes any number.
@@ -96,13 +100,15 @@ def export(
 
     Raises:
         ValueError: an argument that is not allowed; a missing package; an operator without an ONNX form (named with its module); a
-            graph that is not finite, or differs from PyTorch by more than `TOLERANCE`.
+            graph that is not finite, or differs from PyTorch by more than `TOLERANCE` and twice what PyTorch itself loses.
     """
     for name, value, allowed in (("target", target, OPSETS), ("dtype", dtype, DTYPES)):
         if value not in allowed:
             raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)}")
     if batch != "dynamic" and (not isinstance(batch, int) or batch < 1):
         raise ValueError(f"batch: got {batch!r}, allowed is 1 or more, or 'dynamic'")
+    if dtype == "int8" and target != "ort":
+        raise ValueError(f"dtype: got int8 for {target}, allowed is ort: its quantised convolutions are for a CPU")
     claim(Path(out), force)
     versions = _versions()
     source = _own(source)
@@ -120,16 +126,21 @@ def export(
     }  # fmt: skip
     with whole_folder(out, lose=force) as folder, torch.no_grad(), backend("torch"):
         exact, own = _networks(source, torch.float32), _networks(source, DTYPES[dtype])
-        latents = FastSampler(model, table, shape=shape, mode="eager")(EXAMPLES, seed=0, **asked)
+        met: list[tuple[float, Tensor]] = []  # each timestep, with x after it
+        keep = (lambda i, t, x: met.append((t, x.clone()))) if dtype == "int8" else None
+        latents = FastSampler(model, table, shape=shape, mode="eager")(EXAMPLES, seed=0, callback=keep, **asked)
         expected = latents if decode is None else decode(latents)
         graphs = _graphs(own, table, latents, expected, example, fixed, target)
         plain = _graphs(exact, table, latents, expected, example, fixed, target)
         for name, graph in tqdm(graphs.items(), desc="export", unit="graph", disable=not progress):
             data = _onnx(name, graph, OPSETS[target])
+            kind = "fp32" if dtype == "int8" and name not in ("unet", "step") else dtype
+            if kind == "int8":
+                data = quantised(data, [_fed(graph, t, x, i) for i, (t, x) in enumerate(met) if i % CALIBRATED == 0])
             (folder / f"{name}.onnx").write_bytes(data)
-            manifest["graphs"][name] = _entry(name, data, graph, target, isinstance(source, Pipeline))
+            manifest["graphs"][name] = _entry(name, data, graph, kind, target, isinstance(source, Pipeline))
             if name not in ("step", "sampler"):
-                manifest["graphs"][name]["parity"] = _compared(name, data, graph.module, plain[name].module, graph, dtype)
+                manifest["graphs"][name]["parity"] = _compared(name, data, graph.module, plain[name].module, graph, kind)
         write_json(folder / MANIFEST, manifest)
         # what PyTorch loses itself: in fp16 beside fp32, in a foreign model (its weights may amplify anything) at another batch size
         again = latents
@@ -139,7 +150,7 @@ def export(
         same = again if own.decoder is None else own.decoder({"z": again})["image"]
         for name in ("step", "sampler"):
             got = torch.from_numpy(ORTSampler(folder, mode=name)(EXAMPLES, seed=0, **asked))
-            manifest["graphs"][name]["parity"] = _parity(name, got, expected, same, dtype)
+            manifest["graphs"][name]["parity"] = _parity(name, got, expected, same, manifest["graphs"][name]["dtype"])
         noise = draw(torch.tensor([[0, i] for i in range(EXAMPLES)]), shape, latents.device)
         kept = {"noise": noise, "images" if decode else "latents": expected} | {conditioned("cond", k): v for k, v in example.items()}
         np.savez(folder / EXAMPLE, allow_pickle=False, **{k: v.numpy() for k, v in kept.items()})
@@ -209,6 +220,14 @@ def _networks(source: Pipeline | nn.Module, dtype: torch.dtype) -> Networks:
     if not isinstance(source, Pipeline):
         return Networks(UNetGraph(source, dtype))
     return Networks(UNetGraph(source.unet, dtype), EncoderGraph(source.vae, dtype), DecoderGraph(source.vae, dtype))
+
+
+def _fed(graph: Graph, t: float, x: Tensor, index: int) -> dict[str, np.ndarray]:
+    """The inputs of a graph near one step of a run."""
+    now = {"x": x, "t": torch.full((len(x),), t), "index": torch.tensor([index])}
+    some = {k: now[k][: len(v)].to(v.dtype) if k in now else v for k, v in graph.given.items()}
+    N = len(some["x"])
+    return {k: v[:N].numpy() if 0 in graph.free.get(k, {}) else v.numpy() for k, v in some.items()}
 
 
 def _called(unet: UNetGraph) -> Any:
@@ -347,7 +366,7 @@ def _culprit(program: Any, failure: Exception) -> str:
     return f"the exporter failed: {text.strip().splitlines()[0]}"
 
 
-def _entry(name: str, data: bytes, graph: Graph, target: str, ours: bool) -> dict[str, Any]:
+def _entry(name: str, data: bytes, graph: Graph, dtype: str, target: str, ours: bool) -> dict[str, Any]:
     """What the manifest says of a graph.
 
     Raises:
@@ -356,7 +375,7 @@ def _entry(name: str, data: bytes, graph: Graph, target: str, ours: bool) -> dic
     import onnx
 
     model = onnx.load_model_from_string(data)
-    entry: dict[str, Any] = {"sha256": _sha256(data), "bytes": len(data)}
+    entry: dict[str, Any] = {"sha256": _sha256(data), "bytes": len(data), "dtype": dtype}
     for side in ("input", "output"):
         entry[f"{side}s"] = {
             v.name: {
@@ -365,7 +384,7 @@ def _entry(name: str, data: bytes, graph: Graph, target: str, ours: bool) -> dic
             } | ({"range": RANGES[v.name]} if v.name in RANGES else {})
             for v in getattr(model.graph, side)
         }  # fmt: skip
-    if target == "ort" and not isinstance(graph.module, SamplerGraph):
+    if target == "ort" and dtype != "int8" and not isinstance(graph.module, SamplerGraph):
         entry["norms"], (_, entry["fused_norms"]) = norms(graph.module), fused(data)
         if ours and entry["fused_norms"] != entry["norms"]:
             raise ValueError(f"{name}.onnx: ONNX Runtime fuses {entry['fused_norms']} of {entry['norms']} norms, allowed is all of them")
@@ -392,12 +411,22 @@ def _parity(name: str, got: Tensor, exact: Tensor, same: Tensor, dtype: str) -> 
     Raises:
         ValueError: it is more.
     """
-    unit = max(1.0, float(exact.abs().max()))
-    allowed = TOLERANCE[dtype] * unit + 2 * float((same - exact).abs().max())
-    error = float((got - exact).abs().max())
+    size = rms if dtype == "int8" else largest
+    allowed = TOLERANCE[dtype] * max(1.0, size(exact)) + 2 * size(same - exact)
+    error = size(got - exact)
     if not error <= allowed:
         raise ValueError(f"{name}.onnx: ONNX Runtime differs from PyTorch by {error:.1e}, allowed is {allowed:.1e}")
     return {"error": error, "allowed": allowed}
+
+
+def largest(v: Tensor) -> float:
+    """The largest absolute value."""
+    return float(v.abs().max())
+
+
+def rms(v: Tensor) -> float:
+    """The root mean square."""
+    return float(v.square().mean().sqrt())
 
 
 def _sha256(data: bytes) -> str:

@@ -22,7 +22,7 @@ Split = StrEnum("Split", ["subject", "slice"])
 Amp = StrEnum("Amp", ["auto", "off", "fp16", "bf16"])
 Dtype = StrEnum("Dtype", ["float32", "float16", "bfloat16"])
 Target = StrEnum("Target", ["ort", "tensorrt"])
-Precision = StrEnum("Precision", ["fp32", "fp16"])
+Precision = StrEnum("Precision", ["fp32", "fp16", "int8"])
 
 
 @app.command()
@@ -163,7 +163,7 @@ def export(
     pipeline: Annotated[str | None, typer.Argument(help="A pipeline folder, demo, or a folder that holds a diffusers UNet2DModel.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write.")] = None,
     target: Annotated[Target, typer.Option(help="ort: opset 18; tensorrt: opset 21.")] = Target.ort,
-    dtype: Annotated[Precision, typer.Option(help="Of the arithmetic; norms and softmax stay in fp32.")] = Precision.fp32,
+    dtype: Annotated[Precision, typer.Option(help="Norms and softmax stay in fp32; int8: wide convolutions, on a CPU.")] = Precision.fp32,
     batch: Annotated[str, typer.Option(help="Of step, and for tensorrt of all graphs: a number or dynamic.")] = "dynamic",
     scheduler: Annotated[Scheduler, typer.Option(help="dpm and unipc need diffusers.")] = Scheduler.ddim,
     steps: Annotated[int, typer.Option(help="Solver steps, 1 to 1000.")] = 50,
