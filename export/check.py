@@ -22,7 +22,7 @@ from .fusion import fused, nodes
 from .graphs import GUIDANCE, largest, rms
 from .ort import EXAMPLE, GRAPHS, MANIFEST, ORTSampler, manifest_of, verified
 
-BUILD_SECONDS = 300
+BUILDER, BUILD_SECONDS = Path(__file__).with_name("rtx.py"), 300
 CONTROL_FLOW = ("If", "Loop", "Scan")
 # TensorRT-RTX compiles no float32 matrix product for Turing; TensorRT, its sibling for T4s, may
 KNOWN_LIMIT = "FP32 GEMM is not supported"
@@ -63,6 +63,10 @@ def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool =
             continue
         report["graphs"][name] = {"bytes": len(data)}
         report["failures"] += [f"{name}.onnx: {fault}" for fault in _faults(name, data, manifest, report["graphs"][name])]
+    if pipeline is not None and list(pipeline.latent_shape) != manifest["latent_shape"]:
+        report["failures"].append(
+            f"the pipeline's latents are {list(pipeline.latent_shape)}, those of the folder {manifest['latent_shape']}"
+        )
     if not report["failures"]:
         report["failures"] += _parity(folder, manifest, pipeline, report)
     if build and manifest["target"] == "tensorrt":
@@ -141,7 +145,7 @@ def _built(name: str, data: bytes, dtype: str, report: dict[str, Any]) -> Iterat
         path = Path(scratch) / "graph.onnx"
         path.write_bytes(data)
         for capability in ("SM75", "default"):
-            command = [sys.executable, str(Path(__file__).with_name("rtx.py")), str(path), capability]
+            command = [sys.executable, str(BUILDER), str(path), capability]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
                 last = done.stdout.strip().splitlines()[-1:] or ["{}"]

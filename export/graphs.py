@@ -131,7 +131,7 @@ def export(
         latents = FastSampler(model, table, shape=shape, mode="eager")(EXAMPLES, seed=0, callback=keep, **asked)
         expected = latents if decode is None else decode(latents)
         graphs = _graphs(own, table, latents, expected, example, fixed, target)
-        plain = _graphs(exact, table, latents, expected, example, fixed, target)
+        plain = {"unet": exact.unet, "vae_encoder": exact.encoder, "vae_decoder": exact.decoder}
         for name, graph in tqdm(graphs.items(), desc="export", unit="graph", disable=not progress):
             data = _onnx(name, graph, OPSETS[target])
             kind = "fp32" if dtype == "int8" and name not in ("unet", "step") else dtype
@@ -139,8 +139,8 @@ def export(
                 data = quantised(data, [_fed(graph, t, x, i) for i, (t, x) in enumerate(met) if i % CALIBRATED == 0])
             (folder / f"{name}.onnx").write_bytes(data)
             manifest["graphs"][name] = _entry(name, data, graph, kind, target, isinstance(source, Pipeline))
-            if name not in ("step", "sampler"):
-                manifest["graphs"][name]["parity"] = _compared(name, data, graph.module, plain[name].module, graph, kind)
+            if (same := plain.get(name)) is not None:
+                manifest["graphs"][name]["parity"] = _compared(name, data, graph, same, kind)
         write_json(folder / MANIFEST, manifest)
         # what PyTorch loses itself: in fp16 beside fp32, in a foreign model (its weights may amplify anything) at another batch size
         again = latents
@@ -224,10 +224,9 @@ def _networks(source: Pipeline | nn.Module, dtype: torch.dtype) -> Networks:
 
 def _fed(graph: Graph, t: float, x: Tensor, index: int) -> dict[str, np.ndarray]:
     """The inputs of a graph near one step of a run."""
-    now = {"x": x, "t": torch.full((len(x),), t), "index": torch.tensor([index])}
-    some = {k: now[k][: len(v)].to(v.dtype) if k in now else v for k, v in graph.given.items()}
-    N = len(some["x"])
-    return {k: v[:N].numpy() if 0 in graph.free.get(k, {}) else v.numpy() for k, v in some.items()}
+    N = len(graph.given["x"])
+    now = {"x": torch.cat([x] * N)[:N], "t": torch.full((N,), t), "index": torch.tensor([index])}
+    return {k: now[k].to(v.dtype).numpy() if k in now else v.numpy() for k, v in graph.given.items()}
 
 
 def _called(unet: UNetGraph) -> Any:
@@ -355,15 +354,20 @@ def _weights_into(body: Any, graph: Any) -> None:
     graph.initializer.extend(kept)
 
 
-def _culprit(program: Any, failure: Exception) -> str:
+def _culprit(program: torch.export.ExportedProgram, failure: BaseException) -> str:
     """The operator that has no ONNX form, and the module it is in."""
-    text = str(failure.__cause__ or failure)
-    for node in program.graph.nodes:
-        if node.op == "call_function" and re.search(rf"%{re.escape(node.name)}\b|\b{re.escape(str(node.target))}\b", text):
-            stack = list(node.meta.get("nn_module_stack", {}).values())
-            where = f"{stack[-1][0]} ({getattr(stack[-1][1], '__name__', stack[-1][1])})" if stack else "the model"
-            return f"operator {node.target} in module {where} has no ONNX form"
-    return f"the exporter failed: {text.strip().splitlines()[0]}"
+    reasons = [str(failure)]
+    while failure.__cause__ is not None:
+        failure = failure.__cause__
+        reasons.append(str(failure))
+    found = re.search(r"Error when translating node .*?torch\.ops\.\w+\.(\w+)", "\n".join(reasons))
+    if found is not None:
+        for node in program.graph.nodes:  # before decomposition the operator may have a prefix: aten.special_NAME, prims.NAME
+            if node.op == "call_function" and found[1] in str(node.target):
+                where = list(node.meta["nn_module_stack"].values())[-1]
+                return f"operator {node.target} in module {where[0]} ({getattr(where[1], '__name__', where[1])}) has no ONNX form"
+        return f"operator {found[1]} has no ONNX form"
+    return f"the exporter failed: {' '.join(str(failure).split())[:300]}"
 
 
 def _entry(name: str, data: bytes, graph: Graph, dtype: str, target: str, ours: bool) -> dict[str, Any]:
@@ -391,17 +395,22 @@ def _entry(name: str, data: bytes, graph: Graph, dtype: str, target: str, ours: 
     return entry
 
 
-def _compared(name: str, data: bytes, own: nn.Module, exact: nn.Module, graph: Graph, dtype: str) -> dict[str, float]:
-    """Parity of one call, on the batch that was traced and, where it is free, on its first sample alone."""
+def _compared(name: str, data: bytes, graph: Graph, exact: nn.Module, dtype: str) -> dict[str, float]:
+    """Parity of one call, on the batch that was traced and, where it is free, on its first sample alone.
+
+    Raises:
+        ValueError: not finite, where the model is in float32, and the module that it begins in; or `_parity`.
+    """
     run, found = session(data), []
     whole = len(next(iter(graph.given.values())))
     for N in (whole, 1) if any(graph.free.values()) else (whole,):
         some = {k: v[:N] for k, v in graph.given.items()}
         got = [torch.from_numpy(v) for v in run.run(None, {k: v.numpy() for k, v in some.items()})]
-        if dtype == "fp16" and not all(v.isfinite().all() for v in got):
-            where = first_not_finite(own, functools.partial(own, some)) or "none that PyTorch runs in fp16"
-            raise ValueError(f"{name}.onnx: NaN or infinity in fp16, first out of module {where}; allowed for this model is fp32")
-        found += [_parity(name, *three, dtype) for three in zip(got, exact(some).values(), own(some).values(), strict=True)]
+        want, same = list(exact(some).values()), list(graph.module(some).values())
+        if all(v.isfinite().all() for v in want) and not all(v.isfinite().all() for v in got + same):
+            where = first_not_finite(graph.module, functools.partial(graph.module, some)) or "none that PyTorch runs"
+            raise ValueError(f"{name}.onnx: NaN or infinity in {dtype}, first out of module {where}; allowed for this model is fp32")
+        found += [_parity(name, *three, dtype) for three in zip(got, want, same, strict=True)]
     return max(found, key=lambda parity: parity["error"] / parity["allowed"])
 
 

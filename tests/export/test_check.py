@@ -1,0 +1,174 @@
+"""Folders that something is wrong with, and engines that are built, or not, in a process of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from sbldm_fast.export import check, export
+from sbldm_fast.export import check as check_function
+
+from sbldm_fast import DDIMScheduler, Pipeline
+
+Exported = Callable[..., Path]
+RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="the tensorrt extra is not installed")
+module: Any = importlib.import_module(check_function.__module__)
+
+
+@pytest.fixture
+def folder(exported: Exported, tmp_path: Path) -> Path:
+    shutil.copytree(exported(target="ort"), tmp_path / "o")
+    return tmp_path / "o"
+
+
+def rewritten(folder: Path, name: str, change: Callable[[onnx.ModelProto], object]) -> Path:
+    """The folder with one graph changed, and the manifest vouching for it."""
+    model = onnx.load(folder / f"{name}.onnx")
+    change(model)
+    data = model.SerializeToString()
+    (folder / f"{name}.onnx").write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["graphs"][name]["sha256"] = hashlib.sha256(data).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_sound_folder(folder: Path, pipeline: Pipeline) -> None:
+    report = check(folder, pipeline)
+    assert report["failures"] == report["remarks"] == []
+    assert sorted(report["graphs"]) == ["sampler", "step", "unet", "vae_decoder", "vae_encoder"]
+    for mode in ("step", "sampler"):
+        assert 0 < report["graphs"][mode]["error against the pipeline"] <= 1e-4
+    assert report["graphs"]["unet"]["fused_norms"] == report["graphs"]["unet"]["norms"] > 10
+
+
+def test_a_changed_byte_and_a_missing_graph(folder: Path) -> None:
+    data = bytearray((folder / "unet.onnx").read_bytes())
+    data[1000] ^= 4
+    (folder / "unet.onnx").write_bytes(data)
+    (folder / "vae_encoder.onnx").unlink()
+    failures = check(folder)["failures"]
+    assert len(failures) == 2
+    assert "unet.onnx: its sha256 is not the one in manifest.json" in failures[0]
+    assert "vae_encoder.onnx: No such file" in failures[1]
+
+
+def test_a_graph_that_the_manifest_does_not_name(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["graphs"]["step"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert check(folder)["failures"] == ["manifest.json names no step.onnx"]
+
+
+def test_an_example_that_was_changed(folder: Path) -> None:
+    with (folder / "example.npz").open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(ValueError, match=r"example.npz: its sha256 is not the one"):
+        check(folder)
+
+
+def test_other_weights_are_found_by_parity(folder: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        weight = max(model.graph.initializer, key=lambda t: len(t.raw_data))
+        weight.raw_data = bytes(len(weight.raw_data))
+
+    failures = check(rewritten(folder, "step", change))["failures"]
+    assert len(failures) == 1
+    assert failures[0].startswith("step.onnx: ONNX Runtime differs from example.npz by")
+
+
+def test_another_pipeline_is_told_apart(folder: Path) -> None:
+    failures = check(folder, Pipeline.from_pretrained("demo"))["failures"]
+    assert failures == ["the pipeline's latents are [8, 16, 16], those of the folder [4, 8, 8]"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("unet", lambda m: m.graph.node.append(onnx.helper.make_node("Nonsense", ["x"], ["y"])), "unet.onnx: not valid: "),
+        ("unet", lambda m: setattr(m.opset_import[0], "version", 17), "unet.onnx: (not valid|got opsets)"),
+        ("unet", lambda m: m.graph.node.append(onnx.helper.make_node("Det", ["x"], ["det"])), "operators Det are not in the list of ort"),
+        ("step", lambda m: m.graph.node.append(onnx.helper.make_node("Shape", ["x"], ["s"])), "step.onnx: got Shape, allowed in a graph"),
+        ("sampler", lambda m: m.CopyFrom(onnx.helper.make_model(onnx.helper.make_graph(
+            [onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [onnx.helper.make_tensor_value_info("x", 1, [1])],
+            [onnx.helper.make_tensor_value_info("y", 1, [1])]), opset_imports=[onnx.helper.make_opsetid("", 18)])),
+         "sampler.onnx: allowed is exactly one Loop"),
+        ("vae_decoder", lambda m: setattr(m.graph.initializer[0], "data_location", onnx.TensorProto.EXTERNAL),
+         "vae_decoder.onnx: it refers to other files"),
+    ],
+)  # fmt: skip
+def test_graphs_with_a_fault(folder: Path, name: str, change: Any, message: str) -> None:
+    failures = check(rewritten(folder, name, change))["failures"]
+    assert re.search(message, " | ".join(failures))
+
+
+def test_step_with_a_free_axis_is_found(folder: Path) -> None:
+    def free(model: onnx.ModelProto) -> None:
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+
+    assert any("step.onnx: got a free axis" in f or "not valid" in f for f in check(rewritten(folder, "step", free))["failures"])
+
+
+def test_a_norm_that_does_not_fuse_is_found(folder: Path) -> None:
+    def unfused(model: onnx.ModelProto) -> None:
+        norm = next(n for n in model.graph.node if n.op_type == "InstanceNormalization")
+        twice = next(t for t in model.graph.initializer if t.name == norm.input[1])
+        other = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(twice) * 2, twice.name + "_twice")
+        model.graph.initializer.append(other)
+        norm.input[1] = other.name
+
+    failures = check(rewritten(folder, "unet", unfused))["failures"]
+    assert any("unet.onnx: ONNX Runtime fuses" in f for f in failures)
+
+
+@RTX
+def test_engines_for_a_t4_are_built_in_half_precision(exported: Exported) -> None:
+    report = check(exported(target="tensorrt", dtype="fp16"))
+    assert report["failures"] == report["remarks"] == []
+    for found in report["graphs"].values():
+        assert found["engine for SM75"]["built"]
+        assert found["engine for SM75"]["bytes"] > 10_000
+
+
+@RTX
+def test_the_known_limit_of_single_precision_is_a_remark(exported: Exported) -> None:
+    report = check(exported(target="tensorrt", batch=3))
+    assert report["failures"] == []
+    assert any("unet.onnx: TensorRT-RTX has no float32 matrix product for SM75" in r for r in report["remarks"])
+    assert report["graphs"]["unet"]["engine for default"]["built"]
+    assert not report["graphs"]["unet"]["engine for SM75"].get("built")
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "the builder ended with code -11"),
+        ("import time; time.sleep(60)", "not built in 1 s"),
+        ("print('{}')", "no answer"),
+        ('print(\'{"built": false, "why": "parse fail: DFT"}\')', "parse fail: DFT"),
+    ],
+)
+def test_a_builder_that_crashes_hangs_or_refuses(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, why: str) -> None:
+    (tmp_path / "builder.py").write_text(script)
+    monkeypatch.setattr(module, "BUILDER", tmp_path / "builder.py")
+    monkeypatch.setattr(module, "BUILD_SECONDS", 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    export(tiny(), tmp_path / "o", target="tensorrt", dtype="fp16", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))
+    failures = check(tmp_path / "o")["failures"]
+    assert [f"{name}.onnx: TensorRT-RTX cannot build it for SM75: {why}" for name in ("unet", "sampler", "step")] == failures
+
+
+def test_without_the_extra_no_engine_is_claimed(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorrt_rtx" else real(name))
+    report = check(exported(target="tensorrt", dtype="fp16"))
+    assert report["remarks"] == ["no engine was built: pip install 'sbldm_fast[tensorrt]'"]
+    assert not any("engine for SM75" in found for found in report["graphs"].values())
