@@ -51,7 +51,11 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 1e-3, "int8": 2e-2}
 CALIBRATED = 2  # every other step of a run
 EXAMPLES = 4  # samples kept beside the graphs, for whoever runs them elsewhere
 GUIDANCE = 2.0  # of the samples of a conditional model
-RANGES = {"x": "standard normal times init_noise_sigma", "image": [-1, 1], "noise": "standard normal", "history": "zeros at the first step"}
+RANGES = {
+    "x": "standard normal times init_noise_sigma at the first step", "z": "a latent as the sampler makes it", "image": [-1, 1],
+    "t": "a timestep of training", "index": "0 at the first step", "history": "zeros at the first step", "noise": "standard normal",
+    "timesteps": "of solver", "table": "rows of solver, null as 0", "input_scale": "of solver", "guidance_scale": "1: no guidance",
+}  # fmt: skip
 
 
 class Graph(NamedTuple):
@@ -139,8 +143,8 @@ def export(
                 data = quantised(data, [_fed(graph, t, x, i) for i, (t, x) in enumerate(met) if i % CALIBRATED == 0])
             (folder / f"{name}.onnx").write_bytes(data)
             manifest["graphs"][name] = _entry(name, data, graph, kind, target, isinstance(source, Pipeline))
-            if (same := plain.get(name)) is not None:
-                manifest["graphs"][name]["parity"] = _compared(name, data, graph, same, kind)
+            if (module := plain.get(name)) is not None:
+                manifest["graphs"][name]["parity"] = _compared(name, data, graph, module, kind)
         write_json(folder / MANIFEST, manifest)
         # what PyTorch loses itself: in fp16 beside fp32, in a foreign model (its weights may amplify anything) at another batch size
         again = latents

@@ -81,7 +81,19 @@ def test_doctor_fails_when_an_op_is_wrong(run: Any, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["doctor"], ["prepare"], ["train"], ["sample"], ["export"], ["bench"], ["bench", "sampling"], ["bench", "kernels"], ["demo"]],
+    [
+        [],
+        ["doctor"],
+        ["prepare"],
+        ["train"],
+        ["sample"],
+        ["export"],
+        ["bench"],
+        ["bench", "sampling"],
+        ["bench", "kernels"],
+        ["bench", "export"],
+        ["demo"],
+    ],
 )
 def test_every_command_has_help_with_an_example(command: list[str], run: Any) -> None:
     code, out, _ = run(*command, "--help")
@@ -107,7 +119,10 @@ def test_errors_are_one_sentence_and_exit_1(run: Any, folder: Path, tmp_path: Pa
         (("sample", folder, "--mode", "loop-graph", *out), "needs CUDA"),
         (("sample", folder, "--mode", "warp", *out), "mode: got 'warp', allowed are eager"),
         (("export", tmp_path / "empty", *out), "is not a pipeline folder"),
-        (("export", folder, "--target", "coreml", *out), "target: got 'coreml', allowed are ort"),
+        (("export", folder, "--steps", "0", *out), "steps: got 0, allowed is 1 to num_train_timesteps = 1000"),
+        (("export", folder, "-o", tmp_path / "w.pt"), "is a file, allowed is a folder"),
+        (("export", folder, "-o", tmp_path), "which no export wrote; allowed is a new folder, or --force"),
+        (("export", "--check", tmp_path / "empty"), "manifest.json does not exist"),
         (("bench", "sampling", "--steps", "0"), "steps, batch, rounds: got 0"),
         (("sample", folder, "-n", "1", "--steps", "1", "-o", tmp_path / "w.pt" / "x"), "Not a directory"),
     ):
@@ -121,7 +136,17 @@ def test_errors_are_one_sentence_and_exit_1(run: Any, folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nothing"], ["sample"], ["sample", "p", "-o", "x", "--format", "gif"], ["bench", "sampling", "--batch", "a"]]
+    "arguments",
+    [
+        ["nothing"],
+        ["sample"],
+        ["sample", "p", "-o", "x", "--format", "gif"],
+        ["bench", "sampling", "--batch", "a"],
+        ["export", "demo"],
+        ["export"],
+        ["export", "demo", "-o", "x", "--target", "coreml"],
+        ["export", "demo", "-o", "x", "--batch", "two"],
+    ],
 )
 def test_bad_usage_exits_2(arguments: list[str], run: Any) -> None:
     assert run(*arguments)[0] == 2
