@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -20,7 +21,7 @@ from sbldm_fast import Pipeline
 
 from .fusion import fused, nodes
 from .graphs import GUIDANCE, largest, rms
-from .ort import EXAMPLE, GRAPHS, MANIFEST, ORTSampler, manifest_of, verified
+from .ort import EXAMPLE, GRAPHS, MANIFEST, ORTSampler, manifest_of, session, verified
 
 BUILDER, BUILD_SECONDS = Path(__file__).with_name("rtx.py"), 300
 CONTROL_FLOW = ("If", "Loop", "Scan")
@@ -38,7 +39,7 @@ def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool =
 
     Args:
         folder: what `export` wrote.
-        pipeline: to compare its own samples too.
+        pipeline: to compare its own samples, and its models, with the graphs too.
         build: whether to build engines.
 
     Returns:
@@ -63,12 +64,15 @@ def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool =
             continue
         report["graphs"][name] = {"bytes": len(data)}
         report["failures"] += [f"{name}.onnx: {fault}" for fault in _faults(name, data, manifest, report["graphs"][name])]
+    if pipeline is not None and not manifest["decodes"]:
+        raise ValueError("pipeline: got one, allowed is None: the folder is of a model alone")
     if pipeline is not None and list(pipeline.latent_shape) != manifest["latent_shape"]:
         report["failures"].append(
             f"the pipeline's latents are {list(pipeline.latent_shape)}, those of the folder {manifest['latent_shape']}"
         )
     if not report["failures"]:
         report["failures"] += _parity(folder, manifest, pipeline, report)
+        report["failures"] += _single(folder, manifest, pipeline, report) if pipeline is not None else []
     if build and manifest["target"] == "tensorrt":
         if importlib.util.find_spec("tensorrt_rtx") is None:
             report["remarks"].append("no engine was built: pip install 'sbldm_fast[tensorrt]'")
@@ -128,10 +132,38 @@ def _parity(folder: Path, manifest: dict[str, Any], pipeline: Pipeline | None, r
         if pipeline is not None:
             pairs.append(("the pipeline", pipeline.sampler(sampler.solver.steps, "eager", scheduler=sampler.table)(len(got)).cpu().numpy()))
         for against, want in pairs:
-            error = (rms if manifest["graphs"][mode]["dtype"] == "int8" else largest)(torch.from_numpy(got - want))
+            error = _error(manifest["graphs"][mode], got, want)
             report["graphs"][mode][f"error against {against}"] = error
             if not error <= allowed:
                 yield f"{mode}.onnx: ONNX Runtime differs from {against} by {error:.1e}, allowed is {allowed:.1e}"
+
+
+def _single(folder: Path, manifest: dict[str, Any], pipeline: Pipeline, report: dict[str, Any]) -> Iterator[str]:
+    """The graphs of one call each, against the pipeline's models."""
+    example = np.load(BytesIO(verified(folder, EXAMPLE, manifest["example"])), allow_pickle=False)
+    x, image = torch.from_numpy(example["noise"]), torch.from_numpy(example["images"])
+    t = torch.tensor(manifest["solver"]["timesteps"])[torch.linspace(0, len(manifest["solver"]["timesteps"]) - 1, len(x)).long()]
+    with torch.no_grad():
+        unet, vae = copy.deepcopy(pipeline.unet).cpu(), copy.deepcopy(pipeline.vae).cpu()
+        scale = vae.config.scaling_factor
+        wanted = {
+            "unet": ({"x": x, "t": t}, unet(x, t)),
+            "vae_encoder": ({"image": image}, vae.encode(image).mean * scale),
+            "vae_decoder": ({"z": x}, vae.decode(x / scale)),
+        }  # fmt: skip
+    for name, (given, want) in wanted.items():
+        entry = manifest["graphs"][name]
+        run, size = session(verified(folder, f"{name}.onnx", entry)), next(iter(entry["inputs"].values()))["shape"][0]
+        N = size if isinstance(size, int) else len(x)
+        some = {k: torch.cat([v] * N)[:N].numpy() for k, v in given.items()}
+        error = _error(entry, run.run(None, some)[0], torch.cat([want] * N)[:N].numpy())
+        report["graphs"][name]["error against the pipeline"] = error
+        if not error <= entry["parity"]["allowed"]:
+            yield f"{name}.onnx: ONNX Runtime differs from the pipeline by {error:.1e}, allowed is {entry['parity']['allowed']:.1e}"
+
+
+def _error(entry: dict[str, Any], got: np.ndarray, want: np.ndarray) -> float:
+    return (rms if entry["dtype"] == "int8" else largest)(torch.from_numpy(got - want))
 
 
 def _asked(cond: dict[str, np.ndarray]) -> dict[str, Any]:
