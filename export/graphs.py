@@ -6,9 +6,6 @@ import copy
 import functools
 import hashlib
 import importlib
-import logging
-import re
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +38,7 @@ from .modules import (
     table_inputs,
 )
 from .ort import EXAMPLE, FORMAT, GRAPHS, MANIFEST, ORTSampler, session
+from .trace import Graph, onnx_bytes, program
 
 # ort: with a dynamic batch ONNX Runtime fuses GroupNorm from the form of this opset, and from no later one.
 # tensorrt: GroupNormalization of opset 21 (TensorRT 10.9); that of 18 is deprecated, and Attention of 23 fails to build.
@@ -51,19 +49,15 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 1e-3, "int8": 2e-2}
 CALIBRATED = 2  # every other step of a run
 EXAMPLES = 4  # samples kept beside the graphs, for whoever runs them elsewhere
 GUIDANCE = 2.0  # of the samples of a conditional model
+AXES: dict[str, dict[int, str]] = {  # the free ones; of other inputs the first is the batch
+    "timesteps": {0: "steps"}, "table": {0: "steps"}, "input_scale": {0: "steps"}, "noise": {0: "steps", 1: "batch"},
+    "history": {2: "batch"}, "index": {}, "row": {},
+}  # fmt: skip
 RANGES = {
     "x": "standard normal times init_noise_sigma at the first step", "z": "a latent as the sampler makes it", "image": [-1, 1],
     "t": "a timestep of training", "index": "0 at the first step", "history": "zeros at the first step", "noise": "standard normal",
     "timesteps": "of solver", "table": "rows of solver, null as 0", "input_scale": "of solver", "guidance_scale": "1: no guidance",
 }  # fmt: skip
-
-
-class Graph(NamedTuple):
-    """A graph to write: its module, an example of its inputs, which of their axes are free."""
-
-    module: nn.Module
-    given: Tensors
-    free: dict[str, dict[int, str]]
 
 
 class Networks(NamedTuple):
@@ -130,17 +124,17 @@ def export(
     }  # fmt: skip
     with whole_folder(out, lose=force) as folder, torch.no_grad(), backend("torch"):
         exact, own = _networks(source, torch.float32), _networks(source, DTYPES[dtype])
-        met: list[tuple[float, Tensor]] = []  # each timestep, with x after it
-        keep = (lambda i, t, x: met.append((t, x.clone()))) if dtype == "int8" else None
+        met: list[Tensor] = []  # x after each step
+        keep = (lambda i, t, x: met.append(x.clone())) if dtype == "int8" else None
         latents = FastSampler(model, table, shape=shape, mode="eager")(EXAMPLES, seed=0, callback=keep, **asked)
         expected = latents if decode is None else decode(latents)
         graphs = _graphs(own, table, latents, expected, example, fixed, target)
         plain = {"unet": exact.unet, "vae_encoder": exact.encoder, "vae_decoder": exact.decoder}
         for name, graph in tqdm(graphs.items(), desc="export", unit="graph", disable=not progress):
-            data = _onnx(name, graph, OPSETS[target])
+            data = onnx_bytes(name, graph, OPSETS[target])
             kind = "fp32" if dtype == "int8" and name not in ("unet", "step") else dtype
             if kind == "int8":
-                data = quantised(data, [_fed(graph, t, x, i) for i, (t, x) in enumerate(met) if i % CALIBRATED == 0])
+                data = quantised(data, [_fed(graph, met[i - 1], table.timesteps[i], i) for i in range(1, len(met), CALIBRATED)])
             (folder / f"{name}.onnx").write_bytes(data)
             manifest["graphs"][name] = _entry(name, data, graph, kind, target, isinstance(source, Pipeline))
             if (module := plain.get(name)) is not None:
@@ -226,10 +220,10 @@ def _networks(source: Pipeline | nn.Module, dtype: torch.dtype) -> Networks:
     return Networks(UNetGraph(source.unet, dtype), EncoderGraph(source.vae, dtype), DecoderGraph(source.vae, dtype))
 
 
-def _fed(graph: Graph, t: float, x: Tensor, index: int) -> dict[str, np.ndarray]:
-    """The inputs of a graph near one step of a run."""
+def _fed(graph: Graph, x: Tensor, t: Tensor, index: int) -> dict[str, np.ndarray]:
+    """The inputs of a graph at one step of a run."""
     N = len(graph.given["x"])
-    now = {"x": torch.cat([x] * N)[:N], "t": torch.full((N,), t), "index": torch.tensor([index])}
+    now = {"x": torch.cat([x] * N)[:N], "t": t.expand(N), "index": torch.tensor([index])}
     return {k: now[k].to(v.dtype).numpy() if k in now else v.numpy() for k, v in graph.given.items()}
 
 
@@ -249,7 +243,7 @@ def _graphs(
 ) -> dict[str, Graph]:
     """The graphs with what they are traced on; only `step`, and for TensorRT all of them, have a fixed batch."""
     rows, solver = table_inputs(table), Solver.of(table)
-    step = StepGraph(parts.unet, solver)
+    frozen = fixed if target == "tensorrt" else None
 
     def inputs(N: int) -> tuple[Tensors, Tensors]:
         guided = {conditioned(p, k): v[:1].repeat(N, *[1] * (v.dim() - 1)) for k, v in cond.items() for p in ("cond", "uncond")}
@@ -258,120 +252,32 @@ def _graphs(
         return {"x": latents[:1].repeat(N, 1, 1, 1), **rows, **noise}, guided
 
     def graph(module: nn.Module, given: Tensors) -> Graph:
-        free: dict[str, dict[int, str]] = {}
-        for name in given:
-            axes = {0: "steps"} if name in rows else {0: "steps", 1: "batch"} if name == "noise" else {0: "batch"}
-            free[name] = {axis: word for axis, word in axes.items() if word == "steps" or fixed is None or target == "ort"}
-        return Graph(module, given, free)
+        axes = {name: AXES.get(name, {0: "batch"}) for name in given}
+        return Graph(module, given, {k: {a: w for a, w in v.items() if w != "batch" or frozen is None} for k, v in axes.items()})
 
-    N = fixed if fixed is not None and target == "tensorrt" else 2  # the exporter takes a free axis of 1 for a constant
-    x = (torch.cat([latents] * (N // EXAMPLES + 1)))[:N]
+    def repeated(v: Tensor) -> Tensor:
+        return torch.cat([v] * N)[:N]
+
+    N = frozen or 2  # the exporter takes a free axis of 1 for a constant
     t = rows["timesteps"][torch.linspace(0, solver.steps - 1, N).long()]
+    index = {"index": torch.zeros(1, dtype=torch.int64)}
     state, guided = inputs(N)
-    out = {"unet": graph(parts.unet, {"x": x, "t": t, **{k: v for k, v in guided.items() if k.startswith("cond")}})}
+    out = {"unet": graph(parts.unet, {"x": repeated(latents), "t": t, **{k: v for k, v in guided.items() if k.startswith("cond")}})}
     if parts.encoder is not None and parts.decoder is not None:
-        pictures = torch.cat([images] * (N // EXAMPLES + 1))[:N]
-        out |= {"vae_encoder": graph(parts.encoder, {"image": pictures}), "vae_decoder": graph(parts.decoder, {"z": x})}
-    inside = {k: v for k, v in (state | guided).items() if k != "timesteps"} | {"index": torch.zeros(1, dtype=torch.int64)}
-    inside |= {"row": parts.unet.row(rows["timesteps"][:1])} | _history(solver, state["x"])
-    free = {k: {} if k in ("row", "index") else {2: "batch"} if k == "history" else graph(step, {k: v}).free[k] for k, v in inside.items()}
-    traced = _program("sampler", Graph(step, inside, free if fixed is None or target == "ort" else {})).module(check_guards=False)
+        out["vae_encoder"] = graph(parts.encoder, {"image": repeated(images)})
+        out["vae_decoder"] = graph(parts.decoder, {"z": repeated(latents)})
+    step = StepGraph(parts.unet, solver)
+    inside = {**state, **guided, **index, **_history(solver, state["x"]), "row": parts.unet.row(rows["timesteps"][:1])}
+    del inside["timesteps"]
+    traced = program("sampler", graph(step, inside)).module(check_guards=False)
     out["sampler"] = graph(SamplerGraph(step, traced, parts.decoder), state | guided)
-    M = fixed or 1
-    state, guided = inputs(M)
-    out["step"] = Graph(step, state | guided | _history(solver, state["x"]) | {"index": torch.zeros(1, dtype=torch.int64)}, {})
+    state, guided = inputs(fixed or 1)
+    out["step"] = Graph(step, {**state, **guided, **_history(solver, state["x"]), **index}, {})
     return out
 
 
 def _history(solver: Solver, x: Tensor) -> Tensors:
     return {"history": x.new_zeros(solver.history, 2, *x.shape)} if solver.history else {}
-
-
-def _program(name: str, graph: Graph) -> torch.export.ExportedProgram:
-    free = {k: dict.fromkeys(graph.free.get(k, {}), torch.export.Dim.DYNAMIC) for k in graph.given}
-    try:
-        return torch.export.export(graph.module, (graph.given,), dynamic_shapes=(free,) if graph.free else None, strict=False)
-    except Exception as failure:  # whatever the tracer raises on a foreign model
-        why = " ".join(str(failure).split())[:300]
-        raise ValueError(f"{name}: torch.export cannot trace {type(graph.module).__name__}: {why}") from failure
-
-
-def _onnx(name: str, graph: Graph, opset: int) -> bytes:
-    """The graph as ONNX has it: single file, its free axes named, without the exporter's notes on where each node came from.
-
-    Raises:
-        ValueError: what torch.export cannot trace, or an operator that has no ONNX form, with its module.
-    """
-    import onnx
-
-    program = _program(name, graph)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's deprecation notices are not about our model
-        try:
-            made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, external_data=False,
-                                     input_names=list(graph.given), output_names=_outputs(program))  # fmt: skip
-        except torch.onnx.errors.OnnxExporterError as failure:
-            raise ValueError(f"{name}: {_culprit(program, failure)}") from failure
-    assert made is not None  # the exporter gives None only for dynamo=False
-    model = made.model_proto
-    words = {d.dim_param: axes[i] for v in model.graph.input for axes in [graph.free.get(v.name, {})]
-             for i, d in enumerate(v.type.tensor_type.shape.dim) if i in axes}  # fmt: skip
-    if fallen := [word for word in words if not word]:
-        raise ValueError(f"{name}: {len(fallen)} free axes became fixed; the exporter fell back to a static shape")
-    _cleaned(model.graph, words)
-    for node in model.graph.node:
-        if node.op_type == "Loop":
-            _weights_into(next(a.g for a in node.attribute if a.name == "body"), model.graph)
-    model.metadata_props.append(onnx.StringStringEntryProto(key="notice", value=NOTICE))
-    return bytes(model.SerializeToString())
-
-
-def _outputs(program: torch.export.ExportedProgram) -> list[str]:
-    spec = program.call_spec.out_spec
-    return list(spec.unflatten(range(spec.num_leaves)))
-
-
-def _cleaned(graph: Any, words: dict[str, str]) -> None:
-    for node in graph.node:
-        node.ClearField("metadata_props")  # stack traces, with the paths of the machine
-        node.ClearField("doc_string")
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                _cleaned(attribute.g, words)
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        value.ClearField("metadata_props")
-        for d in value.type.tensor_type.shape.dim:
-            if d.dim_param:
-                d.dim_param = re.sub(r"\w+", lambda m: words.get(m[0], m[0]), d.dim_param)
-    graph.ClearField("metadata_props")
-
-
-def _weights_into(body: Any, graph: Any) -> None:
-    # ONNX Runtime blocks the layout of convolutions only where their weights are initialisers of the same graph (LOG 18)
-    outside = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    inside = {name for node in body.node for name in node.input}
-    moved = [t for t in graph.initializer if t.name in inside - outside]
-    kept = [t for t in graph.initializer if t.name not in inside - outside]
-    body.initializer.extend(moved)
-    graph.ClearField("initializer")
-    graph.initializer.extend(kept)
-
-
-def _culprit(program: torch.export.ExportedProgram, failure: BaseException) -> str:
-    """The operator that has no ONNX form, and the module it is in."""
-    reasons = [str(failure)]
-    while failure.__cause__ is not None:
-        failure = failure.__cause__
-        reasons.append(str(failure))
-    found = re.search(r"Error when translating node .*?torch\.ops\.\w+\.(\w+)", "\n".join(reasons))
-    if found is not None:
-        for node in program.graph.nodes:  # before decomposition the operator may have a prefix: aten.special_NAME, prims.NAME
-            if node.op == "call_function" and found[1] in str(node.target):
-                where = list(node.meta["nn_module_stack"].values())[-1]
-                return f"operator {node.target} in module {where[0]} ({getattr(where[1], '__name__', where[1])}) has no ONNX form"
-        return f"operator {found[1]} has no ONNX form"
-    return f"the exporter failed: {' '.join(str(failure).split())[:300]}"
 
 
 def _entry(name: str, data: bytes, graph: Graph, dtype: str, target: str, ours: bool) -> dict[str, Any]:

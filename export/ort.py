@@ -89,7 +89,7 @@ class ORTSampler:
 
     Args:
         folder: what `export` wrote; every file is checked against its sha256.
-        providers: of ONNX Runtime, by name or with options; None: CUDA if it is there, then the CPU.
+        providers: of ONNX Runtime, by name or with options; None: CUDA if it is there, without TF32, then the CPU.
         mode: one of the above.
         cuda_graph: let the CUDA provider capture `step`.
         fuse: on CUDA, a folder for `ort` with its norms fused (`sbldm_fast.export.fusion`).
@@ -111,8 +111,10 @@ class ORTSampler:
         if providers is None:
             import onnxruntime
 
-            wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-            providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
+            here = onnxruntime.get_available_providers()
+            # without TF32, so that float32 means float32
+            cuda = [("CUDAExecutionProvider", {"use_tf32": "0"})] if "CUDAExecutionProvider" in here else []
+            providers = [*cuda, "CPUExecutionProvider"]
         first = providers[0] if isinstance(providers[0], str) else providers[0][0]
         self.device = "cuda" if first == "CUDAExecutionProvider" else "cpu"
         if fuse and (self.device != "cuda" or self.manifest["target"] != "ort"):
@@ -122,7 +124,8 @@ class ORTSampler:
         graphs = self.manifest["graphs"]
         if missing := [n for n in (self.mode, "vae_decoder" if self.manifest["decodes"] else self.mode) if n not in graphs]:
             raise ValueError(f"{folder / MANIFEST}: got no graph {missing[0]}, allowed is one with it: export again")
-        captured = [("CUDAExecutionProvider", {"enable_cuda_graph": "1"}), *providers[1:]] if cuda_graph else providers
+        options = {} if isinstance(providers[0], str) else providers[0][1]
+        captured = [(first, options | {"enable_cuda_graph": "1"}), *providers[1:]] if cuda_graph else providers
         self.graph = cuda_graph
 
         def opened(name: str, providers: Sequence[Any]) -> Any:

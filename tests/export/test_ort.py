@@ -151,3 +151,14 @@ def test_threads_are_pytorchs_unless_given(exported: Exported) -> None:
     folder = exported(target="ort")
     assert ORTSampler(folder).run.get_session_options().intra_op_num_threads == torch.get_num_threads()
     assert ORTSampler(folder, threads=3).run.get_session_options().intra_op_num_threads == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="ONNX Runtime without CUDA")
+@pytest.mark.parametrize("options", [{}, {"cuda_graph": True}, {"fuse": True}, {"mode": "sampler"}], ids=str)
+def test_cuda_makes_the_same_images(exported: Exported, pipeline: Pipeline, options: dict[str, Any]) -> None:
+    sampler = ORTSampler(exported(target="ort", scheduler="sde", batch=2), **options)
+    assert sampler.device == "cuda"
+    expected = pipeline.sampler(4, "eager", scheduler=sampler.table)(3, seed=3)
+    for _ in range(2):
+        assert np.abs(sampler(3, seed=3) - expected.cpu().numpy()).max() <= 1e-4
