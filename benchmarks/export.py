@@ -50,7 +50,8 @@ def bench_export(
                 export(unet, out / dtype, dtype=dtype, scheduler=scheduler, steps=steps, shape=shape, batch=batch)
             cases = _cases(unet, scheduler, out, noise, steps)
         common = {"target": "export", "run": run, "preset": preset_name, "steps": steps, "batch": batch, "env": machine()}
-        rows += [common | row for row in timed(cases, noise, steps, rounds, say, BASE)]
+        made = timed(cases, noise, steps, rounds, say, BASE)
+        rows += [common | row | ({"device": "cpu"} if " CPU" in row["provider"] else {}) for row in made]
     return rows
 
 

@@ -35,5 +35,7 @@ def load(folder: str) -> tuple[Pipeline | nn.Module, dict[str, Any]]:
     unet = diffusers.UNet2DModel.from_pretrained(where / "unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
     scheduler = kind.from_pretrained(where / "scheduler", local_files_only=True)
     size = unet.config.sample_size
+    if size is None:
+        raise ValueError(f"{folder}: got a UNet2DModel without sample_size, allowed is one with it, or sbldm_fast.export.export(shape=...)")
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return unet, {"shape": (unet.config.in_channels, height, width), "scheduler": scheduler}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sbldm_fast import FastSampler, Pipeline, SolverTable
-from sbldm_fast.files import whole_folder, write_json
+from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.models.config import PRESETS
 from sbldm_fast.sampling.images import NOTICE
 from sbldm_fast.sampling.model import Cond, Named, named
@@ -37,7 +37,7 @@ from .modules import (
     norms,
     table_inputs,
 )
-from .ort import EXAMPLE, FORMAT, GRAPHS, MANIFEST, ORTSampler, session
+from .ort import CPU, EXAMPLE, FORMAT, GRAPHS, MANIFEST, ORTSampler, session
 from .trace import Graph, onnx_bytes, program
 
 # ort: with a dynamic batch ONNX Runtime fuses GroupNorm from the form of this opset, and from no later one.
@@ -86,7 +86,7 @@ def export(
             `step` on a CPU, for `ort`, calibrated on what the model meets while it samples.
         batch: of `step`, whose shapes are fixed, and for `tensorrt` of every graph; `"dynamic"`: 1 in `step`, free elsewhere.
         scheduler: a name of `Pipeline.sampler`, a scheduler object or a `SolverTable`.
-        steps, eta: of the table in the manifest. `step` has as many rows; `sampler` takes any number.
+        steps, eta: of the table in the manifest; a `SolverTable` has its own. `step` has as many rows; `sampler` takes any number.
         shape: of one sample, `(C, H, W)`; a pipeline knows its own.
         cond: an example of the conditioning, `[n, ...]` or a mapping of such; the graphs then take `cond`, `uncond`, `guidance_scale`.
         licence: of the weights, for the manifest.
@@ -111,9 +111,10 @@ def export(
     versions = _versions()
     source = _own(source)
     model, shape, table = _parts(source, shape, scheduler, steps, eta)
-    if target == "tensorrt" and any(getattr(m, "num_groups", None) == 1 for m in model.modules()):
+    parts = [model, source.vae] if isinstance(source, Pipeline) else [model]
+    if target == "tensorrt" and any(getattr(m, "num_groups", None) == 1 for part in parts for m in part.modules()):
         raise ValueError("target: got 'tensorrt' for a norm of one group, which TensorRT takes for an instance norm; allowed is ort")
-    example = {k: v[:1].repeat(EXAMPLES, *[1] * (v.dim() - 1)) for k, v in named(cond).items()}
+    example = {k: v.detach().cpu()[torch.arange(EXAMPLES) % len(v)] for k, v in named(cond).items()}
     asked: dict[str, Any] = {"cond": example, "guidance_scale": GUIDANCE} if example else {}
     fixed = None if batch == "dynamic" else int(batch)
     decode = source.decode if isinstance(source, Pipeline) else None
@@ -124,9 +125,13 @@ def export(
     }  # fmt: skip
     with whole_folder(out, lose=force) as folder, torch.no_grad(), backend("torch"):
         exact, own = _networks(source, torch.float32), _networks(source, DTYPES[dtype])
-        met: list[Tensor] = []  # x after each step
+        noise = draw(torch.tensor([[0, i] for i in range(EXAMPLES)]), shape, torch.device("cpu"))
+        met = [noise * table.init_noise_sigma]  # x before each step, and after the last
         keep = (lambda i, t, x: met.append(x.clone())) if dtype == "int8" else None
-        latents = FastSampler(model, table, shape=shape, mode="eager")(EXAMPLES, seed=0, callback=keep, **asked)
+        try:
+            latents = FastSampler(model, table, shape=shape, mode="eager")(noise=noise, seed=0, callback=keep, **asked)
+        except RuntimeError as failure:
+            raise ValueError(f"shape, cond: got {shape}, {manifest['cond']}, which the model does not take: {failure}") from failure
         expected = latents if decode is None else decode(latents)
         graphs = _graphs(own, table, latents, expected, example, fixed, target)
         plain = {"unet": exact.unet, "vae_encoder": exact.encoder, "vae_decoder": exact.decoder}
@@ -134,7 +139,7 @@ def export(
             data = onnx_bytes(name, graph, OPSETS[target])
             kind = "fp32" if dtype == "int8" and name not in ("unet", "step") else dtype
             if kind == "int8":
-                data = quantised(data, [_fed(graph, met[i - 1], table.timesteps[i], i) for i in range(1, len(met), CALIBRATED)])
+                data = quantised(data, [_fed(name, graph, met[i], table, i) for i in range(0, len(met) - 1, CALIBRATED)])
             (folder / f"{name}.onnx").write_bytes(data)
             manifest["graphs"][name] = _entry(name, data, graph, kind, target, isinstance(source, Pipeline))
             if (module := plain.get(name)) is not None:
@@ -143,13 +148,12 @@ def export(
         # what PyTorch loses itself: in fp16 beside fp32, in a foreign model, whose weights may amplify anything, at another batch size
         lost = torch.zeros(1)
         if dtype == "fp16" or decode is None:
-            first = {"cond": {k: v[:1] for k, v in example.items()}, "guidance_scale": GUIDANCE} if example else {}
+            first = asked | ({"cond": {k: v[:1] for k, v in example.items()}} if example else {})
             again = FastSampler(_called(own.unet), table, shape=shape, mode="eager")(1, seed=0, **first)
             lost = (again if own.decoder is None else own.decoder({"z": again})["image"]) - expected[:1]
         for name in ("step", "sampler"):
-            got = torch.from_numpy(ORTSampler(folder, mode=name)(EXAMPLES, seed=0, **asked))
+            got = torch.from_numpy(ORTSampler(folder, providers=CPU, mode=name)(EXAMPLES, seed=0, **asked))
             manifest["graphs"][name]["parity"] = _parity(name, got, expected, lost, manifest["graphs"][name]["dtype"])
-        noise = draw(torch.tensor([[0, i] for i in range(EXAMPLES)]), shape, latents.device)
         kept = {"noise": noise, "images" if decode else "latents": expected} | {conditioned("cond", k): v for k, v in example.items()}
         np.savez(folder / EXAMPLE, allow_pickle=False, **{k: v.numpy() for k, v in kept.items()})
         manifest["example"] = {"sha256": _sha256((folder / EXAMPLE).read_bytes()), "seed": 0, **{k: list(v.shape) for k, v in kept.items()}}
@@ -165,9 +169,19 @@ def claim(out: Path, force: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file, allowed is a folder")
-    ours = {MANIFEST, EXAMPLE, *(f"{name}.onnx" for name in GRAPHS)}
-    if out.exists() and not force and (other := sorted({p.name for p in out.iterdir()} - ours)):
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f"out: {out} is the current folder or holds it, allowed is another")
+    found = {p.name for p in out.iterdir()} if out.exists() else set()
+    ours = {MANIFEST, EXAMPLE, *(f"{name}.onnx" for name in GRAPHS)} if _exported(out) else set()
+    if not force and (other := sorted(found - ours)):
         raise ValueError(f"out: {out} holds {other[0]}, which no export wrote; allowed is a new folder, or --force to replace this one")
+
+
+def _exported(out: Path) -> bool:
+    try:
+        return read_json(out / MANIFEST).get("notice") == NOTICE
+    except ValueError:
+        return False
 
 
 def _own(source: Pipeline | nn.Module) -> Pipeline | nn.Module:
@@ -200,8 +214,10 @@ def _parts(
         if not hasattr(sampler, "table"):
             raise ValueError(f"scheduler: got {type(scheduler).__name__}, allowed is one that a SolverTable describes")
         return source.unet, source.latent_shape, sampler.table
-    if shape is None or isinstance(scheduler, str):
-        raise ValueError("shape, scheduler: got none, allowed with a model alone is (C, H, W) and a scheduler object or SolverTable")
+    if shape is None or len(shape) != 3 or isinstance(scheduler, str):
+        raise ValueError(
+            f"shape, scheduler: got {shape}, {scheduler!r}, allowed with a model alone are (C, H, W) and a scheduler object or SolverTable"
+        )
     return source, shape, scheduler if isinstance(scheduler, SolverTable) else SolverTable.from_scheduler(scheduler, steps, eta=eta)
 
 
@@ -220,10 +236,11 @@ def _networks(source: Pipeline | nn.Module, dtype: torch.dtype) -> Networks:
     return Networks(UNetGraph(source.unet, dtype), EncoderGraph(source.vae, dtype), DecoderGraph(source.vae, dtype))
 
 
-def _fed(graph: Graph, x: Tensor, t: Tensor, index: int) -> dict[str, np.ndarray]:
-    """The inputs of a graph at one step of a run."""
+def _fed(name: str, graph: Graph, x: Tensor, table: SolverTable, i: int) -> dict[str, np.ndarray]:
+    """The inputs of a graph at step i of a run; `step` scales x itself."""
     N = len(graph.given["x"])
-    now = {"x": torch.cat([x] * N)[:N], "t": t.expand(N), "index": torch.tensor([index])}
+    x = torch.cat([x] * N)[:N] * (1.0 if name == "step" else float(table.input_scale[i]))
+    now = {"x": x, "t": table.timesteps[i].expand(N), "index": torch.tensor([i])}
     return {k: now[k].to(v.dtype).numpy() if k in now else v.numpy() for k, v in graph.given.items()}
 
 
@@ -262,6 +279,8 @@ def _graphs(
     t = rows["timesteps"][torch.linspace(0, solver.steps - 1, N).long()]
     index = {"index": torch.zeros(1, dtype=torch.int64)}
     state, guided = inputs(N)
+    if solver.steps == 1:  # nor is a table of one row free
+        state |= {k: torch.cat([v, v]) for k, v in state.items() if k in rows or k == "noise"}
     out = {"unet": graph(parts.unet, {"x": repeated(latents), "t": t, **{k: v for k, v in guided.items() if k.startswith("cond")}})}
     if parts.encoder is not None and parts.decoder is not None:
         out["vae_encoder"] = graph(parts.encoder, {"image": repeated(images)})
@@ -299,7 +318,11 @@ def _entry(name: str, data: bytes, graph: Graph, dtype: str, target: str, ours: 
             for v in getattr(model.graph, side)
         }  # fmt: skip
     if target == "ort" and dtype != "int8" and not isinstance(graph.module, SamplerGraph):
-        entry["norms"], (_, entry["fused_norms"]) = norms(graph.module), fused(data)
+        entry["norms"] = norms(graph.module)
+        try:
+            entry["fused_norms"] = fused(data)[1]
+        except Exception:  # ONNX Runtime's optimiser is made for the forms of known models
+            entry["fused_norms"] = 0
         if ours and entry["fused_norms"] != entry["norms"]:
             raise ValueError(f"{name}.onnx: ONNX Runtime fuses {entry['fused_norms']} of {entry['norms']} norms, allowed is all of them")
     return entry

@@ -5,13 +5,14 @@ Convolutions with fewer than 128 output channels stay in float32: there int8 gai
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .fusion import quiet
 
 WIDE = 128
 
@@ -33,8 +34,7 @@ def quantised(data: bytes, feeds: Sequence[dict[str, np.ndarray]]) -> bytes:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.feeds, None)
 
-    logging.getLogger().setLevel(logging.ERROR)  # it recommends at the root logger what has been done
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet(""):  # it recommends at the root logger what has been done
         plain, prepared, out = (str(Path(folder) / f"{name}.onnx") for name in ("plain", "prepared", "out"))
         Path(plain).write_bytes(data)
         quant_pre_process(plain, prepared, skip_optimization=True, skip_symbolic_shape=True)

@@ -27,10 +27,10 @@ from sbldm_fast.models import AutoencoderKL, UNet2D
 from sbldm_fast.sampling.model import Named, phase_upsampling, predictor
 
 Tensors = dict[str, Tensor]
-NORMS = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d, nn.BatchNorm2d, GroupNormSiLU)
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, GroupNormSiLU)
 _WIDE = (
-    F.group_norm, F.layer_norm, F.instance_norm, F.batch_norm, F.softmax,
-    torch.group_norm, torch.layer_norm, torch.instance_norm, torch.batch_norm, torch.softmax, Tensor.softmax,
+    F.group_norm, F.layer_norm, F.rms_norm, F.instance_norm, F.batch_norm, F.softmax,
+    torch.rms_norm, torch.group_norm, torch.layer_norm, torch.instance_norm, torch.batch_norm, torch.softmax, Tensor.softmax,
 )  # fmt: skip
 
 
@@ -39,8 +39,8 @@ class Float32Islands(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and len(args) == 3 and not any(kwargs.get(k) for k in ("dropout_p", "is_causal")):
-            return _attention(*args, mask=kwargs.get("attn_mask"), scale=kwargs.get("scale"))
+        if function is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
         if function in _WIDE and args[0].dtype == torch.float16:
             wide = [v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for v in args]
             named = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
@@ -48,11 +48,19 @@ class Float32Islands(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    weights = ((q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)).float()
-    if mask is not None:
-        weights = weights.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else weights + mask
-    return torch.softmax(weights, dim=-1).to(q.dtype) @ v
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """`F.scaled_dot_product_attention` without dropout, its softmax in float32."""
+    if enable_gqa:
+        key, value = (v.repeat_interleave(query.shape[-3] // v.shape[-3], dim=-3) for v in (key, value))
+    weights = ((query * (scale or query.shape[-1] ** -0.5)) @ key.transpose(-1, -2)).float()
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        weights = weights.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else weights + attn_mask
+    return torch.softmax(weights, dim=-1).to(query.dtype) @ value
 
 
 def narrowed(model: nn.Module, dtype: torch.dtype) -> nn.Module:

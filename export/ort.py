@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,41 @@ from sbldm_fast.files import read_json
 from sbldm_fast.sampling.model import Cond
 from sbldm_fast.sampling.noise import Parts, Request, draw
 
-from .fusion import fused
+from .fusion import external, fused
 from .modules import Solver, conditioned, table_inputs
 
+Given = Cond | np.ndarray | Mapping[str, np.ndarray]  # what a caller gives
 FORMAT = 2
 GRAPHS = ("unet", "step", "sampler", "vae_encoder", "vae_decoder")
 MANIFEST, EXAMPLE = "manifest.json", "example.npz"
+CPU = ("CPUExecutionProvider",)
 
 
-def session(data: bytes, providers: Sequence[Any] = ("CPUExecutionProvider",), threads: int | None = None) -> Any:
+def runtime() -> Any:
+    """The onnxruntime package.
+
+    Raises:
+        ValueError: it, or onnx, is not installed.
+    """
+    try:
+        import onnx  # noqa: F401  # to look at a graph before it is run
+        import onnxruntime
+    except ImportError as missing:
+        raise ValueError(f"{missing.name} is not installed: pip install 'sbldm_fast[onnx]'") from None
+    return onnxruntime
+
+
+def session(data: bytes, providers: Sequence[Any] = CPU, threads: int | None = None) -> Any:
     """An ONNX Runtime session of a graph in memory, with as many threads as PyTorch has.
 
     Raises:
-        ValueError: onnxruntime is not installed, has not got a provider, or refuses the graph.
+        ValueError: onnxruntime is not installed, has not got a provider, or refuses the graph; the graph refers to other files.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ValueError("onnxruntime is not installed: pip install 'sbldm_fast[onnx]'") from None
+    onnxruntime = runtime()
+    import onnx
+
+    if external(onnx.load_model_from_string(data)):
+        raise ValueError("the graph refers to other files, allowed is one in a single file")
     here = onnxruntime.get_available_providers()
     if missing := [p for p in (p if isinstance(p, str) else p[0] for p in providers) if p not in here]:
         raise ValueError(f"providers: got {missing[0]}, allowed on this machine are {', '.join(here)}")
@@ -58,6 +75,17 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     graphs = manifest.get("graphs")
     if manifest.get("format") != FORMAT or not isinstance(graphs, dict) or not set(graphs) <= set(GRAPHS):
         raise ValueError(f"{folder / MANIFEST}: got format {manifest.get('format')!r}, allowed is {FORMAT}: export again")
+    wanted: dict[str, type] = {
+        "target": str, "opset": int, "dtype": str, "model": dict, "latent_shape": list, "cond": dict, "decodes": bool, "solver": dict,
+    }  # fmt: skip
+    each: dict[str, type] = {"sha256": str, "dtype": str, "inputs": dict, "outputs": dict}
+    for where, values, kinds in [(MANIFEST, manifest, wanted), *((name, entry, each) for name, entry in graphs.items())]:
+        for key, kind in kinds.items():
+            if not isinstance(values, dict) or not isinstance(values.get(key), kind):
+                raise ValueError(f"{folder / MANIFEST}: {where} has no {key} that is a {kind.__name__}: export again")
+    if manifest["target"] not in ("ort", "tensorrt") or len(manifest["latent_shape"]) != 3:
+        got = f"{manifest['target']!r}, {manifest['latent_shape']}"
+        raise ValueError(f"{folder / MANIFEST}: got {got}, allowed are ort or tensorrt, [C, H, W]")
     return manifest
 
 
@@ -108,13 +136,14 @@ class ORTSampler:
             raise ValueError(f"mode: got {mode!r}, allowed are auto, step, sampler")
         self.manifest = manifest_of(folder)
         self.mode = "step" if mode == "auto" else mode
+        onnxruntime = runtime()
         if providers is None:
-            import onnxruntime
-
             here = onnxruntime.get_available_providers()
             # without TF32, so that float32 means float32
             cuda = [("CUDAExecutionProvider", {"use_tf32": "0"})] if "CUDAExecutionProvider" in here else []
             providers = [*cuda, "CPUExecutionProvider"]
+        if not providers:
+            raise ValueError("providers: got none, allowed is one or more, or None")
         first = providers[0] if isinstance(providers[0], str) else providers[0][0]
         self.device = "cuda" if first == "CUDAExecutionProvider" else "cpu"
         if fuse and (self.device != "cuda" or self.manifest["target"] != "ort"):
@@ -132,6 +161,7 @@ class ORTSampler:
             data = verified(folder, f"{name}.onnx", graphs[name])
             return session(fused(data)[0] if fuse else data, providers, threads)
 
+        self.device_id = int(options.get("device_id", 0))
         self.run = opened(self.mode, captured)
         self.decoder = opened("vae_decoder", providers) if self.mode == "step" and self.manifest["decodes"] else None
         self.table = SolverTable.from_dict(self.manifest["solver"], str(folder / MANIFEST))
@@ -147,7 +177,7 @@ class ORTSampler:
 
     def stream(
         self, n: int | None = None, *, seed: int | Sequence[int] = 0, noise: Tensor | np.ndarray | None = None,
-        indices: Sequence[int] | None = None, cond: Cond = None, uncond: Cond = None, guidance_scale: float | Tensor | None = None,
+        indices: Sequence[int] | None = None, cond: Given = None, uncond: Given = None, guidance_scale: float | Tensor | None = None,
         callback: Callable[[int, float, np.ndarray], None] | None = None, batch_size: int | None = None,
     ) -> Iterator[np.ndarray]:  # fmt: skip
         """What a call makes, batch by batch; arguments as in `FastSampler`, a guidance_scale of None is 1, `callback` gets x as an array.
@@ -161,11 +191,11 @@ class ORTSampler:
         if callback is not None and self.mode == "sampler":
             raise ValueError("callback: got one, allowed in mode 'sampler' is None: its loop is inside the graph")
         wanted = self.manifest["cond"]
-        if wanted and guidance_scale is None:
+        if wanted and cond is not None and guidance_scale is None:
             guidance_scale = 1.0
-        start = torch.from_numpy(noise) if isinstance(noise, np.ndarray) else noise
-        asked = Request(self.shape, torch.device("cpu"), n=n, seed=seed, noise=start, indices=indices, cond=cond, uncond=uncond,
-                        guidance_scale=guidance_scale if cond is not None else None, batch_size=self.batch or batch_size)  # fmt: skip
+        start = torch.as_tensor(noise) if noise is not None else None
+        asked = Request(self.shape, torch.device("cpu"), n=n, seed=seed, noise=start, indices=indices, cond=_tensors(cond),
+                        uncond=_tensors(uncond), guidance_scale=guidance_scale, batch_size=self.batch or batch_size)  # fmt: skip
         if {k: list(v.shape[1:]) for k, v in asked.conds.items()} != wanted:
             raise ValueError(f"cond: got { ({k: list(v.shape) for k, v in asked.conds.items()}) }, allowed is one row each of {wanted}")
         for numbers, parts in asked.batches(self.table.init_noise_sigma):
@@ -183,14 +213,16 @@ class ORTSampler:
             given[conditioned("uncond", key)], given[conditioned("cond", key)] = both.chunk(2)
         if guidance is not None:
             given["guidance_scale"] = guidance
-        return {k: np.ascontiguousarray(v.numpy()) for k, v in given.items()}
+        kinds = self.manifest["graphs"][self.mode]["inputs"]
+        # a buffer takes whatever bytes it is given
+        return {k: np.ascontiguousarray(v.detach().cpu().numpy(), dtype=kinds[k]["dtype"]) for k, v in given.items()}
 
     def _made(self, given: dict[str, np.ndarray], callback: Callable[[int, float, np.ndarray], None] | None) -> np.ndarray:
         if self.mode == "sampler":
             out: np.ndarray = self.run.run(None, given)[0]
             return out
         if self._loop is None:
-            self._loop = _Loop(self.run, given, self.solver, self.device, self.graph)
+            self._loop = _Loop(self, given)
         latent = self._loop.run(given, callback, self.table.timesteps.tolist())
         if self.decoder is None:
             return np.array(latent.numpy())
@@ -202,19 +234,25 @@ class ORTSampler:
         return image
 
 
+def _tensors(cond: Given) -> Cond:
+    if cond is None or isinstance(cond, Tensor):
+        return cond
+    return {k: torch.as_tensor(v) for k, v in cond.items()} if isinstance(cond, Mapping) else torch.as_tensor(cond)
+
+
 class _Loop:
     """The buffers of `step`, made once, on the device, and the two ways they are bound: from a to b and from b to a."""
 
-    def __init__(self, run: Any, given: dict[str, np.ndarray], solver: Solver, device: str, graph: bool) -> None:
-        import onnxruntime
+    def __init__(self, sampler: ORTSampler, given: dict[str, np.ndarray]) -> None:
+        onnxruntime, run, solver = runtime(), sampler.run, sampler.solver
 
         def value(array: np.ndarray) -> Any:
-            return onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array), device, 0)
+            return onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array), sampler.device, sampler.device_id)
 
         state = {"x": given["x"], "index": np.zeros(1, np.int64)}
         if solver.history:
             state["history"] = np.zeros((solver.history, 2, *given["x"].shape), np.float32)
-        self.session, self.start, self.device = run, state, device
+        self.session, self.start = run, state
         self.fixed = {k: value(v) for k, v in given.items() if k != "x"}
         self.states = [{k: value(v) for k, v in state.items()} for _ in range(2)]
         self.bindings: list[Any] = []
@@ -225,7 +263,7 @@ class _Loop:
                 binding.bind_ortvalue_input(name, held)
             for name, held in there.items():
                 binding.bind_ortvalue_output(f"{name}_next", held)
-            if graph:
+            if sampler.graph:
                 options.add_run_config_entry("gpu_graph_id", str(len(self.bindings) + 1))
             self.bindings.append(binding)
             self.options.append(options)

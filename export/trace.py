@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from torch import nn
 
 from sbldm_fast.sampling.images import NOTICE
 
+from .fusion import quiet
 from .modules import Tensors
 
 
@@ -46,8 +46,7 @@ def onnx_bytes(name: str, graph: Graph, opset: int) -> bytes:
     import onnx
 
     traced = program(name, graph)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with quiet("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's deprecation notices are not about our model
         try:
             made = torch.onnx.export(traced, dynamo=True, opset_version=opset, verbose=False, external_data=False,

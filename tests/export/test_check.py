@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from sbldm_fast.export import check, export
+from sbldm_fast.export import ORTSampler, check, export
 from sbldm_fast.export import check as check_function
 
 from sbldm_fast import DDIMScheduler, Pipeline
@@ -73,8 +73,9 @@ def test_a_graph_that_the_manifest_does_not_name(folder: Path) -> None:
 def test_an_example_that_was_changed(folder: Path) -> None:
     with (folder / "example.npz").open("ab") as file:
         file.write(b" ")
-    with pytest.raises(ValueError, match=r"example.npz: its sha256 is not the one"):
-        check(folder)
+    failures = check(folder)["failures"]
+    assert len(failures) == 1
+    assert "example.npz: its sha256 is not the one" in failures[0]
 
 
 def test_other_weights_are_found_by_parity(folder: Path) -> None:
@@ -126,7 +127,25 @@ def test_step_with_a_free_axis_is_found(folder: Path) -> None:
     def free(model: onnx.ModelProto) -> None:
         model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
 
-    assert any("step.onnx: got a free axis" in f or "not valid" in f for f in check(rewritten(folder, "step", free))["failures"])
+    assert "step.onnx: got a free axis, allowed are fixed shapes" in check(rewritten(folder, "step", free))["failures"]
+
+
+def test_step_with_an_axis_without_a_size_is_found(folder: Path) -> None:
+    def nameless(model: onnx.ModelProto) -> None:
+        model.graph.input[0].type.tensor_type.shape.dim[0].Clear()
+
+    assert "step.onnx: got a free axis, allowed are fixed shapes" in check(rewritten(folder, "step", nameless))["failures"]
+
+
+def test_external_weights_are_found_inside_a_loop_and_never_run(folder: Path) -> None:
+    def outside(model: onnx.ModelProto) -> None:
+        body = next(a.g for n in model.graph.node if n.op_type == "Loop" for a in n.attribute if a.name == "body")
+        body.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+
+    rewritten(folder, "sampler", outside)
+    assert any("sampler.onnx: it refers to other files" in f for f in check(folder)["failures"])
+    with pytest.raises(ValueError, match="the graph refers to other files, allowed is one in a single file"):
+        ORTSampler(folder, mode="sampler")
 
 
 def test_a_norm_that_does_not_fuse_is_found(folder: Path) -> None:
@@ -157,6 +176,8 @@ def test_the_known_limit_of_single_precision_is_a_remark(exported: Exported) -> 
     assert any("unet.onnx: TensorRT-RTX has no float32 matrix product for SM75" in r for r in report["remarks"])
     assert report["graphs"]["unet"]["engine for default"]["built"]
     assert not report["graphs"]["unet"]["engine for SM75"].get("built")
+    assert report["graphs"]["vae_encoder"]["engine for SM75"]["built"]
+    assert report["graphs"]["vae_decoder"]["engine for SM75"]["built"]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +186,7 @@ def test_the_known_limit_of_single_precision_is_a_remark(exported: Exported) -> 
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "the builder ended with code -11"),
         ("import time; time.sleep(60)", "not built in 1 s"),
         ("print('{}')", "no answer"),
+        ("import sys; sys.exit('out of memory')", "the builder ended with code 1 out of memory"),
         ('print(\'{"built": false, "why": "parse fail: DFT"}\')', "parse fail: DFT"),
     ],
 )
@@ -176,6 +198,17 @@ def test_a_builder_that_crashes_hangs_or_refuses(tiny: Any, tmp_path: Path, monk
     export(tiny(), tmp_path / "o", target="tensorrt", dtype="fp16", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))
     failures = check(tmp_path / "o")["failures"]
     assert [f"{name}.onnx: TensorRT-RTX cannot build it for SM75: {why}" for name in ("unet", "sampler", "step")] == failures
+
+
+def test_the_known_limit_excuses_sm75_alone(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "builder.py").write_text('print(\'{"why": "FP32 GEMM is not supported"}\')')
+    monkeypatch.setattr(module, "BUILDER", tmp_path / "builder.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    export(tiny(), tmp_path / "o", target="tensorrt", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))
+    report = check(tmp_path / "o")
+    assert len(report["failures"]) == 3
+    assert all("cannot build it for default: FP32 GEMM" in f for f in report["failures"])
+    assert report["remarks"] == []
 
 
 def test_without_the_extra_no_engine_is_claimed(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -20,7 +21,7 @@ from sbldm_fast.export.modules import (
     norms,
     table_inputs,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from sbldm_fast import DDIMScheduler, DDPMScheduler, FastSampler, Pipeline, SolverTable
 from sbldm_fast.sampling.noise import draw
@@ -103,6 +104,28 @@ def test_attention_with_a_mask(boolean: bool) -> None:
     expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given, scale=0.3)
     with Float32Islands():
         torch.testing.assert_close(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given, scale=0.3), expected)
+
+
+def test_attention_however_it_is_called() -> None:
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+    plain = nn.functional.scaled_dot_product_attention
+    calls: list[Callable[[], Tensor]] = [
+        lambda: plain(q, q, q, None, 0.0, True),
+        lambda: plain(query=q, key=q, value=q, is_causal=True, scale=0.2),
+        lambda: plain(q, k, k, enable_gqa=True),
+    ]
+    for call in calls:
+        expected = call()
+        with Float32Islands():
+            torch.testing.assert_close(call(), expected)
+    attention = narrowed(nn.MultiheadAttention(8, 2, batch_first=True), torch.float16)
+    seen: list[torch.dtype] = []
+    softmax = torch.softmax
+    x = torch.randn(1, 5, 8).half()
+    with pytest.MonkeyPatch.context() as patch, Float32Islands(), torch.no_grad():
+        patch.setattr(torch, "softmax", lambda v, dim: seen.append(v.dtype) or softmax(v, dim))
+        attention(x, x, x, need_weights=False)
+    assert seen == [torch.float32]
 
 
 def test_autoencoder_graphs_are_the_pipelines(pipeline: Pipeline) -> None:

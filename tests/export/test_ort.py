@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import onnxruntime
 import pytest
@@ -76,6 +77,39 @@ def test_guidance_and_conditioning(tiny: Any, tmp_path: Path, pipeline: Pipeline
         ORTSampler(tmp_path / "o")(2, cond={"class_labels": torch.zeros(2)})
 
 
+def test_a_buffer_takes_no_foreign_bytes(tiny: Any, tmp_path: Path, pipeline: Pipeline) -> None:
+    cond = torch.randn(2, 5)
+    export(tiny(), tmp_path / "o", scheduler=pipeline.scheduler, steps=2, shape=(3, 8, 8), cond=cond, batch=2)
+    for mode in MODES:
+        sampler = ORTSampler(tmp_path / "o", mode=mode)
+        expected = sampler(2, cond=cond)
+        for other in (cond.double(), cond.half(), cond.numpy(), cond.numpy().astype(np.float64), cond.clone().requires_grad_()):
+            assert np.abs(sampler(2, cond=other) - expected).max() <= 2e-3  # half precision rounds
+        np.testing.assert_array_equal(sampler(2, cond=cond), expected)
+        with pytest.raises(ValueError, match="guidance_scale: got a value without cond"):
+            sampler(2, guidance_scale=3.0)
+
+
+def test_a_solver_of_scaled_inputs_and_broken_timesteps(tiny: Any, tmp_path: Path) -> None:
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="linspace")
+    model = tiny()
+    export(model, tmp_path / "o", scheduler=scheduler, steps=7, shape=(3, 8, 8), batch=2)
+    expected = FastSampler(model, scheduler, shape=(3, 8, 8), steps=7, mode="eager")(3, seed=4)
+    for mode in MODES:
+        sampler = ORTSampler(tmp_path / "o", mode=mode)
+        assert sampler.solver.scaled
+        assert sampler.table.timesteps.is_floating_point()
+        assert np.abs(sampler(3, seed=4) - expected.numpy()).max() <= 1e-4 * float(expected.abs().max())
+
+
+def test_one_step_is_enough(tiny: Any, tmp_path: Path, pipeline: Pipeline) -> None:
+    model = tiny()
+    export(model, tmp_path / "o", scheduler=pipeline.scheduler, steps=1, shape=(3, 8, 8))
+    expected = FastSampler(model, pipeline.scheduler, shape=(3, 8, 8), steps=1, mode="eager")(2, seed=4)
+    for mode in MODES:
+        assert np.abs(ORTSampler(tmp_path / "o", mode=mode)(2, seed=4) - expected.numpy()).max() <= 1e-4 * float(expected.abs().max())
+
+
 def test_bad_calls_are_named(exported: Exported) -> None:
     folder = exported(target="ort", scheduler="sde", batch=2)
     with pytest.raises(ValueError, match=r"batch_size: got 3, allowed is 2, which step.onnx was exported with"):
@@ -92,6 +126,8 @@ def test_bad_calls_are_named(exported: Exported) -> None:
         ORTSampler(folder, mode="loop")
     with pytest.raises(ValueError, match="providers: got CUDAExecutionProvider, allowed on this machine are"):
         ORTSampler(folder, providers=["CUDAExecutionProvider"])
+    with pytest.raises(ValueError, match="providers: got none, allowed is one or more"):
+        ORTSampler(folder, providers=[])
     with pytest.raises(ValueError, match="cuda_graph: got True for CPUExecutionProvider and 'step', allowed is CUDAExecutionProvider"):
         ORTSampler(folder, cuda_graph=True)
     with pytest.raises(ValueError, match="fuse: got True for CPUExecutionProvider"):
@@ -125,6 +161,11 @@ def test_a_folder_that_is_not_whole_is_refused(exported: Exported, tmp_path: Pat
         ({"graphs": {"../../etc/passwd": {}}}, "got format 2, allowed is 2"),
         ({"graphs": {}}, "got no graph step"),
         ({"solver": {}}, "not a solver table"),
+        ({"target": "coreml"}, "got 'coreml'"),
+        ({"opset": "18"}, "manifest.json has no opset that is a int"),
+        ({"decodes": None}, "manifest.json has no decodes that is a bool"),
+        ({"graphs": {"step": 3}}, "step has no sha256 that is a str"),
+        ({"graphs": {"step": {"sha256": "", "dtype": "fp32", "inputs": {}}}}, "step has no outputs that is a dict"),
     ):
         (folder / "manifest.json").write_text(json.dumps(manifest | wrong))
         with pytest.raises(ValueError, match=message):
