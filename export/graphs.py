@@ -318,7 +318,7 @@ def _entry(name: str, data: bytes, graph: Graph, dtype: str, target: str, ours: 
             for v in getattr(model.graph, side)
         }  # fmt: skip
     if target == "ort" and dtype != "int8" and not isinstance(graph.module, SamplerGraph):
-        entry["norms"] = norms(graph.module)
+        entry["norms"] = norms(graph.module, graph.given)
         try:
             entry["fused_norms"] = fused(data)[1]
         except Exception:  # ONNX Runtime's optimiser is made for the forms of known models

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from sbldm_fast.sampling.model import Named, phase_upsampling, predictor
 
 Tensors = dict[str, Tensor]
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, GroupNormSiLU)
+_ATTENTION = F.scaled_dot_product_attention
 _WIDE = (
     F.group_norm, F.layer_norm, F.rms_norm, F.instance_norm, F.batch_norm, F.softmax,
     torch.rms_norm, torch.group_norm, torch.layer_norm, torch.instance_norm, torch.batch_norm, torch.softmax, Tensor.softmax,
@@ -39,8 +41,11 @@ class Float32Islands(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
+        if function is _ATTENTION:
             return _attention(*args, **kwargs)
+        if function is F.multi_head_attention_forward:  # what it calls inside does not come here
+            with mock.patch.multiple(F, scaled_dot_product_attention=_attention, softmax=_softmax):
+                return function(*args, **kwargs)
         if function in _WIDE and args[0].dtype == torch.float16:
             wide = [v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for v in args]
             named = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
@@ -61,6 +66,10 @@ def _attention(
     if attn_mask is not None:
         weights = weights.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else weights + attn_mask
     return torch.softmax(weights, dim=-1).to(query.dtype) @ value
+
+
+def _softmax(x: Tensor, dim: int) -> Tensor:
+    return torch.softmax(x.float(), dim=dim).to(x.dtype)
 
 
 def narrowed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -230,9 +239,18 @@ class DecoderGraph(nn.Module):
             return {"image": self.last(self.first((given["z"] / self.scaling_factor).to(self.dtype)).float()).tanh()}
 
 
-def norms(module: nn.Module) -> int:
-    """How many group norms a module has."""
-    return sum(isinstance(m, nn.GroupNorm | GroupNormSiLU) for m in module.modules())
+def norms(module: nn.Module, given: Tensors) -> int:
+    """How many group norms a run of a module computes."""
+    found: list[nn.Module] = []
+    handles = [
+        m.register_forward_hook(lambda m, *_: found.append(m)) for m in module.modules() if isinstance(m, nn.GroupNorm | GroupNormSiLU)
+    ]
+    try:
+        module(given)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return len(found)
 
 
 def first_not_finite(module: nn.Module, call: Callable[[], Any]) -> str:

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from sbldm_fast.export import export
+from sbldm_fast.export.modules import UNetGraph
 from sbldm_fast.export.trace import Graph, onnx_bytes
 from torch import Tensor, nn
 
@@ -65,3 +66,24 @@ def test_free_axes_are_named_also_where_two_are_one() -> None:
     assert shapes["a"] == shapes["b"] == shapes["sum"] == ["batch", 3]
     assert shapes["c"] == ["batch", "length"]
     assert shapes["all"] == ["batch", "length + 3"]
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_softmax_of_an_attention_module_is_float32(need_weights: bool) -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            h = x.flatten(2)
+            out: Tensor = self.attention(h, h, h, need_weights=need_weights)[0].reshape(x.shape)
+            return out
+
+    with torch.no_grad():
+        given = {"x": torch.randn(2, 3, 2, 4), "t": torch.zeros(2)}
+        data = onnx_bytes("unet", Graph(UNetGraph(Attends(), torch.float16), given, {}), 21)
+    graph = onnx.load_model_from_string(data).graph
+    made = {o: n for n in graph.node for o in n.output}
+    before = [made[n.input[0]] for n in graph.node if n.op_type == "Softmax"]
+    assert [(n.op_type, n.attribute[0].i) for n in before] == [("Cast", onnx.TensorProto.FLOAT)]
