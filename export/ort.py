@@ -67,7 +67,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest of an exported folder.
 
     Raises:
-        ValueError: there is none, or it is of another format.
+        ValueError: there is none, it is of another format, or something is missing from it.
     """
     if not folder.is_dir():
         raise ValueError(f"folder: {folder} is not a folder, allowed is one that sbldm-fast export wrote")
@@ -110,10 +110,8 @@ class ORTSampler:
     - `step`: the loop here, a session run per step, states bound to two buffers that change places: nothing is copied between steps.
       Batches have the size that `step` was exported with.
     - `sampler`: the loop inside one graph; any batch.
-    - `auto`: `step`.
 
-    On CUDA (compiled for, not run: no CUDA machine has measured it yet) the buffers are on the device, and `cuda_graph` replays a
-    captured step.
+    On CUDA the buffers are on the device, and `cuda_graph` replays a captured step: not run, no CUDA machine has measured it yet.
 
     Args:
         folder: what `export` wrote; every file is checked against its sha256.
@@ -128,14 +126,14 @@ class ORTSampler:
     """
 
     def __init__(
-        self, folder: str | Path, *, providers: Sequence[Any] | None = None, mode: str = "auto", cuda_graph: bool = False,
+        self, folder: str | Path, *, providers: Sequence[Any] | None = None, mode: str = "step", cuda_graph: bool = False,
         fuse: bool = False, threads: int | None = None,
     ) -> None:  # fmt: skip
         folder = Path(folder)
-        if mode not in ("auto", "step", "sampler"):
-            raise ValueError(f"mode: got {mode!r}, allowed are auto, step, sampler")
+        if mode not in ("step", "sampler"):
+            raise ValueError(f"mode: got {mode!r}, allowed are step, sampler")
         self.manifest = manifest_of(folder)
-        self.mode = "step" if mode == "auto" else mode
+        self.mode = mode
         onnxruntime = runtime()
         if providers is None:
             here = onnxruntime.get_available_providers()

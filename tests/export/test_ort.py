@@ -122,7 +122,7 @@ def test_bad_calls_are_named(exported: Exported) -> None:
         ORTSampler(folder)(noise=np.zeros((1, 3, 8, 8), np.float32))
     with pytest.raises(ValueError, match="cond: got"):
         ORTSampler(folder)(1, cond=torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="mode: got 'loop', allowed are auto, step, sampler"):
+    with pytest.raises(ValueError, match="mode: got 'loop', allowed are step, sampler"):
         ORTSampler(folder, mode="loop")
     with pytest.raises(ValueError, match="providers: got CUDAExecutionProvider, allowed on this machine are"):
         ORTSampler(folder, providers=["CUDAExecutionProvider"])
