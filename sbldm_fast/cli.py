@@ -309,7 +309,7 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.
         aside.write_text(table + "\n")
     print(table)
     print("4/4 ONNX export")
-    manifest = run(pipe, out / "onnx")
+    manifest = run(pipe, out / "onnx", progress=True)
     worst = max(g["parity"]["error"] for g in manifest["graphs"].values())
     slow = [r["provider"] for r in rows if "parity" in r and not r["parity"]["ok"]]
     ok = report["ok"] and not slow
