@@ -131,7 +131,8 @@ def export(
         try:
             latents = FastSampler(model, table, shape=shape, mode="eager")(noise=noise, seed=0, callback=keep, **asked)
         except RuntimeError as failure:
-            raise ValueError(f"shape, cond: got {shape}, {manifest['cond']}, which the model does not take: {failure}") from failure
+            why = " ".join(str(failure).split())[:300]
+            raise ValueError(f"shape, cond: got {shape}, {manifest['cond']}, which the model does not take: {why}") from failure
         expected = latents if decode is None else decode(latents)
         graphs = _graphs(own, table, latents, expected, example, fixed, target)
         plain = {"unet": exact.unet, "vae_encoder": exact.encoder, "vae_decoder": exact.decoder}

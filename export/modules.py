@@ -46,10 +46,10 @@ class Float32Islands(TorchFunctionMode):
         if function is F.multi_head_attention_forward:  # what it calls inside does not come here
             with mock.patch.multiple(F, scaled_dot_product_attention=_attention, softmax=_softmax):
                 return function(*args, **kwargs)
-        if function in _WIDE and args[0].dtype == torch.float16:
+        if function in _WIDE and (dtype := (args[0] if args else kwargs["input"]).dtype) == torch.float16:
             wide = [v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for v in args]
             named = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
-            return function(*wide, **named).to(args[0].dtype)
+            return function(*wide, **named).to(dtype)
         return function(*args, **kwargs)
 
 

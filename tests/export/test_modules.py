@@ -89,6 +89,7 @@ def test_norms_and_softmax_are_wide_and_the_rest_is_not() -> None:
         assert model(torch.randn(1, 2, 3, 3).half()).dtype == torch.float16
         assert nn.functional.scaled_dot_product_attention(q, q, q).dtype == torch.float16
         assert q.softmax(-1).dtype == torch.float16
+        assert nn.functional.softmax(input=q, dim=-1).dtype == torch.float16
     kinds = {name.split(".")[1]: dtype for name, dtype in seen}
     assert kinds["native_group_norm"] == kinds["_softmax"] == torch.float32
     assert kinds["convolution"] == torch.float16
