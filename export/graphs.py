@@ -43,7 +43,6 @@ from .trace import Graph, onnx_bytes, program
 # ort: with a dynamic batch ONNX Runtime fuses GroupNorm from the form of this opset, and from no later one.
 # tensorrt: GroupNormalization of opset 21 (TensorRT 10.9); that of 18 is deprecated, and Attention of 23 fails to build.
 OPSETS = {"ort": 18, "tensorrt": 21}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float32}
 # the largest error, of the largest value or of 1, beside twice what PyTorch itself loses; of int8 the root mean square error
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-3, "int8": 2e-2}
 CALIBRATED = 2  # every other step of a run
@@ -100,7 +99,7 @@ def export(
         ValueError: an argument that is not allowed; a missing package; an operator without an ONNX form (named with its module); a
             graph that is not finite, or differs from PyTorch by more than `TOLERANCE` and twice what PyTorch itself loses.
     """
-    for name, value, allowed in (("target", target, OPSETS), ("dtype", dtype, DTYPES)):
+    for name, value, allowed in (("target", target, OPSETS), ("dtype", dtype, TOLERANCE)):
         if value not in allowed:
             raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)}")
     if batch != "dynamic" and (not isinstance(batch, int) or batch < 1):
@@ -124,7 +123,8 @@ def export(
         "cond": {k: list(v.shape[1:]) for k, v in example.items()}, "decodes": decode is not None, "solver": table.to_dict(), "graphs": {},
     }  # fmt: skip
     with whole_folder(out, lose=force) as folder, torch.no_grad(), backend("torch"):
-        exact, own = _networks(source, torch.float32), _networks(source, DTYPES[dtype])
+        exact = _networks(source, torch.float32)
+        own = _networks(source, torch.float16) if dtype == "fp16" else exact
         noise = draw(torch.tensor([[0, i] for i in range(EXAMPLES)]), shape, torch.device("cpu"))
         met = [noise * table.init_noise_sigma]  # x before each step, and after the last
         keep = (lambda i, t, x: met.append(x.clone())) if dtype == "int8" else None

@@ -40,7 +40,7 @@ def runtime() -> Any:
     return onnxruntime
 
 
-def session(data: bytes, providers: Sequence[Any] = CPU, threads: int | None = None) -> Any:
+def session(data: bytes, providers: Sequence[Any] = CPU) -> Any:
     """An ONNX Runtime session of a graph in memory, with as many threads as PyTorch has.
 
     Raises:
@@ -55,7 +55,7 @@ def session(data: bytes, providers: Sequence[Any] = CPU, threads: int | None = N
     if missing := [p for p in (p if isinstance(p, str) else p[0] for p in providers) if p not in here]:
         raise ValueError(f"providers: got {missing[0]}, allowed on this machine are {', '.join(here)}")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # its warnings are about what it folded
     try:
         return onnxruntime.InferenceSession(data, options, providers=list(providers))
@@ -119,7 +119,6 @@ class ORTSampler:
         mode: one of the above.
         cuda_graph: let the CUDA provider capture `step`.
         fuse: on CUDA, a folder for `ort` with its norms fused (`sbldm_fast.export.fusion`).
-        threads: on a CPU; None: as many as PyTorch.
 
     Raises:
         ValueError: an argument that is not allowed, or a folder that is not whole.
@@ -127,7 +126,7 @@ class ORTSampler:
 
     def __init__(
         self, folder: str | Path, *, providers: Sequence[Any] | None = None, mode: str = "step", cuda_graph: bool = False,
-        fuse: bool = False, threads: int | None = None,
+        fuse: bool = False,
     ) -> None:  # fmt: skip
         folder = Path(folder)
         if mode not in ("step", "sampler"):
@@ -157,7 +156,7 @@ class ORTSampler:
 
         def opened(name: str, providers: Sequence[Any]) -> Any:
             data = verified(folder, f"{name}.onnx", graphs[name])
-            return session(fused(data)[0] if fuse else data, providers, threads)
+            return session(fused(data)[0] if fuse else data, providers)
 
         self.device_id = int(options.get("device_id", 0))
         self.run = opened(self.mode, captured)

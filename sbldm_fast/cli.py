@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,11 @@ bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measu
 app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Steps = Annotated[int, typer.Option()]
+Batch = Annotated[str, typer.Option(help="Batch sizes, e.g. 1,8.")]
+Preset = Annotated[str, typer.Option(help="paper, template or demo.")]
+Rounds = Annotated[int, typer.Option(help="Interleaved repetitions.")]
+Rows = Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append the rows to.")]
 Scheduler = StrEnum("Scheduler", ["ddim", "ddpm", "dpm", "unipc"])
 Format = StrEnum("Format", ["png", "npy", "nifti"])
 Split = StrEnum("Split", ["subject", "slice"])
@@ -226,57 +232,39 @@ def _brief(value: Any) -> str:
 
 @bench_app.command("sampling")
 def bench_sampling(
-    steps: Annotated[int, typer.Option()] = 50, batch: Annotated[str, typer.Option(help="Batch sizes, e.g. 1,8.")] = "1,8",
-    preset: Annotated[str, typer.Option(help="paper, template or demo.")] = "paper",
-    rounds: Annotated[int, typer.Option(help="Interleaved repetitions.")] = 5,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append the rows to.")] = None, as_json: Json = False,
+    steps: Steps = 50, batch: Batch = "1,8", preset: Preset = "paper", rounds: Rounds = 5, out: Rows = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Time our modes against diffusers. Example: sbldm-fast bench sampling --steps 50 --batch 1,8 --json"""
     from sbldm_fast.benchmarks.sampling import bench_sampling as run
     from sbldm_fast.benchmarks.table import sampling_table
-    from sbldm_fast.benchmarks.timing import append
 
-    rows = run(preset_name=preset, steps=steps, batches=_sizes(batch), rounds=rounds, say=_say)
-    if out is not None:
-        append(out, rows)
-    print("\n".join(json.dumps(row) for row in rows) if as_json else sampling_table(rows))
+    _report(run(preset_name=preset, steps=steps, batches=_sizes(batch), rounds=rounds, say=_say), sampling_table, out, as_json)
 
 
 @bench_app.command("export")
 def bench_export(
-    steps: Annotated[int, typer.Option()] = 50, batch: Annotated[str, typer.Option(help="Batch sizes, e.g. 1,8.")] = "1,8",
-    preset: Annotated[str, typer.Option(help="paper, template or demo.")] = "paper",
-    rounds: Annotated[int, typer.Option(help="Interleaved repetitions.")] = 5,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append the rows to.")] = None, as_json: Json = False,
+    steps: Steps = 50, batch: Batch = "1,8", preset: Preset = "paper", rounds: Rounds = 5, out: Rows = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Time exported graphs in ONNX Runtime against our modes. Example: sbldm-fast bench export --batch 1"""
     from sbldm_fast.benchmarks.export import bench_export as run
     from sbldm_fast.benchmarks.table import sampling_table
-    from sbldm_fast.benchmarks.timing import append
 
-    rows = run(preset_name=preset, steps=steps, batches=_sizes(batch), rounds=rounds, say=_say)
-    if out is not None:
-        append(out, rows)
-    print("\n".join(json.dumps(row) for row in rows) if as_json else sampling_table(rows))
+    _report(run(preset_name=preset, steps=steps, batches=_sizes(batch), rounds=rounds, say=_say), sampling_table, out, as_json)
 
 
 @bench_app.command("kernels")
 def bench_kernels(
     op: Annotated[list[str] | None, typer.Option(help="An op to time; may be given again. Default: all.")] = None,
-    rounds: Annotated[int, typer.Option(help="Interleaved repetitions.")] = 10,
+    rounds: Rounds = 10,
     large: Annotated[bool, typer.Option(help="Also problems of 64 MB and more.")] = True,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append the rows to.")] = None,
+    out: Rows = None,
     as_json: Json = False,
 ) -> None:
     """Time each fused op against PyTorch and torch.compile. Example: sbldm-fast bench kernels --op group_norm_silu --no-large"""
     from sbldm_fast.benchmarks.kernels import OPS, kernels_table
     from sbldm_fast.benchmarks.kernels import bench_kernels as run
-    from sbldm_fast.benchmarks.timing import append
 
-    rows = run(op or OPS, rounds=rounds, large=large, say=_say)
-    if out is not None:
-        append(out, rows)
-    print("\n".join(json.dumps(row) for row in rows) if as_json else kernels_table(rows))
+    _report(run(op or OPS, rounds=rounds, large=large, say=_say), kernels_table, out, as_json)
 
 
 @app.command()
@@ -322,6 +310,14 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.
 demo {"finished" if ok else "FAILED"} in {time.monotonic() - start:.0f} s""")
     if not ok:
         raise typer.Exit(1)
+
+
+def _report(rows: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], str], out: Path | None, as_json: bool) -> None:
+    from sbldm_fast.benchmarks.timing import append
+
+    if out is not None:
+        append(out, rows)
+    print("\n".join(json.dumps(row) for row in rows) if as_json else table(rows))
 
 
 def _sizes(batch: str) -> list[int]:
