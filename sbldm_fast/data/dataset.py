@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -10,33 +11,62 @@ from torch import Tensor
 
 from sbldm_fast.files import read_json
 
-from .prepare import SPLITS
+from .prepare import FORMAT, SPLITS
 from .volumes import SIZE
 
 
 class Slices:
-    """One split of a prepared folder: `images`, `[N, 1, 128, 128]` float16 in [-1, 1], and `rows` of the manifest.
+    """One split of a prepared folder, mapped from its file, and `rows`, what the manifest says of each slice.
+
+    `slices[index]` is `[n, 1, 128, 128]` float32 in [-1, 1] for an int64 `index` `[n]`.
 
     Raises:
-        ValueError: no prepared folder, an array that does not match its manifest, or an empty split.
+        ValueError: no prepared folder or one of another version, an array that does not match its manifest, or an empty split.
     """
 
     def __init__(self, folder: str | Path, split: str = "train") -> None:
         if split not in SPLITS:
             raise ValueError(f"split: got {split!r}, allowed are {', '.join(SPLITS)}")
         folder = Path(folder)
-        manifest = read_json(folder / "manifest.json")
+        rows = read_manifest(folder)["slices"]
         try:
-            array = np.load(folder / "slices.npy", mmap_mode="r", allow_pickle=False)
+            # copy on write: torch wants memory that it may write to, the file stays as it is
+            array = np.load(folder / "slices.npy", mmap_mode="c", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder / 'slices.npy'} is not readable: {error}") from None
-        if array.shape != (len(manifest["slices"]), SIZE, SIZE):
-            raise ValueError(f"{folder}: slices.npy has shape {array.shape}, the manifest lists {len(manifest['slices'])} slices")
-        index = [i for i, row in enumerate(manifest["slices"]) if row["split"] == split]
+        if array.shape != (len(rows), SIZE, SIZE) or array.dtype != np.float16:
+            raise ValueError(f"{folder}: slices.npy has {array.dtype} of shape {array.shape}, the manifest lists {len(rows)} slices")
+        index = [i for i, row in enumerate(rows) if row["split"] == split]
         if not index:
-            raise ValueError(f"{folder}: the {split} split is empty ({manifest['subjects']} subjects in all)")
-        self.rows = [manifest["slices"][i] for i in index]
-        self.images: Tensor = torch.from_numpy(np.ascontiguousarray(array[index]))[:, None]
+            raise ValueError(f"{folder}: the {split} split is empty ({len({row['subject'] for row in rows})} subjects in all)")
+        self.rows: list[dict[str, Any]] = [rows[i] for i in index]
+        self.array: Tensor = torch.from_numpy(array)
+        self.index = torch.tensor(index)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.index)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.array[self.index[index]][:, None].float()
+
+    def to(self, device: torch.device) -> Self:
+        """The same split held in the memory of `device`; on a CPU it stays in its file."""
+        if device.type != "cpu":
+            self.array, self.index = self.array[self.index].to(device), torch.arange(len(self), device=device)
+        return self
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a prepared folder.
+
+    Raises:
+        ValueError: it is missing, unreadable, empty or of another version.
+    """
+    path = Path(folder) / "manifest.json"
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {manifest.get('format')!r}, allowed is {FORMAT}; run prepare again")
+    rows = manifest.get("slices")
+    if not rows or not all(isinstance(row, dict) and {"split", "subject"} <= row.keys() for row in rows):
+        raise ValueError(f"{path} lists no slices")
+    return manifest

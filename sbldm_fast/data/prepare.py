@@ -3,102 +3,148 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import multiprocessing
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.lib import format as npy
+from PIL import Image
 from tqdm import tqdm
 
 from sbldm_fast.files import whole_folder, write_json
 
+from .covariates import Covariates, read_covariates
+from .dicom import load_dicom
+from .sources import Job, expand, modality_of, subject_of
 from .synthetic import mni152, synthetic_brain
-from .volumes import SIZE, Unusable, axial_slices, load_nifti
+from .volumes import SIZE, Unusable, Volume, axial_slices, load_nifti
 
+FORMAT = 2
 SPLITS = {"train": 0.70, "val": 0.15, "test": 0.15}
-_PICTURES = (".png", ".jpg", ".jpeg")
-_MODALITY = re.compile(r"(?<![a-z0-9])(flair|t1ce|t1gd|t1c|t1w?|t2w?|pd)(?![a-z0-9])", re.IGNORECASE)
-_SUBJECT = re.compile(r"(sub-[A-Za-z0-9]+|patient[_-]?\d+|subject[_-]?\d+|BraTS[A-Za-z0-9-]*_[A-Za-z]*_?\d+)", re.IGNORECASE)
-_NAMES = {"T1W": "T1", "T2W": "T2", "T1GD": "T1CE", "T1C": "T1CE"}
+SHEET_EVERY = 10  # slices to a tile of the contact sheet
+SHEET_TILES = 400  # at most
 
 
 @dataclass
 class Scan:
-    """The slices of one file or one synthetic brain, `[N, 128, 128]`, and what the manifest says of them."""
+    """The slices of one volume or picture, float16 `[N, 128, 128]`, and what the manifest says of them."""
 
     source: str
     subject: str
     modality: str
     slices: np.ndarray
-    positions: Sequence[float | None]
-    covariates: dict[str, float | str] = field(default_factory=dict)
+    positions: Sequence[float | None] = (None,)
+    tilt: float = 0.0
+    covariates: Covariates = field(default_factory=dict)
+
+
+Skipped = list[dict[str, str]]
 
 
 def prepare(
     sources: Sequence[str], out: str | Path, *, split: str = "subject", seed: int = 42, volume: int | None = None, every: int = 1,
-    strict: bool = False, progress: bool = True,
+    covariates: str | Path | None = None, strict: bool = False, workers: int = 1, progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write `slices.npy` (`[N, 128, 128]` float16 in [-1, 1]) and `manifest.json` to the folder `out`; return the manifest.
+    """Write `slices.npy` (`[N, 128, 128]` float16 in [-1, 1]), `manifest.json` and `contact_sheet.png` to the folder `out`.
 
     Args:
-        sources: NIfTI files, folders of NIfTI or PNG/JPG files, `mni152`, `synthetic` or `synthetic:COUNT`.
+        sources: NIfTI files, folders of NIfTI, DICOM or PNG/JPG files, `mni152`, `synthetic` or `synthetic:COUNT`.
         split: `"subject"` keeps all slices of a subject in one of train/val/test (70/15/15); `"slice"` is the leaking split of
             paper 001.
         seed: of the split and of the synthetic population.
         volume: which volume of 4-D files.
         every: keep every n-th slice.
-        strict: raise at the first unusable file instead of naming and skipping it.
+        covariates: a CSV file, see `read_covariates`.
+        strict: raise at the first unusable file, or subject without covariates, instead of naming and skipping it.
+        workers: processes that read at a time; more than one needs a `__main__` that can be imported.
+
+    Returns:
+        The manifest.
 
     Raises:
-        ValueError: a source that does not exist, has nothing to read, or (`strict`) has a broken file.
+        ValueError: a source that does not exist or has nothing to read, an ambiguous table, or (`strict`) a broken file.
     """
     if split not in ("subject", "slice"):
         raise ValueError(f"split: got {split!r}, allowed are subject, slice")
-    if every < 1:
-        raise ValueError(f"every: got {every}, allowed is 1 or more")
-    jobs = [job for source in sources for job in _expand(source)]
-    scans: list[Scan] = []
-    skipped: list[dict[str, str]] = []
-    for job in tqdm(jobs, desc="prepare", unit="scan", disable=not progress):
-        try:
-            scans.append(_read(job, seed, volume))
-        except Unusable as reason:
-            if strict:
-                raise ValueError(f"{job.name}: {reason}") from None
-            skipped.append({"source": job.name, "reason": str(reason)})
+    for name, value in (("every", every), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, allowed is 1 or more")
+    jobs = [job for source in sources for job in expand(source)]
     rows: list[dict[str, Any]] = []
-    kept: list[np.ndarray] = []
-    for scan in scans:
-        for image, position in list(zip(scan.slices, scan.positions, strict=True))[::every]:
-            stored = image.astype(np.float16)
-            kept.append(stored)
-            rows.append({
-                "source": scan.source, "subject": scan.subject, "modality": scan.modality,
-                "position_mm": None if position is None else round(float(position), 3),
-                "covariates": scan.covariates, "sha256": hashlib.sha256(stored.tobytes()).hexdigest(),
-            })  # fmt: skip
-    if not rows:
-        reasons = "; ".join(f"{s['source']}: {s['reason']}" for s in skipped[:3])
-        raise ValueError(f"no usable slice in {', '.join(sources)}" + (f" ({reasons})" if reasons else ""))
-    units = [row["subject"] for row in rows] if split == "subject" else [str(i) for i in range(len(rows))]
-    where = assign_splits(units, seed)
-    for row, unit in zip(rows, units, strict=True):
-        row["split"] = where[unit]
-    manifest: dict[str, Any] = {
-        "format": 1,
-        "convention": "row 0 anterior, column 0 patient's left, square pixels, intensity -1 to 1 per volume",
-        "split": {"by": split, "seed": seed, "slices": dict(Counter(row["split"] for row in rows))},
-        "subjects": len({row["subject"] for row in rows}),
-        "skipped": skipped,
-        "slices": rows,
-    }
+    skipped: Skipped = []
     with whole_folder(out) as folder:
-        np.save(folder / "slices.npy", np.stack(kept))
+        with (folder / "slices.npy").open("wb") as f:
+            _header(f, 0)
+            for scans, left_out in tqdm(
+                _results(jobs, seed, volume, every, workers), "prepare", len(jobs), unit="file", disable=not progress
+            ):
+                if left_out and strict:
+                    raise ValueError(f"{left_out[0]['source']}: {left_out[0]['reason']}")
+                skipped += left_out
+                for scan in scans:
+                    f.write(scan.slices.tobytes())
+                    rows += _rows(scan)
+            if not rows:
+                reasons = "; ".join(f"{s['source']}: {s['reason']}" for s in skipped[:3])
+                raise ValueError(f"no usable slice in {', '.join(sources)}" + (f" ({reasons})" if reasons else ""))
+            f.seek(0)
+            _header(f, len(rows))
+        subjects = sorted({row["subject"] for row in rows})
+        if covariates is not None:
+            without = sorted({row["subject"] for row in rows if not row["covariates"]})  # synthetic brains have their own
+            table = read_covariates(covariates, without)
+            missing = [s for s in without if s not in table]
+            if missing and strict:
+                raise ValueError(f"{covariates} has no row for {missing[0]}")
+            reason = f"no covariates: {Path(covariates).name} has no row for it; its slices are kept"
+            skipped += [{"source": s, "reason": reason} for s in missing]
+            for row in rows:
+                row["covariates"] = table.get(row["subject"], row["covariates"])
+        units = [row["subject"] for row in rows] if split == "subject" else [str(i) for i in range(len(rows))]
+        where = assign_splits(units, seed)
+        for row, unit in zip(rows, units, strict=True):
+            row["split"] = where[unit]
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "convention": "row 0 anterior, column 0 patient's left, square pixels, intensity -1 to 1 per volume; pictures as they are",
+            "split": {"by": split, "seed": seed, "slices": dict(Counter(row["split"] for row in rows))},
+            "subjects": len(subjects),
+            "skipped": skipped,
+            "slices": rows,
+        }
         write_json(folder / "manifest.json", manifest)
+        _contact_sheet(folder)
     return manifest
+
+
+def _header(file: Any, count: int) -> None:
+    # numpy leaves room for the first axis to grow in place
+    npy.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (count, SIZE, SIZE)})
+
+
+def _rows(scan: Scan) -> Iterator[dict[str, Any]]:
+    for image, position in zip(scan.slices, scan.positions, strict=True):
+        yield {
+            "source": scan.source, "subject": scan.subject, "modality": scan.modality,
+            "position_mm": None if position is None else round(float(position), 3), "tilt_deg": round(scan.tilt, 1),
+            "covariates": scan.covariates, "sha256": hashlib.sha256(image.tobytes()).hexdigest(),
+        }  # fmt: skip
+
+
+def _contact_sheet(folder: Path) -> None:
+    """Every tenth slice, or of very many evenly spread ones, as one picture."""
+    from sbldm_fast.sampling.images import save_grid, to_uint8
+
+    array = np.load(folder / "slices.npy", mmap_mode="r", allow_pickle=False)
+    tiles = array[:: max(SHEET_EVERY, -(-len(array) // SHEET_TILES))]
+    save_grid(to_uint8(torch.from_numpy(tiles.astype(np.float32))[:, None]), folder / "contact_sheet.png", "not for diagnosis")
 
 
 def assign_splits(units: Sequence[str], seed: int) -> dict[str, str]:
@@ -111,84 +157,68 @@ def assign_splits(units: Sequence[str], seed: int) -> dict[str, str]:
     return dict(zip(order, names, strict=True))
 
 
-@dataclass(frozen=True)
-class _Job:
-    name: str  # what the manifest and the messages call it
-    kind: str  # nifti, picture, mni152, synthetic
-    path: Path = Path()
-    index: int = 0
-
-
-def _expand(source: str) -> Iterator[_Job]:
-    if source == "mni152":
-        yield _Job("mni152", "mni152")
+def _results(jobs: list[Job], seed: int, volume: int | None, every: int, workers: int) -> Iterable[tuple[list[Scan], Skipped]]:
+    """What each job gives, in the order of the jobs."""
+    read = partial(_read, seed=seed, volume=volume, every=every)
+    if workers == 1 or len(jobs) == 1:
+        yield from map(read, jobs)
         return
-    if source.split(":")[0] == "synthetic":
-        count = source.partition(":")[2] or "20"
-        if not count.isdecimal() or int(count) < 1:
-            raise ValueError(f"{source}: allowed is synthetic or synthetic:COUNT with COUNT of 1 or more")
-        yield from (_Job(f"synthetic/{i:05d}", "synthetic", index=i) for i in range(int(count)))
-        return
-    path = Path(source)
-    if not path.exists():
-        raise ValueError(f"{source} does not exist; allowed are a NIfTI file, a folder, mni152 and synthetic[:COUNT]")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    root = path.parent if path.is_file() else path
-    found = False
-    for file in files:
-        name = f"{path.name}/{file.relative_to(root)}" if path.is_dir() else file.name
-        if file.name.lower().endswith((".nii", ".nii.gz")):
-            found = True
-            yield _Job(name, "nifti", file)
-        elif file.suffix.lower() in _PICTURES:
-            found = True
-            yield _Job(name, "picture", file)
-    if not found:
-        raise ValueError(f"{source} holds no .nii, .nii.gz, .png or .jpg file")
+    # spawned: a fork would share torch's threads. One thread each: the processes are what runs at a time
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(read, jobs)
 
 
-def _read(job: _Job, seed: int, volume: int | None) -> Scan:
-    if job.kind == "synthetic":
-        brain, modality, covariates = synthetic_brain(job.index, seed)
-        slices, positions = axial_slices(brain)
-        return Scan("synthetic", job.name, modality, slices, list(positions), covariates)
-    if job.kind == "mni152":
-        slices, positions = axial_slices(mni152())
-        return Scan("mni152", "mni152", "T1", slices, list(positions))
-    found = _MODALITY.search(job.name.replace("_", " "))
-    name = found.group(1).upper() if found else "unknown"
-    name = _NAMES.get(name, name)
-    if job.kind == "nifti":
-        slices, positions = axial_slices(load_nifti(job.path, volume))
+def _read(job: Job, seed: int, volume: int | None, every: int) -> tuple[list[Scan], Skipped]:
+    """The scans in a job's files, and what was left out with its reason."""
+    scans: list[Scan] = []
+    skipped: Skipped = []
+    if job.kind == "dicom":
+        series, left_out = load_dicom(job.files)
+        parent = job.name.rpartition("/")[0]
+        skipped = [{"source": f"{parent}/{name}" if parent else name, "reason": reason} for name, reason in left_out]
+        several = len({one.patient for one in series}) > 1
+        for number, one in enumerate(series):
+            name = f"{parent or job.name}#{number}" if len(series) > 1 else parent or job.name
+            subject = f"{subject_of(job)}-{one.patient}" if several else subject_of(job)
+            _add(name, subject, modality_of(parent) or modality_of(one.description), one.volume, every, scans, skipped)
+        return scans, skipped
+    try:
+        if job.kind == "archive":
+            raise Unusable("an archive; unpack it first")
+        if job.kind == "synthetic":
+            brain, modality, covariates = synthetic_brain(job.index, seed)
+            _add("synthetic", job.name, modality, brain, every, scans, skipped)
+            scans[0].covariates = covariates
+        elif job.kind == "mni152":
+            _add("mni152", "mni152", "T1", mni152(), every, scans, skipped)
+        elif job.kind == "nifti":
+            _add(job.name, subject_of(job), modality_of(job.name), load_nifti(job.files[0], volume), every, scans, skipped)
+        else:
+            picture = _picture(job.files[0])[None].astype(np.float16)
+            scans.append(Scan(job.name, subject_of(job), modality_of(job.name) or "unknown", picture))
+    except Unusable as reason:
+        skipped.append({"source": job.name, "reason": str(reason)})
+    return scans, skipped
+
+
+def _add(name: str, subject: str, modality: str | None, volume: Volume, every: int, scans: list[Scan], skipped: Skipped) -> None:
+    try:
+        slices, positions = axial_slices(volume)
         if not len(slices):
             raise Unusable("no slice has 10 % of its pixels above the background")
-        return Scan(job.name, _subject(job), name, slices, list(positions))
-    return Scan(job.name, _subject(job), name, _picture(job.path)[None], [None])
-
-
-def _subject(job: _Job) -> str:
-    """The subject that a file's name tells, else its folder below the source, else its name without modality and slice number."""
-    top, _, rest = job.name.rpartition("/")
-    found = _SUBJECT.search(rest) or _SUBJECT.search(top)
-    if found:
-        return f"{job.name.split('/')[0]}/{found.group(1)}" if top else found.group(1)
-    if "/" in top:
-        return top
-    stem = re.sub(r"\.(nii(\.gz)?|png|jpe?g)$", "", rest, flags=re.IGNORECASE)
-    stem = _MODALITY.sub("", stem.replace("_", " "))
-    if job.kind == "picture":
-        stem = re.sub(r"(slice|z)?[ -]*\d+[ -]*$", "", stem, flags=re.IGNORECASE)
-    # a folder of bare numbers says nothing of subjects: it is taken for one
-    return "/".join(part for part in (top, stem.strip(" -").replace(" ", "_")) if part) or job.name
+    except Unusable as reason:
+        skipped.append({"source": name, "reason": str(reason)})
+        return
+    kept = slices[::every].astype(np.float16)
+    scans.append(Scan(name, subject, modality or "unknown", kept, list(positions[::every]), volume.tilt))
 
 
 def _picture(path: Path) -> np.ndarray:
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
             grey = image.convert("F") if image.mode.startswith(("I", "F")) else image.convert("L").convert("F")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Unusable(f"not a readable picture ({error})") from None
     side = max(grey.size)
     values = np.asarray(grey)

@@ -1,9 +1,12 @@
-"""One scan, in RAS order, to axial slices of 128 x 128 square pixels in [-1, 1]."""
+"""One scan, turned to RAS by its affine, to axial slices of 128 x 128 square pixels in [-1, 1]."""
 
 from __future__ import annotations
 
+import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,26 +17,60 @@ SIZE = 128
 FIELD_OF_VIEW = 220.0  # mm: an adult head is about 200 long
 FOREGROUND = -0.8  # intensities above this count as head
 MIN_FOREGROUND = 0.10
-
-
-@dataclass(frozen=True)
-class Volume:
-    """A scan: `array[x, y, z]` with x to the right, y to the front, z upwards (RAS), `zooms` in mm, `origin_z` of slice 0 in mm."""
-
-    array: np.ndarray
-    zooms: tuple[float, float, float]
-    origin_z: float
+MAX_TILT = 20.0  # degrees: up to this the planes that were acquired are what a radiologist calls axial
+MAX_PIXEL = 4.0  # mm: a thick sagittal or coronal stack makes axial stripes
+CHUNK = 2**23  # voxels at a time: the memory that slicing takes beside the scan
+SAMPLES = 2**24  # voxels that intensities are judged by
 
 
 class Unusable(ValueError):
     """A scan that cannot be used; the text says why."""
 
 
+@dataclass(frozen=True)
+class Volume:
+    """A scan: `array[x, y, z]` with x to the right, y to the front, z upwards (RAS), `zooms` in mm, `origin_z` of slice 0 in mm.
+
+    `straighten`, where a scan is too oblique to be turned by its axes: 4 x 4, from voxels of a straight grid of `shape` to those of
+    `array`. `tilt`: degrees between the slices and the axial plane.
+    """
+
+    array: np.ndarray
+    zooms: tuple[float, float, float]
+    origin_z: float
+    shape: tuple[int, int, int]
+    straighten: np.ndarray | None = None
+    tilt: float = 0.0
+
+    def slabs(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The scan from bottom to top, float32 `[x, y, depth]` at a time, each with its first slice's number."""
+        depth = max(1, CHUNK // (self.shape[0] * self.shape[1]))
+        for start in range(0, self.shape[2], depth):
+            stop = min(start + depth, self.shape[2])
+            if self.straighten is None:
+                yield start, self.array[..., start:stop].astype(np.float32)
+            else:
+                from scipy.ndimage import affine_transform
+
+                offset = self.straighten[:3] @ [0, 0, start, 1]
+                yield (
+                    start,
+                    affine_transform(
+                        self.array, self.straighten[:3, :3], offset, (*self.shape[:2], stop - start), np.float32, order=1, cval=self._air
+                    ),
+                )
+
+    @cached_property
+    def _air(self) -> float:
+        return float(self.array.min())
+
+
 def load_nifti(path: Path, volume: int | None = None) -> Volume:
-    """Read a NIfTI file, scaled by its slope and intercept and turned to RAS by its affine.
+    """Read a NIfTI file or pair, scaled by its slope and intercept and turned to RAS by its affine.
 
     Raises:
-        Unusable: missing, truncated, not a NIfTI, 4-D without `volume`, not finite, constant, or a label map.
+        Unusable: missing, truncated, not NIfTI, without an orientation or with two, 4-D without `volume`, not finite, constant, a
+            label map, not numbers, or a header that promises what the file does not hold.
     """
     try:
         import nibabel as nib
@@ -44,30 +81,88 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
         raise ValueError("reading NIfTI needs nibabel: pip install 'sbldm_fast[data]'") from None
 
     if not path.exists():
-        raise Unusable("no such file")
+        raise Unusable("no such file, or a link that leads nowhere")
     try:
-        image = nib.Nifti1Image.from_filename(path)
+        image = nib.load(path)
+        if not isinstance(image, nib.Nifti1Pair):
+            raise Unusable(f"a {type(image).__name__}, which does not say its orientation; allowed is NIfTI")
+        header = image.header
+        if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
+            raise Unusable("the header does not say the orientation: qform_code and sform_code are 0")
+        axes = [nib.aff2axcodes(f) for f in (header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]) if f is not None]
+        if len(set(axes)) == 2:
+            raise Unusable(f"the header says two orientations: sform {''.join(map(str, axes[0]))}, qform {''.join(map(str, axes[1]))}")
+        proxy = image.dataobj
         if len(image.shape) == 4 and (volume is not None or image.shape[3] == 1):
-            index = volume or 0
-            if index >= image.shape[3]:
-                raise Unusable(f"volume {index} asked for, the file has {image.shape[3]}")
-            image = image.slicer[..., index]
-        if len(image.shape) != 3:
+            if (volume or 0) >= image.shape[3]:
+                raise Unusable(f"volume {volume} asked for, the file has {image.shape[3]}")
+        elif len(image.shape) != 3:
             raise Unusable(f"shape {image.shape}: one 3-D volume is needed, pick one of a 4-D file with --volume")
-        image = nib.as_closest_canonical(image)
-        array = np.asarray(image.dataobj, dtype=np.float32)
-    except (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, WrapStructError, ValueError) as error:
+        if header.get_data_dtype().kind not in "iuf":
+            raise Unusable(f"voxels are {header.get_data_dtype()}, allowed are whole and floating-point numbers")
+        promised = math.prod(image.shape) * header.get_data_dtype().itemsize
+        data = Path(image.file_map["image"].filename)
+        # deflate shrinks by 1,032 at most
+        if promised > data.stat().st_size * (1032 if data.suffix == ".gz" else 1):
+            raise Unusable(f"the header promises {promised} bytes of voxels, the file has {data.stat().st_size}")
+        # as it is stored where nothing is to be scaled: a quarter of float64, which nibabel would make of it
+        array = np.asanyarray(proxy) if proxy.slope == 1 and proxy.inter == 0 else np.asarray(proxy, dtype=np.float32)
+        if array.ndim == 4:
+            array = array[..., volume or 0]
+        unit = {"meter": 1000.0, "micron": 1e-3}.get(header.get_xyzt_units()[0], 1.0)
+        affine = np.diag([unit, unit, unit, 1.0]) @ image.affine
+    except (OSError, EOFError, MemoryError, zlib.error, ImageFileError, HeaderDataError, WrapStructError, ValueError) as error:
         if isinstance(error, Unusable):
             raise
         raise Unusable(f"not a readable NIfTI file ({error})") from None
-    if not np.isfinite(array).all():
-        raise Unusable(f"{np.count_nonzero(~np.isfinite(array))} voxels are NaN or infinite")
-    if array.min() == array.max():
+    return oriented(array, affine)
+
+
+def oriented(array: np.ndarray, affine: np.ndarray) -> Volume:
+    """The scan `[i, j, k]` whose voxels `affine` takes to mm in RAS; only a scan that is tilted by more than 20 degrees is resampled.
+
+    Raises:
+        Unusable: a singular affine, voxels that are not finite, all alike or a label map, or pixels too few or too large.
+    """
+    from nibabel.affines import obliquity, voxel_sizes
+    from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+    from nibabel.spaces import vox2out_vox
+
+    if not np.isfinite(affine).all() or min(voxel_sizes(affine)) < 1e-3 or abs(np.linalg.det(affine[:3, :3] / voxel_sizes(affine))) < 0.1:
+        raise Unusable("the affine is singular: it does not say where the voxels are")
+    orientation = io_orientation(affine)
+    affine = affine @ inv_ornt_aff(orientation, array.shape)
+    array = apply_orientation(array, orientation)
+    tilt = math.degrees(max(obliquity(affine)))
+    turn, shape = None, array.shape
+    if tilt > MAX_TILT:
+        shape, straight = vox2out_vox((array.shape, affine), voxel_sizes(affine))
+        turn, affine = np.linalg.inv(affine) @ straight, straight
+    zooms = voxel_sizes(affine)
+    if min(shape[:2]) < 16 or max(zooms[:2]) > MAX_PIXEL:
+        raise Unusable(
+            f"axial slices would have {shape[0]} x {shape[1]} pixels of {zooms[0]:.1f} x {zooms[1]:.1f} mm; "
+            f"allowed are 16 x 16 or more of at most {MAX_PIXEL:.0f} mm"
+        )
+    # the height of a tilted slice is that of its middle
+    z = float((affine @ [(shape[0] - 1) / 2, (shape[1] - 1) / 2, 0, 1])[2])
+    mm = float(zooms[0]), float(zooms[1]), float(zooms[2])
+    scan = Volume(array, mm, z, (int(shape[0]), int(shape[1]), int(shape[2])), turn, 0.0 if turn is not None else tilt)
+    bad = sum(np.count_nonzero(~np.isfinite(slab)) for _, slab in scan.slabs())
+    if bad:
+        raise Unusable(f"{bad} voxels are NaN or infinite")
+    values = _sample(scan)
+    if values.min() == values.max():
         raise Unusable("every voxel has the same value")
-    if len(np.unique(array[::4, ::4])) <= 10:
+    if len(np.unique(values)) <= 10:
         raise Unusable("a label map, not a scan: at most 10 distinct values")
-    zooms = image.header.get_zooms()[:3]
-    return Volume(array, (float(zooms[0]), float(zooms[1]), float(zooms[2])), float(image.affine[2, 3]))
+    return scan
+
+
+def _sample(volume: Volume) -> np.ndarray:
+    """Every voxel, or of a large scan evenly spread ones."""
+    every = math.ceil((math.prod(volume.shape) / SAMPLES) ** (1 / 3))
+    return np.concatenate([slab[::every, ::every, -start % every :: every].ravel() for start, slab in volume.slabs()])
 
 
 def robust_range(array: np.ndarray) -> tuple[float, float]:
@@ -86,19 +181,32 @@ def axial_slices(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         `[N, 128, 128]` float32 in [-1, 1] and `[N]` float64.
+
+    Raises:
+        Unusable: nothing stands out from the background, or what does is no head by its size.
     """
-    low, high = robust_range(volume.array)
-    # [z, y, x] with y turned so that the front is up
-    images = (2 * (volume.array - low) / (high - low) - 1).clip(-1, 1).transpose(2, 1, 0)[:, ::-1]
-    head: np.ndarray = images > FOREGROUND
-    rows = _window(np.any(head, axis=(0, 2)), volume.zooms[1])
-    columns = _window(np.any(head, axis=(0, 1)), volume.zooms[0])
-    padded = np.pad(images, ((0, 0), rows[1], columns[1]), constant_values=-1.0)[:, rows[0], columns[0]]
-    square = F.interpolate(torch.from_numpy(np.ascontiguousarray(padded))[:, None], size=(SIZE, SIZE), mode="bicubic", antialias=True)
-    slices = square[:, 0].clamp(-1, 1).numpy()
-    keep = (slices > FOREGROUND).mean(axis=(1, 2)) >= MIN_FOREGROUND
-    positions = volume.origin_z + volume.zooms[2] * np.arange(len(slices))
-    return slices[keep], positions[keep]
+    low, high = robust_range(_sample(volume))
+
+    def images() -> Iterator[tuple[int, np.ndarray]]:
+        # [z, y, x] with y turned so that the front is up
+        for start, slab in volume.slabs():
+            yield start, (2 * (slab - low) / (high - low) - 1).clip(-1, 1).transpose(2, 1, 0)[:, ::-1]
+
+    inside = [np.zeros(n, bool) for n in (volume.shape[1], volume.shape[0])]
+    for _, image in images():
+        head = image > FOREGROUND
+        for axis, across in enumerate(((0, 2), (0, 1))):
+            inside[axis] |= np.any(head, axis=across)
+    rows, columns = (_window(head, zoom) for head, zoom in zip(inside, volume.zooms[1::-1], strict=True))
+    slices, positions = [], []
+    for start, image in images():
+        padded = np.pad(image, ((0, 0), rows[1], columns[1]), constant_values=-1.0)[:, rows[0], columns[0]]
+        square = F.interpolate(torch.from_numpy(np.ascontiguousarray(padded))[:, None], (SIZE, SIZE), mode="bicubic", antialias=True)
+        done = square[:, 0].clamp(-1, 1).numpy()
+        keep = (done > FOREGROUND).mean(axis=(1, 2)) >= MIN_FOREGROUND
+        slices.append(done[keep])
+        positions.append(volume.origin_z + volume.zooms[2] * (start + np.flatnonzero(keep)))
+    return np.concatenate(slices), np.concatenate(positions)
 
 
 def _window(head: np.ndarray, zoom: float) -> tuple[slice, tuple[int, int]]:
@@ -106,6 +214,9 @@ def _window(head: np.ndarray, zoom: float) -> tuple[slice, tuple[int, int]]:
     inside = np.flatnonzero(head)
     if not inside.size:
         raise Unusable("no voxel stands out from the background")
+    extent = (inside[-1] + 1 - inside[0]) * zoom
+    if extent < 40:
+        raise Unusable(f"what stands out measures {extent:.0f} mm: no head, or wrong voxel sizes")
     length = round(FIELD_OF_VIEW / zoom)
     start = round((inside[0] + inside[-1] + 1 - length) / 2)
     before, after = max(0, -start), max(0, start + length - len(head))

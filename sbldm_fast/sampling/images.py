@@ -26,16 +26,16 @@ def save_png(array: np.ndarray, path: str | Path) -> None:
     _write(Image.fromarray(array), Path(path))
 
 
-def save_grid(array: np.ndarray, path: str | Path) -> None:
-    """Write `[N, H, W]` uint8 as one picture, as square as N allows, with the notice printed below."""
+def save_grid(array: np.ndarray, path: str | Path, notice: str = NOTICE) -> None:
+    """Write `[N, H, W]` uint8 as one picture, as square as N allows, with the notice printed below it."""
     n, height, width = array.shape
     columns = math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     sheet = Image.new("L", (columns * width, rows * height + 14))
     for i, tile in enumerate(array):
         sheet.paste(Image.fromarray(tile), (i % columns * width, i // columns * height))
-    ImageDraw.Draw(sheet).text((3, rows * height + 1), NOTICE, fill=200)
-    _write(sheet, Path(path))
+    ImageDraw.Draw(sheet).text((3, rows * height + 1), notice, fill=200)
+    _write(sheet, Path(path), notice)
 
 
 def save_nifti(images: np.ndarray, path: str | Path) -> None:
@@ -49,8 +49,8 @@ def save_nifti(images: np.ndarray, path: str | Path) -> None:
         aside.write_bytes(gzip.compress(stack.to_bytes(), mtime=0))
 
 
-def _write(image: Image.Image, path: Path) -> None:
+def _write(image: Image.Image, path: Path, notice: str = NOTICE) -> None:
     info = PngImagePlugin.PngInfo()
-    info.add_text("Description", NOTICE)
+    info.add_text("Description", notice)
     with whole_file(path) as aside:
         image.save(aside, format="PNG", pnginfo=info)

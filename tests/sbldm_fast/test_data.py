@@ -6,25 +6,33 @@ import gzip
 import hashlib
 import itertools
 import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sbldm_fast.data import Slices, prepare
 from sbldm_fast.data.prepare import assign_splits
+from sbldm_fast.data.sources import expand
 from sbldm_fast.data.synthetic import CONTRASTS, synthetic_brain
 from sbldm_fast.data.volumes import SIZE, Unusable, axial_slices, load_nifti
 
 
-def head(shape: tuple[int, int, int] = (90, 110, 12), zooms: tuple[float, float, float] = (2.0, 2.0, 5.0)) -> nib.Nifti1Image:
+def head(
+    shape: tuple[int, int, int] = (90, 110, 12), zooms: tuple[float, float, float] = (2.0, 2.0, 5.0), radius: float = 75.0
+) -> nib.Nifti1Image:
     """A round head of 150 mm in RAS, brighter at the front, with a bright spot in its right half."""
     x, y = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * z for n, z in zip(shape[:2], zooms[:2], strict=True)), indexing="ij")
-    disc = (x**2 + y**2 < 75**2) * (200.0 + y)
-    disc[(x - 40) ** 2 + y**2 < 15**2] = 600
+    disc = (x**2 + y**2 < radius**2) * (200.0 + y)
+    disc[(x - radius * 8 / 15) ** 2 + y**2 < (radius / 5) ** 2] = 600
     volume = np.repeat(disc[..., None], shape[2], axis=2).astype(np.float32) + np.random.default_rng(0).normal(0, 0.5, shape)
     affine = np.diag([*zooms, 1.0])
     affine[:3, 3] = [-(n - 1) / 2 * z for n, z in zip(shape, zooms, strict=True)]
@@ -78,6 +86,78 @@ def test_slope_and_intercept_are_applied(tmp_path: Path) -> None:
     np.testing.assert_allclose(slices_of(stored, tmp_path / "b.nii"), slices_of(image, tmp_path / "a.nii"), atol=5e-3)
 
 
+@pytest.mark.parametrize("degrees", [10, 30, 40])
+def test_an_oblique_scan_is_straightened_when_it_is_far_off(degrees: float, tmp_path: Path) -> None:
+    image = head((90, 110, 60), (2.0, 2.0, 2.0))
+    angle = np.radians(degrees)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    turned = nib.Nifti1Image(np.asarray(image.dataobj), turn @ image.affine)  # the head itself is turned: its spot with it
+    volume = load_nifti(save(turned, tmp_path / "a.nii"))
+    assert (volume.straighten is not None) == (degrees > 20)
+    assert volume.tilt == pytest.approx(10 if degrees == 10 else 0, abs=0.1)
+    slices, positions = axial_slices(volume)
+    row, column = np.argwhere(slices[len(slices) // 2] > 0.9).mean(axis=0)
+    away = 0 if degrees == 10 else angle  # planes that were acquired stay as they are
+    assert abs(column - (63.5 + 40 * np.cos(away) * SIZE / 220)) < 2
+    assert abs(row - (63.5 - 40 * np.sin(away) * SIZE / 220)) < 2
+    assert np.allclose(np.diff(positions), 2)
+
+
+def test_formats_of_one_scan_give_the_same_slices(tmp_path: Path) -> None:
+    array = np.asarray(head().dataobj)
+    expected = slices_of(head(), tmp_path / "a.nii")
+    swapped = nib.Nifti1Image(array, head().affine, head().header.as_byteswapped(">"))
+    metres = head()
+    metres.set_sform(np.diag([1e-3, 1e-3, 1e-3, 1]) @ metres.affine, code=1)
+    metres.header.set_xyzt_units("meter")
+    same = {
+        "gz": save(head(), tmp_path / "b.nii.gz"),
+        "big-endian": save(swapped, tmp_path / "c.nii"),
+        "pair": save(nib.Nifti1Pair(array, head().affine), tmp_path / "d.hdr"),
+        "compressed pair": save(nib.Nifti1Pair(array, head().affine), tmp_path / "e.hdr.gz"),
+        "NIfTI-2": save(nib.Nifti2Image(array, head().affine), tmp_path / "f.nii"),
+        "4-D of one": save(voxels(array[..., None]), tmp_path / "g.nii"),
+        "metres": save(metres, tmp_path / "h.nii"),
+        "float64": save(voxels(array.astype(np.float64)), tmp_path / "i.nii"),
+    }
+    for name, path in same.items():
+        np.testing.assert_allclose(axial_slices(load_nifti(path))[0], expected, atol=1e-5, err_msg=name)
+    assert swapped.header.endianness == ">"
+    jobs = list(expand(str(tmp_path)))
+    assert sorted(job.name.rpartition("/")[2] for job in jobs) == ["a.nii", *(p.name for p in same.values())], "a pair is one scan"
+
+
+def test_one_axial_slice_is_a_scan(tmp_path: Path) -> None:
+    whole = slices_of(head(), tmp_path / "a.nii")
+    assert slices_of(voxels(np.asarray(head().dataobj)[..., 6:7]), tmp_path / "b.nii").shape == (1, *whole.shape[1:])
+
+
+def test_slabs_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = load_nifti(save(head(), tmp_path / "a.nii"))
+    expected = axial_slices(volume)
+    monkeypatch.setattr("sbldm_fast.data.volumes.CHUNK", 90 * 110 * 5)
+    assert len(list(volume.slabs())) == 3
+    for a, b in zip(expected, axial_slices(volume), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """A scan of 200 MB takes less than three times that: as it is stored, once more as slices, and a slab of 8 M voxels."""
+    rng = np.random.default_rng(0)
+    array = np.zeros((512, 512, 400), np.int16)
+    array[60:450, 30:480] = rng.integers(100, 1000, (390, 450, 1))
+    path = save(nib.Nifti1Image(array, np.diag([0.45, 0.45, 0.4, 1])), tmp_path / "a.nii.gz")
+    code = (
+        "import resource, sys, torch; from sbldm_fast.data.volumes import axial_slices, load_nifti; import pathlib, nibabel, scipy.ndimage;"
+        "a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; s, _ = axial_slices(load_nifti(pathlib.Path(sys.argv[1])));"
+        "print(len(s), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - a) / 1024)"
+    )
+    count, used = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout.split()
+    assert int(count) == 400
+    assert float(used) < 3 * array.nbytes / 2**20, f"{used} MiB for a scan of {array.nbytes / 2**20} MiB"
+
+
 def test_slices_without_a_head_are_dropped_and_positions_are_mm(tmp_path: Path) -> None:
     image = head()
     array = np.asarray(image.dataobj).copy()
@@ -87,45 +167,113 @@ def test_slices_without_a_head_are_dropped_and_positions_are_mm(tmp_path: Path) 
     np.testing.assert_allclose(positions, (np.arange(4, 12) - 5.5) * 5)
 
 
-def broken(kind: str, path: Path) -> Path:
+def patched(path: Path, at: int, content: bytes) -> None:
+    """Bytes in the header that nibabel would not write."""
+    save(head(), path)
+    whole = bytearray(path.read_bytes())
+    whole[at : at + len(content)] = content
+    path.write_bytes(whole)
+
+
+def voxels(array: np.ndarray, affine: np.ndarray | None = None) -> nib.Nifti1Image:
+    return nib.Nifti1Image(array, head().affine if affine is None else affine)
+
+
+def changed(*values: float) -> nib.Nifti1Image:
+    array = np.asarray(head().dataobj).copy()
+    array[3, 3, : len(values)] = values
+    return voxels(array)
+
+
+def two_orientations() -> nib.Nifti1Image:
     image = head()
-    array = np.asarray(image.dataobj).copy()
-    if kind == "truncated":
-        save(image, path)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif kind == "not a NIfTI":
-        path.write_bytes(gzip.compress(b"hello"))
-    elif kind == "NaN":
-        array[3, 3, 3] = np.nan
-        save(nib.Nifti1Image(array, image.affine), path)
-    elif kind == "constant":
-        save(nib.Nifti1Image(np.ones_like(array), image.affine), path)
-    elif kind == "4-D":
-        save(nib.Nifti1Image(np.stack([array, array], 3), image.affine), path)
-    elif kind == "label map":
-        save(nib.Nifti1Image((array > 100).astype(np.uint8), image.affine), path)
-    return path
+    image.set_qform(image.affine @ np.diag([-1, 1, 1, 1]), code=1)
+    return image
 
 
-BROKEN = {
-    "missing": "no such file",
-    "truncated": "not a readable NIfTI file",
-    "not a NIfTI": "not a readable NIfTI file",
-    "NaN": "1 voxels are NaN or infinite",
-    "constant": "every voxel has the same value",
-    "4-D": r"shape \(90, 110, 12, 2\): one 3-D volume is needed, pick one of a 4-D file with --volume",
-    "label map": "a label map, not a scan",
+def lying_much(path: Path) -> None:
+    """A header that promises 21 TB in a small compressed file."""
+    save(head(), path)
+    whole = bytearray(gzip.decompress(path.read_bytes()))
+    for at in (42, 44, 46):
+        whole[at : at + 2] = (17_500).to_bytes(2, "little")
+    path.write_bytes(gzip.compress(whole))
+
+
+def cut(path: Path) -> None:
+    save(head(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("scan.nii", b"0" * 5000)
+
+
+def analyze(path: Path) -> None:
+    nib.save(nib.AnalyzeImage(np.asarray(head().dataobj), np.eye(4)), path)
+
+
+def half_a_pair(path: Path) -> None:
+    nib.save(nib.Nifti1Pair(np.asarray(head().dataobj), head().affine), path)
+    path.with_suffix(".img").unlink()
+
+
+def unreadable(path: Path) -> None:
+    path.symlink_to("/proc/self/mem")  # opens, and reading address 0 is an input/output error
+
+
+BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "missing": ("a.nii", lambda p: None, "no such file"),
+    "a link that leads nowhere": ("a.nii", lambda p: p.symlink_to("gone"), "or a link that leads nowhere"),
+    "a link to itself": ("a.nii", lambda p: p.symlink_to(p.name), "or a link that leads nowhere"),
+    "unreadable": ("a.nii", unreadable, "not a readable NIfTI file"),
+    "truncated gz": ("a.nii.gz", cut, "not a readable NIfTI file"),
+    "truncated": ("a.nii", cut, r"the header promises 475200 bytes of voxels, the file has 2\d+"),
+    "not a NIfTI": ("a.nii.gz", lambda p: p.write_bytes(gzip.compress(b"hello")), "not a readable NIfTI file"),
+    "empty": ("a.nii", lambda p: p.write_bytes(b""), "not a readable NIfTI file"),
+    "a zip": ("a.nii.gz", zipped, "not a readable NIfTI file"),
+    "half a pair": ("a.hdr", half_a_pair, "not a readable NIfTI file"),
+    "Analyze": ("a.hdr", analyze, r"a .*Analyze.*, which does not say its orientation; allowed is NIfTI"),
+    "a header that lies": (
+        "a.nii",
+        lambda p: patched(p, 42, (2000).to_bytes(2, "little")),
+        r"the header promises 10560000 bytes of voxels, the file has \d+",
+    ),
+    "a header that lies, compressed": ("a.nii.gz", lying_much, r"the header promises 21437500000000 bytes of voxels"),
+    "NaN": ("a.nii", lambda p: save(changed(np.nan), p), "1 voxels are NaN or infinite"),
+    "Inf": ("a.nii", lambda p: save(changed(np.inf, -np.inf), p), "2 voxels are NaN or infinite"),
+    "constant": ("a.nii", lambda p: save(voxels(np.ones((90, 110, 12), np.float32)), p), "every voxel has the same value"),
+    "2-D": ("a.nii", lambda p: save(voxels(np.eye(64, dtype=np.float32)), p), r"shape \(64, 64\): one 3-D volume is needed"),
+    "4-D": ("a.nii", lambda p: save(voxels(np.ones((9, 9, 9, 2), np.float32)), p), r"shape \(9, 9, 9, 2\).*pick one .* with --volume"),
+    "one sagittal slice": ("a.nii", lambda p: save(voxels(np.asarray(head().dataobj)[44:45]), p), "axial slices would have 1 x 110 pixels"),
+    "thick sagittal slices": ("a.nii", lambda p: save(head((24, 110, 90), (7.0, 2.0, 2.0)), p), "24 x 110 pixels of 7.0 x 2.0 mm"),
+    "label map": ("a.nii", lambda p: save(voxels((np.asarray(head().dataobj) > 100).astype(np.uint8)), p), "a label map, not a scan"),
+    "RGB": ("a.nii", lambda p: save(voxels(np.zeros((64, 64, 8), [("R", "u1"), ("G", "u1"), ("B", "u1")])), p), "voxels are .*'R'"),
+    "complex": ("a.nii", lambda p: save(voxels(np.ones((64, 64, 8), np.complex64)), p), "voxels are complex64, allowed are whole"),
+    "no orientation": ("a.nii", lambda p: patched(p, 252, bytes(4)), "qform_code and sform_code are 0"),
+    "two orientations": ("a.nii", lambda p: save(two_orientations(), p), "two orientations: sform RAS, qform LAS"),
+    "singular affine": ("a.nii", lambda p: patched(p, 252, bytes([0, 0, 1, 0, *[0] * 40])), "the affine is singular"),
+    "a mouse": ("a.nii", lambda p: save(head(zooms=(0.2, 0.2, 0.5), radius=7.5), p), "measures 15 mm: no head, or wrong voxel sizes"),
 }
+
+
+def broken(kind: str, folder: Path) -> Path:
+    name, make, _ = BROKEN[kind]
+    folder.mkdir(parents=True, exist_ok=True)
+    make(folder / name)
+    return folder / name
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_file_is_named_with_its_reason(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(Unusable, match=BROKEN[kind]):
-        load_nifti(broken(kind, tmp_path / "scan.nii.gz"))
+    with pytest.raises(Unusable, match=BROKEN[kind][2]):
+        axial_slices(load_nifti(broken(kind, tmp_path)))
 
 
 def test_one_volume_of_a_4d_file(tmp_path: Path) -> None:
-    path = broken("4-D", tmp_path / "scan.nii.gz")
+    array = np.asarray(head().dataobj)
+    path = save(voxels(np.stack([array / 2, array], 3)), tmp_path / "scan.nii.gz")
     np.testing.assert_array_equal(load_nifti(path, 1).array, np.asarray(head().dataobj))
     with pytest.raises(Unusable, match="volume 2 asked for, the file has 2"):
         load_nifti(path, 2)
@@ -133,7 +281,7 @@ def test_one_volume_of_a_4d_file(tmp_path: Path) -> None:
 
 def test_broken_files_are_skipped_and_counted_or_strictly_refused(tmp_path: Path) -> None:
     save(head(), tmp_path / "in" / "sub-01_T1w.nii.gz")
-    broken("NaN", tmp_path / "in" / "sub-02_T1w.nii.gz")
+    save(changed(np.nan), tmp_path / "in" / "sub-02_T1w.nii.gz")
     manifest = prepare([str(tmp_path / "in")], tmp_path / "out", progress=False)
     assert manifest["skipped"] == [{"source": "in/sub-02_T1w.nii.gz", "reason": "1 voxels are NaN or infinite"}]
     assert {row["source"] for row in manifest["slices"]} == {"in/sub-01_T1w.nii.gz"}
@@ -161,8 +309,33 @@ def test_prepared_folder(tmp_path: Path) -> None:
     assert all(len(splits) == 1 for splits in by_subject.values())
     train = Slices(tmp_path / "out")
     assert len(train) == 5 * 2 * 4
-    assert train.images.shape == (40, 1, SIZE, SIZE)
+    batch = train[torch.tensor([3, 0])]
+    assert (batch.shape, batch.dtype) == ((2, 1, SIZE, SIZE), torch.float32)
+    first = manifest["slices"].index(train.rows[3])
+    np.testing.assert_array_equal(batch[0, 0], array[first].astype(np.float32))
+    assert train.array.untyped_storage().nbytes() == array.nbytes, "one map of the file, no copy of a split"
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (3 * SIZE, 2 * SIZE + 14), "six tiles: every tenth of 56 slices"
     assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_processes_change_nothing(tmp_path: Path) -> None:
+    for i in range(3):
+        save(head(), tmp_path / "in" / f"sub-{i}_T1w.nii.gz")
+    broken("NaN", tmp_path / "in")
+    alone = prepare([str(tmp_path / "in"), "synthetic:1"], tmp_path / "a", every=5, progress=False)
+    assert prepare([str(tmp_path / "in"), "synthetic:1"], tmp_path / "b", every=5, workers=2, progress=False) == alone
+    assert (tmp_path / "a" / "slices.npy").read_bytes() == (tmp_path / "b" / "slices.npy").read_bytes()
+
+
+def test_links_are_followed_once_and_archives_are_named(tmp_path: Path) -> None:
+    save(head(), tmp_path / "elsewhere" / "sub-1_T1w.nii.gz")
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "below" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "more.zip").write_bytes(b"PK")
+    manifest = prepare([str(tmp_path / "in")], tmp_path / "out", progress=False)
+    assert {row["source"] for row in manifest["slices"]} == {"in/linked/sub-1_T1w.nii.gz"}
+    assert manifest["skipped"] == [{"source": "in/more.zip", "reason": "an archive; unpack it first"}]
 
 
 def test_splits() -> None:
@@ -190,7 +363,14 @@ def test_slice_split_leaks_as_asked(tmp_path: Path) -> None:
         ("case1/T1.nii.gz", "in/case1", "T1"),
         ("case1/FLAIR.nii.gz", "in/case1", "FLAIR"),
         ("IXI002-Guys-0828-T1.nii.gz", "in/IXI002-Guys-0828", "T1"),
-        ("BraTS-GLI-00005-000-t2w.nii.gz", "in/BraTS-GLI-00005-000", "T2"),
+        ("BraTS-GLI-00005-000/BraTS-GLI-00005-000-t2w.nii.gz", "in/BraTS-GLI-00005", "T2"),
+        ("BraTS-GLI-00005-001/BraTS-GLI-00005-001-t2f.nii.gz", "in/BraTS-GLI-00005", "FLAIR"),
+        ("BraTS-GLI-00005-001/BraTS-GLI-00005-001-t1n.nii.gz", "in/BraTS-GLI-00005", "T1"),
+        ("BraTS2021_00621/BraTS2021_00621_t1ce.nii.gz", "in/BraTS2021_00621", "T1CE"),
+        ("HGG/Brats18_CBICA_AAB_1/Brats18_CBICA_AAB_1_flair.nii.gz", "in/Brats18_CBICA_AAB_1", "FLAIR"),
+        ("HGG/Brats18_2013_10_1/Brats18_2013_10_1_t1.nii.gz", "in/Brats18_2013_10_1", "T1"),
+        ("sub-04/ses-01/anat/sub-04_ses-01_T1w.nii.gz", "in/sub-04", "T1"),
+        ("Zoë-头部/T1.nii.gz", "in/Zoë-头部", "T1"),
     ],
 )
 def test_names_tell_subject_and_modality(name: str, subject: str, modality: str, tmp_path: Path) -> None:
@@ -213,9 +393,14 @@ def test_pictures(tmp_path: Path) -> None:
     Image.fromarray(grey).save(tmp_path / "in" / "case1" / "001.png")
     Image.fromarray(grey.astype(np.uint16) * 200).save(tmp_path / "in" / "case1" / "002.png")
     (tmp_path / "in" / "case1" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "in" / "case1" / "cut.png").write_bytes((tmp_path / "in" / "case1" / "001.png").read_bytes()[:60])
+    Image.new("L", (9, 9)).save(tmp_path / "in" / "case1" / "flat.png")
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "in" / "case1" / "huge.png")
     manifest = prepare([str(tmp_path / "in")], tmp_path / "out", progress=False)
     assert [row["subject"] for row in manifest["slices"]] == ["in/case1", "in/case1"]
-    assert manifest["skipped"][0]["source"] == "in/case1/bad.png"
+    reasons = {s["source"].rpartition("/")[2]: s["reason"] for s in manifest["skipped"]}
+    assert reasons["flat.png"] == "every pixel has the same value"
+    assert all(reasons[name].startswith("not a readable picture") for name in ("bad.png", "cut.png", "huge.png"))
     array = np.load(tmp_path / "out" / "slices.npy").astype(float)
     np.testing.assert_allclose(array[0], array[1], atol=0.02)
     inside = array[0] > 0
@@ -237,12 +422,16 @@ def test_bad_sources_are_named(sources: list[str], message: str, tmp_path: Path)
 
 def test_empty_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no .nii, .nii.gz, .png or .jpg file"):
+    with pytest.raises(ValueError, match=r"empty holds no NIfTI \(.nii, .nii.gz, .hdr\), DICOM, .png or .jpg file"):
         prepare([str(tmp_path / "empty")], tmp_path / "out", progress=False)
-    broken("constant", tmp_path / "empty" / "a.nii.gz")
-    with pytest.raises(ValueError, match=r"no usable slice in .*\(empty/a.nii.gz: every voxel has the same value\)"):
+    broken("constant", tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"no usable slice in .*\(empty/a.nii: every voxel has the same value\)"):
         prepare([str(tmp_path / "empty")], tmp_path / "out", progress=False)
-    for arguments, message in (({"split": "volume"}, "split: got 'volume'"), ({"every": 0}, "every: got 0")):
+    for arguments, message in (
+        ({"split": "volume"}, "split: got 'volume'"),
+        ({"every": 0}, "every: got 0"),
+        ({"workers": 0}, "workers: got 0"),
+    ):
         bad: dict[str, Any] = arguments
         with pytest.raises(ValueError, match=message):
             prepare(["synthetic:1"], tmp_path / "out", progress=False, **bad)
@@ -256,6 +445,9 @@ def test_synthetic_population_is_what_it_says() -> None:
     assert 20 <= float(covariates["age"]) <= 85
     assert covariates["sex"] in ("F", "M")
     assert not np.array_equal(a.array, synthetic_brain(4)[0].array)
+    ages, volumes = np.array([[c["age"], c["ventricle_volume"]] for c in (synthetic_brain(i)[2] for i in range(12))], dtype=float).T
+    assert np.corrcoef(ages, volumes)[0, 1] > 0.6
+    assert 10 < volumes.min() < volumes.max() < 40
     slices, positions = axial_slices(a)
     assert 50 < len(slices) < 90
     assert np.all(np.diff(positions) == 2)
@@ -281,6 +473,16 @@ def test_damaged_prepared_folder_is_named(tmp_path: Path) -> None:
         Slices(tmp_path / "out")
     with pytest.raises(ValueError, match=r"manifest.json does not exist"):
         Slices(tmp_path)
+    manifest = tmp_path / "out" / "manifest.json"
+    for content, message in (
+        ({"format": 1, "slices": [{}]}, "has format 1, allowed is 2; run prepare again"),
+        ({"format": 2, "slices": []}, "lists no slices"),
+        ({"format": 2, "slices": [{"split": "train"}]}, "lists no slices"),
+        ([], "holds a JSON list"),
+    ):
+        manifest.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            Slices(tmp_path / "out")
 
 
 def test_real_scans(ms_scans: Path, tmp_path: Path) -> None:

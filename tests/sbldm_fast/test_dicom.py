@@ -1,0 +1,261 @@
+"""DICOM folders: sorted by position, the right way up, mixed ones split, doubtful ones refused, nothing personal kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, generate_uid
+
+from sbldm_fast.data import prepare
+from sbldm_fast.data.dicom import load_dicom
+from sbldm_fast.data.volumes import SIZE, axial_slices, load_nifti
+
+from .test_data import head, save
+
+SHAPE = (90, 110, 12)
+ZOOMS = (2.0, 2.0, 5.0)
+
+
+def pixels() -> np.ndarray:
+    """The head of the NIfTI tests as whole numbers, `[x, y, z]` in RAS."""
+    array: np.ndarray = np.asarray(head(SHAPE, ZOOMS).dataobj).clip(0).round().astype(np.uint16)
+    return array
+
+
+def one(k: int, image: np.ndarray, **values: Any) -> FileDataset:
+    """Axial slice k as a scanner stores it: rows to the back, columns to the patient's left."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.4"
+    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[str(k), str(sorted(values))])
+    ds = FileDataset("", Dataset(), file_meta=meta, preamble=b"\0" * 128)
+    ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    ds.PatientID, ds.PatientName, ds.SeriesInstanceUID, ds.InstanceNumber = "SECRET-7", "Secret^Name", "1.2.3", 1
+    ds.StudyDate, ds.SeriesDescription = "19990101", "Secret t2 ax"
+    ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    ds.PixelSpacing, ds.SliceThickness = [ZOOMS[1], ZOOMS[0]], ZOOMS[2]
+    # LPS of the first pixel, which is the patient's right front
+    ds.ImagePositionPatient = [-(SHAPE[0] - 1) / 2 * ZOOMS[0], -(SHAPE[1] - 1) / 2 * ZOOMS[1], (k - (SHAPE[2] - 1) / 2) * ZOOMS[2]]
+    ds.Rows, ds.Columns = image.shape
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
+    ds.PixelData = np.ascontiguousarray(image).tobytes()
+    for name, value in values.items():
+        setattr(ds, name, value)
+    return ds
+
+
+def plane(k: int) -> np.ndarray:
+    """`[row, column]`: in RAS x grows to the right, in DICOM columns run to the left and rows to the back."""
+    return pixels()[::-1, ::-1, k].T
+
+
+def series(folder: Path, change: Callable[[int, FileDataset], Any] = lambda k, ds: None, **values: Any) -> Path:
+    """A folder of slices whose names and numbers say nothing of their order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(SHAPE[2]):
+        ds = one(k, plane(k), **values)
+        if change(k, ds) is not False:
+            ds.save_as(folder / f"{(k * 5 + 3) % SHAPE[2]:02d}-{values.get('SeriesInstanceUID', '')}.dcm", enforce_file_format=True)
+    return folder
+
+
+def load(folder: Path) -> tuple[list[Any], list[tuple[str, str]]]:
+    return load_dicom(sorted(folder.iterdir()))
+
+
+@pytest.fixture
+def expected(tmp_path: Path) -> np.ndarray:
+    return axial_slices(load_nifti(save(head(SHAPE, ZOOMS), tmp_path / "same.nii")))[0]
+
+
+def slices_in(folder: Path) -> np.ndarray:
+    got, left_out = load(folder)
+    assert not left_out
+    assert len(got) == 1
+    return axial_slices(got[0].volume)[0]
+
+
+def test_a_series_is_the_nifti_of_it(expected: np.ndarray, tmp_path: Path) -> None:
+    np.testing.assert_allclose(slices_in(series(tmp_path / "d")), expected, atol=0.02)
+
+
+@pytest.mark.parametrize("syntax", ["RLE", "JPEG 2000"])
+def test_compressed_pixels_are_read(syntax: str, expected: np.ndarray, tmp_path: Path) -> None:
+    def compress(k: int, ds: FileDataset) -> None:
+        if syntax == "RLE":
+            ds.compress(RLELossless, generate_instance_uid=False)
+            return
+        from io import BytesIO
+
+        from PIL import Image
+        from pydicom.encaps import encapsulate
+
+        buffer = BytesIO()
+        Image.fromarray(ds.pixel_array).save(buffer, "JPEG2000", irreversible=False)
+        ds.PixelData, ds.file_meta.TransferSyntaxUID = encapsulate([buffer.getvalue()]), JPEG2000Lossless
+        ds["PixelData"].VR = "OB"
+
+    np.testing.assert_allclose(slices_in(series(tmp_path / "d", compress)), expected, atol=0.02)
+
+
+def test_slope_intercept_and_inverted_pixels(expected: np.ndarray, tmp_path: Path) -> None:
+    def rescale(k: int, ds: FileDataset) -> None:
+        ds.RescaleSlope, ds.RescaleIntercept = 2 + k, -100  # its own for each slice, as in PET
+        ds.PixelData = np.ascontiguousarray(((plane(k) * 12 + 100) / (2 + k)).round().astype(np.uint16)).tobytes()
+
+    def invert(k: int, ds: FileDataset) -> None:
+        ds.PhotometricInterpretation = "MONOCHROME1"
+        ds.PixelData = np.ascontiguousarray(1000 - plane(k)).tobytes()
+
+    np.testing.assert_allclose(slices_in(series(tmp_path / "a", rescale)), expected, atol=0.03)
+    np.testing.assert_allclose(slices_in(series(tmp_path / "b", invert)), expected, atol=0.02)
+
+
+def test_a_sagittal_series_becomes_axial_slices(expected: np.ndarray, tmp_path: Path) -> None:
+    fine = head((90, 110, 80), (2.0, 2.0, 2.0))
+    array = np.asarray(fine.dataobj).clip(0).round().astype(np.uint16)
+    (tmp_path / "d").mkdir()
+    for i in range(90):
+        ds = one(i, array[i, ::-1, ::-1].T)  # rows downwards, columns to the back
+        ds.ImageOrientationPatient, ds.PixelSpacing = [0, 1, 0, 0, 0, -1], [2, 2]
+        ds.ImagePositionPatient = [-(i - 44.5) * 2, -54.5 * 2, 39.5 * 2]
+        ds.save_as(tmp_path / "d" / f"{i}.dcm", enforce_file_format=True)
+    got = slices_in(tmp_path / "d")
+    want = axial_slices(load_nifti(save(fine, tmp_path / "same.nii")))[0]
+    np.testing.assert_allclose(got, want, atol=0.02)
+
+
+def test_mixed_series_time_points_and_patients_are_split(tmp_path: Path) -> None:
+    folder = series(tmp_path / "in" / "case" / "T1w")
+    series(folder, SeriesInstanceUID="1.2.4", PatientID="OTHER")
+    series(folder, SeriesInstanceUID="1.2.5", AcquisitionNumber=1, SOPInstanceUID="1.9")
+
+    def later(k: int, ds: FileDataset) -> None:
+        ds.SOPInstanceUID = f"1.8.{k}"
+
+    def first(k: int, ds: FileDataset) -> None:
+        ds.SOPInstanceUID = f"1.7.{k}"
+
+    for file in folder.glob("*-1.2.5.dcm"):
+        file.unlink()
+    series(folder, first, SeriesInstanceUID="1.2.5", AcquisitionNumber=1)
+    for file in folder.glob("*-1.2.5.dcm"):
+        file.rename(file.with_suffix(".one.dcm"))
+    series(folder, later, SeriesInstanceUID="1.2.5", AcquisitionNumber=2)
+    manifest = prepare([str(tmp_path / "in")], tmp_path / "out", progress=False)
+    assert manifest["skipped"] == []
+    found = sorted({(row["source"], row["subject"], row["modality"]) for row in manifest["slices"]})
+    assert [source for source, _, _ in found] == [f"in/case/T1w#{i}" for i in range(4)]
+    assert {subject for _, subject, _ in found} == {"in/case-0", "in/case-1"}
+    assert {modality for _, _, modality in found} == {"T1"}
+    assert len(manifest["slices"]) == 4 * SHAPE[2]
+
+
+def test_the_layout_of_rsna_miccai(tmp_path: Path) -> None:
+    for subject in ("00000", "00002"):
+        for modality in ("FLAIR", "T1w", "T1wCE", "T2w"):
+            series(tmp_path / "train" / subject / modality, SeriesInstanceUID=f"1.{modality[1]}.{len(modality)}")
+    rows = prepare([str(tmp_path / "train")], tmp_path / "out", every=6, progress=False)["slices"]
+    assert {(row["subject"], row["modality"]) for row in rows} == {
+        (f"train/{subject}", modality) for subject in ("00000", "00002") for modality in ("FLAIR", "T1", "T1CE", "T2")
+    }
+
+
+def test_nothing_personal_is_kept(tmp_path: Path) -> None:
+    prepare([str(series(tmp_path / "scan"))], tmp_path / "out", progress=False)
+    text = (tmp_path / "out" / "manifest.json").read_text()
+    assert not [word for word in ("SECRET", "Secret", "19990101", "1.2.3") if word in text]
+    assert json.loads(text)["slices"][0]["modality"] == "T2", "of the description only the contrast"
+    assert b"Secret" not in (tmp_path / "out" / "contact_sheet.png").read_bytes()
+
+
+def drop(k: int, ds: FileDataset) -> bool:
+    return k not in (4, 5)
+
+
+def double(k: int, ds: FileDataset) -> None:
+    if k == 4:
+        ds.ImagePositionPatient = one(5, plane(5)).ImagePositionPatient
+
+
+def without(name: str) -> Callable[[int, FileDataset], None]:
+    def change(k: int, ds: FileDataset) -> None:
+        if k == 4:
+            delattr(ds, name)
+
+    return change
+
+
+def set_in_one(name: str, value: Any) -> Callable[[int, FileDataset], None]:
+    def change(k: int, ds: FileDataset) -> None:
+        if k == 4:
+            setattr(ds, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop, "slices are missing: gaps of 5.00 to 15.00 mm"),
+        (double, "1 slices lie where another one lies, and none of"),
+        (without("ImagePositionPatient"), "no ImagePositionPatient: where the slice lies cannot be known"),
+        (without("ImageOrientationPatient"), "no ImageOrientationPatient"),
+        (set_in_one("NumberOfFrames", 9), "many frames in one file"),
+        (set_in_one("PhotometricInterpretation", "RGB"), "RGB pixels, allowed are MONOCHROME1 and 2"),
+        (set_in_one("PixelData", b"123"), "are not readable"),
+        (set_in_one("PixelSpacing", [0, 0]), "the affine is singular"),
+    ],
+)
+def test_a_doubtful_series_is_refused_with_the_reason(change: Callable[[int, FileDataset], Any], message: str, tmp_path: Path) -> None:
+    got, left_out = load(series(tmp_path / "d", change))
+    assert not got
+    assert any(message in reason for _, reason in left_out)
+    for name, _ in left_out:
+        assert ".dcm" in name
+
+
+def test_files_that_are_no_slices_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    folder = series(tmp_path / "d")
+    (folder / "garbage.dcm").write_bytes(b"not DICOM at all" * 20)
+    report = one(0, plane(0))
+    for name in ("Rows", "Columns", "PixelData"):
+        delattr(report, name)
+    report.SOPInstanceUID = "1.5"
+    report.save_as(folder / "report.dcm", enforce_file_format=True)
+    copy = folder / "zz-copy.dcm"
+    copy.write_bytes((folder / "00-.dcm").read_bytes())
+    got, left_out = load(folder)
+    assert len(got) == 1
+    assert got[0].volume.shape == SHAPE
+    assert dict(left_out)["report.dcm"] == "no image in it"
+    assert dict(left_out)["zz-copy.dcm"] == "a copy of 00-.dcm"
+    assert dict(left_out)["garbage.dcm"].startswith("not a readable DICOM file")
+
+
+def test_a_file_without_an_ending_is_known_by_its_preamble(tmp_path: Path) -> None:
+    folder = series(tmp_path / "d")
+    for file in folder.iterdir():
+        file.rename(file.with_suffix(""))
+    (folder / "README").write_text("no scan")
+    assert len(prepare([str(folder)], tmp_path / "out", progress=False)["slices"]) == SHAPE[2]
+
+
+def test_the_real_series(ms_scans: Path, tmp_path: Path) -> None:
+    manifest = prepare([str(ms_scans.parent / "dicom_t1_axial")], tmp_path / "out", progress=False)
+    rows = manifest["slices"]
+    assert manifest["skipped"] == []
+    assert {(row["source"], row["subject"], row["modality"]) for row in rows} == {("dicom_t1_axial", "dicom_t1_axial", "T1")}
+    positions = [row["position_mm"] for row in rows]
+    assert positions == sorted(positions)
+    assert 7 < rows[0]["tilt_deg"] < 8
+    middle = np.load(tmp_path / "out" / "slices.npy").astype(float)[len(rows) // 2] > -0.8
+    height, width = (np.ptp(np.flatnonzero(middle.any(axis=a))) * 220 / SIZE for a in (1, 0))
+    assert 165 < height < 220
+    assert 130 < width < 190
