@@ -1,7 +1,7 @@
 # make demo and make test set up everything they need in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS ?= onnx,bench,data,dev
+EXTRAS ?= onnx,bench,data,train,dev
 
 # A machine whose Python already has a CUDA torch keeps it; elsewhere the tested set is installed.
 CUDA_SITE := $(shell $(PYTHON) -c "import pathlib, torch; assert torch.cuda.is_available(); print(pathlib.Path(torch.__file__).parents[1])" 2>/dev/null)

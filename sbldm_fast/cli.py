@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +28,7 @@ Scheduler = StrEnum("Scheduler", ["ddim", "ddpm", "dpm", "unipc"])
 Format = StrEnum("Format", ["png", "npy", "nifti"])
 Split = StrEnum("Split", ["subject", "slice"])
 Amp = StrEnum("Amp", ["auto", "off", "fp16", "bf16"])
+Prediction = StrEnum("Prediction", ["epsilon", "sample", "v_prediction"])
 Dtype = StrEnum("Dtype", ["float32", "float16", "bfloat16"])
 Target = StrEnum("Target", ["ort", "tensorrt"])
 Precision = StrEnum("Precision", ["fp32", "fp16", "int8"])
@@ -60,13 +63,15 @@ def print_doctor(report: dict[str, Any]) -> None:
 
 @app.command()
 def prepare(
-    sources: Annotated[list[str], typer.Argument(help="NIfTI files, folders of NIfTI or PNG/JPG, mni152, synthetic[:COUNT].")],
+    sources: Annotated[list[str], typer.Argument(help="NIfTI files, folders of NIfTI, DICOM or PNG/JPG, mni152, synthetic[:COUNT].")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
     split: Annotated[Split, typer.Option(help="subject keeps a subject in one split; slice leaks, as paper 001 does.")] = Split.subject,
     seed: Annotated[int, typer.Option(help="Of the split and of the synthetic brains.")] = 42,
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of 4-D files.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Keep every n-th slice.")] = 1,
+    covariates: Annotated[Path | None, typer.Option(help="CSV file, its first column the subject.")] = None,
     strict: Annotated[bool, typer.Option(help="Stop at the first unusable file.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read at a time (default: one per core).")] = None,
     as_json: Json = False,
 ) -> None:
     """Turn scans into training slices. Example: sbldm-fast prepare scans/ synthetic:20 -o data"""
@@ -74,13 +79,28 @@ def prepare(
 
     if split == "slice":
         print("warning: --split slice puts slices of one subject into train and test", file=sys.stderr)
-    manifest = run(sources, out, split=split.value, seed=seed, volume=volume, every=every, strict=strict, progress=not as_json)
+    manifest = run(
+        sources, out, split=split.value, seed=seed, volume=volume, every=every, covariates=covariates, strict=strict,
+        workers=workers or os.cpu_count() or 1, progress=not as_json,
+    )  # fmt: skip
     done = {"out": str(out), "slices": len(manifest["slices"]), "subjects": manifest["subjects"], "split": manifest["split"]["slices"],
             "skipped": manifest["skipped"]}  # fmt: skip
     for one in manifest["skipped"]:
         print(f"skipped {one['source']}: {one['reason']}", file=sys.stderr)
-    text = f"{done['slices']} slices of {done['subjects']} subjects in {out} {done['split']}, {len(manifest['skipped'])} files skipped"
-    print(json.dumps(done) if as_json else text)
+    if as_json:
+        print(json.dumps(done))
+        return
+    table: dict[tuple[str, str, str], list[Any]] = {}
+    for row in manifest["slices"]:
+        line = table.setdefault((row["source"].split("/")[0], row["modality"], row["split"]), [set(), set(), 0])
+        line[0].add(row["subject"])
+        line[1].add((row["subject"], row["source"]))
+        line[2] += 1
+    print(f"{'source':24} {'modality':9} {'split':6} {'subjects':>8} {'scans':>6} {'slices':>7}")
+    for (source, modality, part), (people, scans, count) in sorted(table.items()):
+        print(f"{source[:24]:24} {modality:9} {part:6} {len(people):8} {len(scans):6} {count:7}")
+    summary = f"{done['slices']} slices of {done['subjects']} subjects, {len(manifest['skipped'])} skipped"
+    print(f"{summary}; look at {out / 'contact_sheet.png'}")
 
 
 @app.command()
@@ -88,35 +108,58 @@ def train(
     out: Annotated[Path, typer.Argument(help="Run folder: log, checkpoints and, at the end, pipeline/.")],
     data: Annotated[Path, typer.Option(help="A folder that prepare wrote.")],
     preset: Annotated[str, typer.Option(help="paper, template or demo.")] = "demo",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the UNet.")] = 100_000,
     vae_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the VAE (default: as --steps).")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch of the UNet.")] = 16,
     vae_batch: Annotated[int, typer.Option(min=1, help="Batch of the VAE.")] = 32,
     lr: Annotated[float, typer.Option(help="Learning rate of the UNet.")] = 2e-4,
     vae_lr: Annotated[float, typer.Option(help="Learning rate of the VAE.")] = 1e-4,
-    warmup: Annotated[int, typer.Option(min=0, help="Warmup steps of both.")] = 1000,
+    warmup: Annotated[int, typer.Option(min=0, help="Warmup steps of both, a tenth of all at most.")] = 1000,
     ema_decay: Annotated[float, typer.Option(min=0, max=0.99999)] = 0.9999,
     views: Annotated[int, typer.Option(min=1, help="Augmented copies of each slice among the latents.")] = 4,
     l1: Annotated[bool, typer.Option("--l1", help="L1 instead of MSE for the VAE.")] = False,
+    prediction_type: Annotated[Prediction | None, typer.Option(help="Default: that of the preset.")] = None,
+    min_snr: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, 5 in its paper.")] = None,
+    frequency: Annotated[tuple[float, float, float], typer.Option(help="Weight of low and high frequencies, cutoff.")] = (1, 1, 0.25),
+    spectral: Annotated[float, typer.Option(help="Lambda of 001 equation 4, 0.1 there; it rescales the loss.")] = 0.0,
+    cutmix: Annotated[float, typer.Option(help="Probability of latent CutMix, 0.25 in 001.")] = 0.0,
     amp: Annotated[Amp, typer.Option(help="auto: bf16 where native, else fp16 on CUDA.")] = Amp.auto,
     compiled: Annotated[bool, typer.Option("--compile", help="Train through torch.compile.")] = False,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints and validations.")] = 1000,
+    keep: Annotated[int, typer.Option(min=1, help="Checkpoints to keep of each stage, beside the best.")] = 3,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
-    """Train the VAE, then the UNet; run it again to go on. Example: sbldm-fast train run --data data --preset demo --steps 200"""
+    """Train the VAE, then the UNet. Example: sbldm-fast train run --data data --preset demo --steps 200 --vae-steps 100
+
+    On several devices: torchrun --nproc-per-node=2 -m sbldm_fast train run --data data
+    """
     import torch
 
     from sbldm_fast import preset as find
-    from sbldm_fast.training import Optimisation, train_pipeline
+    from sbldm_fast.training import Objective, Optimisation, Stopped, torchrun, train_pipeline
 
     def stage(steps: int, batch: int, lr: float, ema: float) -> Optimisation:
-        return Optimisation(steps, batch, lr, warmup=min(warmup, steps // 10), ema_decay=ema, seed=seed, amp=amp.value, compile=compiled)
+        return Optimisation(steps, batch, lr, warmup=min(warmup, steps // 10), ema_decay=ema, seed=seed, amp=amp.value, compile=compiled,
+                            save_every=save_every, keep=keep)  # fmt: skip
 
+    p = find(preset)
+    if prediction_type is not None:
+        p = p._replace(scheduler=replace(p.scheduler, prediction_type=prediction_type.value))
     start = time.monotonic()
-    result = train_pipeline(
-        find(preset), data, out, vae=stage(vae_steps or steps, vae_batch, vae_lr, 0.0), unet=stage(steps, batch, lr, ema_decay),
-        recon="l1" if l1 else "mse", views=views, device="cuda" if torch.cuda.is_available() else "cpu", progress=not as_json,
-    )  # fmt: skip
+    with torchrun() as device:
+        try:
+            result = train_pipeline(
+                p, data, out, vae=stage(vae_steps or steps, vae_batch, vae_lr, 0.0), unet=stage(steps, batch, lr, ema_decay),
+                objective=Objective(*frequency, spectral, cutmix, min_snr), recon="l1" if l1 else "mse", views=views, resume=resume,
+                device=device, progress=not as_json,
+            )  # fmt: skip
+        except Stopped as stopped:
+            print(f"sbldm-fast: {stopped}; the same command with --resume continues", file=sys.stderr)
+            raise typer.Exit(130) from None
+        if torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return
     result |= {"pipeline": str(out / "pipeline"), "seconds": round(time.monotonic() - start, 1)}
     text = f"trained on {result['slices']} slices of {result['subjects']} subjects in {result['seconds']} s: {result['pipeline']}"
     print(json.dumps(result) if as_json else text)

@@ -169,7 +169,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "demo": Preset(
         VAEConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1),
-        UNetConfig(block_out_channels=(32, 64, 128), norm_num_groups=8, time_embed_dim=256, dropout=0.0),
+        UNetConfig(block_out_channels=(32, 64, 128), attention_head_dim=32, norm_num_groups=8, time_embed_dim=256, dropout=0.0),
         _LATENT,
     ),
 }

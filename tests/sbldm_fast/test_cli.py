@@ -45,6 +45,13 @@ def test_prepare_train_sample_end_to_end(run: Any, tmp_path: Path) -> None:
                        "--vae-batch", "2", "--views", "1", "--amp", "off", "--json")  # fmt: skip
     assert code == 0
     pipeline = json.loads(out)["pipeline"]
+    again = ("train", tmp_path / "r", "--data", tmp_path / "d", "--preset", "demo", "--steps", "2")
+    code, _, err = run(*again)
+    assert code == 1
+    assert "holds a run (checkpoint-vae-00000002); allowed is a new folder, or --resume to go on with it" in err
+    code, _, err = run(*again, "--resume")
+    assert code == 1
+    assert "batch_size: got 32, but" in err
     code, out, err = run("sample", pipeline, "-n", "3", "--steps", "2", "--batch", "2", "-o", tmp_path / "s", "--json")
     assert code == 0
     assert json.loads(out)["notice"] == NOTICE
@@ -109,7 +116,7 @@ def test_errors_are_one_sentence_and_exit_1(run: Any, folder: Path, tmp_path: Pa
     out = ("-o", tmp_path / "o")
     for arguments, message in (
         (("prepare", tmp_path / "nothing", *out), "nothing does not exist"),
-        (("prepare", tmp_path / "empty", *out), "holds no .nii"),
+        (("prepare", tmp_path / "empty", *out), "holds no NIfTI"),
         (("prepare", tmp_path / "bad.nii.gz", *out), "not a readable NIfTI file"),
         (("train", tmp_path / "r", "--data", tmp_path / "empty", "--steps", "1"), "manifest.json does not exist"),
         (("train", tmp_path / "r", "--data", tmp_path, "--preset", "big"), "preset: got 'big'"),

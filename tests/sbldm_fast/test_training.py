@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +23,13 @@ from torch import Tensor, nn
 from sbldm_fast import Pipeline, preset
 from sbldm_fast.data import prepare
 from sbldm_fast.models.config import Preset
-from sbldm_fast.training import Optimisation, train_pipeline
+from sbldm_fast.training import Objective, Optimisation, train_pipeline
 from sbldm_fast.training.loop import amp_dtype, batches, train
 from sbldm_fast.training.stages import augment
 
 SMALL = Preset(
     replace(preset("demo").vae, block_out_channels=(8, 8, 8, 8)),
-    replace(preset("demo").unet, block_out_channels=(16, 16), layers_per_block=1, time_embed_dim=32, dropout=0.1),
+    replace(preset("demo").unet, block_out_channels=(16, 16), attention_head_dim=8, layers_per_block=1, time_embed_dim=32, dropout=0.1),
     preset("demo").scheduler,
 )
 
@@ -52,37 +59,233 @@ def test_both_stages_end_in_a_pipeline_that_samples(data: Path, tmp_path: Path) 
     assert pipe.vae.config.scaling_factor == result["scaling_factor"]
     assert pipe.sample(1, steps=2).shape == (1, 1, 128, 128)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row["stage"] for row in rows] == ["vae", "unet"]
-    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert [(row["stage"], row["step"]) for row in rows if "loss" in row] == [("vae", 3), ("unet", 3)]
+    assert [(row["stage"], row["step"]) for row in rows if "val" in row] == [(n, i) for n in ("vae", "unet") for i in (2, 3)]
+    assert all(math.isfinite(row.get("loss", row.get("val"))) for row in rows)
+    for name in ("vae", "unet"):
+        best = min((row["val"], row["step"]) for row in rows if row["stage"] == name and "val" in row)
+        assert result["kept_steps"][name] == best[1]
+    with pytest.raises(ValueError, match=r"holds a run \(checkpoint-.*\); allowed is a new folder, or --resume"):
+        train_pipeline(SMALL, data, tmp_path, vae=optimisation(3), unet=optimisation(3, ema_decay=0.9), progress=False)
 
 
-def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments: dict[str, Any] = {"vae": optimisation(3), "unet": optimisation(5, ema_decay=0.9), "views": 1, "progress": False}
-    train_pipeline(SMALL, data, tmp_path / "whole", **arguments)
+RUN = """
+import pathlib, sys
+from sbldm_fast.training import Objective, Optimisation, Stopped, torchrun, train_pipeline
+from tests_training import SMALL
+def stage(**values):
+    return Optimisation(steps=30, batch_size=4, lr=1e-3, save_every=4, amp="off", **values)
+with torchrun() as device:
+    try:
+        train_pipeline(SMALL, sys.argv[1], sys.argv[2], vae=stage(), unet=stage(ema_decay=0.9), device=device, views=2, resume=True,
+                       objective=Objective(low_weight=2.0, snr_gamma=5.0, cutmix_prob=float(sys.argv[3])), progress=False)
+    except (Stopped, OSError) as error:
+        sys.exit(str(error))
+"""
 
-    class Cut(Exception):
-        pass
 
-    calls = 0
-    lr_at = Optimisation.lr_at
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that the tests kill: this file's small models, trained for 30 steps of each stage."""
+    folder = tmp_path_factory.mktemp("script")
+    (folder / "run.py").write_text(RUN)
+    lines = "\n".join(f"    {part!r}," for part in SMALL)
+    (folder / "tests_training.py").write_text(
+        f"from sbldm_fast.models.config import *\nSMALL = Preset(\n{lines}\n)\n"  # the configurations print as what makes them
+    )
+    return folder / "run.py"
 
-    def cut(self: Optimisation, step: int) -> float:
-        nonlocal calls
-        calls += 1
-        if calls == 3 + 1 + 4:  # three steps of the VAE and their row, then step 3 of the UNet, after its checkpoint at 2
-            raise Cut
-        return lr_at(self, step)
 
-    monkeypatch.setattr(Optimisation, "lr_at", cut)
-    with pytest.raises(Cut):
-        train_pipeline(SMALL, data, tmp_path / "cut", **arguments)
-    assert [p.name for p in (tmp_path / "cut").glob("checkpoint-unet*")] == ["checkpoint-unet-00000002"]
-    assert not (tmp_path / "cut" / "pipeline").exists()
-    monkeypatch.undo()
-    train_pipeline(SMALL, data, tmp_path / "cut", **arguments)
-    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+def start(script: Path, data: Path, folder: Path, cutmix: float = 0.25, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, str(script), str(data), str(folder), str(cutmix)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """The log without what a clock says."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "items_per_s")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(script: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert start(script, data, folder).wait() == 0
+    assert len(curve(folder)) == 2 * (8 + 1)
+    return folder
+
+
+def same_run(a: Path, b: Path) -> None:
+    assert curve(a) == curve(b)
+    expected, got = weights(a), weights(b)
     for name in expected:
         assert torch.equal(expected[name], got[name]), name
+
+
+def wait_for(folder: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None and not list(folder.glob(pattern)):
+        time.sleep(0.001)
+
+
+def test_killed_at_any_point_it_goes_on_to_the_same_end(script: Path, data: Path, whole: Path, tmp_path: Path) -> None:
+    # KILLS=20 for the long form
+    rng = random.Random(os.environ.get("KILLS", ""))
+    for _ in range(int(os.environ.get("KILLS", "2"))):
+        process = start(script, data, tmp_path)
+        had = set(tmp_path.iterdir())
+        while process.poll() is None and set(tmp_path.iterdir()) == had:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        process.wait()
+    (tmp_path / ".best-vae.killed.part").mkdir(exist_ok=True)
+    assert start(script, data, tmp_path).wait() == 0
+    same_run(whole, tmp_path)
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith((".part", ".old"))], "what kills left is cleared"
+
+
+def test_a_signal_saves_and_ends(script: Path, data: Path, whole: Path, tmp_path: Path) -> None:
+    process = start(script, data, tmp_path)
+    wait_for(tmp_path, "checkpoint-unet-00000004", process)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate()[1]
+    assert process.returncode == 1
+    assert "unet: stopped by SIGTERM at step" in error
+    at = int(error.split("at step ")[1].split(";")[0])
+    assert (tmp_path / f"checkpoint-unet-{at:08d}").is_dir()
+    assert at < 30
+    assert start(script, data, tmp_path).wait() == 0
+    same_run(whole, tmp_path)
+
+
+def test_a_full_disk_stops_and_names_the_last_good_checkpoint(script: Path, data: Path, whole: Path, tmp_path: Path) -> None:
+    process = start(script, data, tmp_path)
+    wait_for(tmp_path, "checkpoint-unet-00000008", process)
+    process.kill()
+    process.wait()
+    good = sorted(tmp_path.glob("checkpoint-unet-*"))[-1]
+
+    def full() -> None:  # a write beyond 60 kB fails, as on a disk that is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    process = start(script, data, tmp_path, preexec_fn=full)
+    error = process.communicate()[1]
+    assert process.returncode == 1
+    assert "File too large" in error
+    assert f"last good checkpoint: {good}" in error
+    assert sorted(tmp_path.glob("checkpoint-unet-*"))[-1] == good
+    assert start(script, data, tmp_path).wait() == 0
+    same_run(whole, tmp_path)
+
+
+def test_two_processes_have_the_curve_of_one(script: Path, data: Path, tmp_path: Path) -> None:
+    """To rounding: dropout and CutMix, which look at one process's part, are off."""
+    without = script.with_name("tests_training.py")
+    text = without.read_text()
+    try:
+        without.write_text(text.replace("dropout=0.1", "dropout=0.0"))
+        assert start(script, data, tmp_path / "one", 0.0).wait() == 0
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(data)]
+        subprocess.run([*command, str(tmp_path / "two"), "0"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    finally:
+        without.write_text(text)
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert [(row["stage"], row["step"]) for row in one] == [(row["stage"], row["step"]) for row in two]
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "val"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=2e-4), (a, b)
+
+
+def test_latents_are_encoded_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = {"vae": optimisation(2), "unet": optimisation(2), "progress": False, "resume": True}
+    train_pipeline(SMALL, data, tmp_path, views=2, **arguments)
+
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr("sbldm_fast.training.stages.encode", refuse)
+    train_pipeline(SMALL, data, tmp_path, views=2, **arguments)
+    with pytest.raises(AssertionError, match="encoded again"):
+        train_pipeline(SMALL, data, tmp_path, views=1, **arguments)
+
+
+def test_checkpoints_are_few_and_the_best_is_kept(tmp_path: Path) -> None:
+    values = iter([3.0, 1.0, 2.0, 1.0, 5.0])
+    seen: list[float] = []
+
+    def validate(model: nn.Module) -> float:
+        seen.append(float(next(model.parameters()).detach()))
+        return next(values)
+
+    o = Optimisation(steps=10, batch_size=4, lr=0.1, amp="off", save_every=2, keep=2)
+    kept = train(Line(), loss_of, 8, o, tmp_path, name="line", validate=validate, progress=False)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-line-00000008", "checkpoint-line-00000010"]
+    assert json.loads((tmp_path / "best-line" / "state.json").read_text()) == {"step": 4, "val": 1.0}
+    assert float(next(kept.parameters())) == seen[1]
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="the extra `train` is not installed")
+    o = Optimisation(steps=4, batch_size=4, lr=0.1, amp="off", save_every=2)
+    pictures = {"samples": torch.linspace(-1, 1, 2 * 16).reshape(2, 1, 4, 4)}
+    train(Line(), loss_of, 8, o, tmp_path, name="line", pictures=lambda model: pictures, progress=False)
+    board = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert {"line/loss", "line/grad_norm", "line/lr", "line/items_per_s"} <= set(board.Tags()["scalars"])
+    (tag,) = board.Tags()["images"]
+    assert "not for diagnosis" in tag
+    assert [(e.step, e.width, e.height) for e in board.Images(tag)] == [(2, 8, 4), (4, 8, 4)]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_min_snr_weights(kind: str) -> None:
+    a = torch.tensor([0.99, 0.5, 0.1, 0.0])
+    got = Objective(snr_gamma=5.0).weights(a, kind).tolist()
+    # by hand: snr is 99, 1, 1/9, 0
+    by_hand = {"epsilon": [5 / 99, 1, 1, 1], "sample": [5, 1, 1 / 9, 0], "v_prediction": [5 / 100, 1 / 2, (1 / 9) / (10 / 9), 0]}
+    assert got == pytest.approx(by_hand[kind], rel=1e-5)
+    assert Objective().weights(a, kind).tolist() == [1, 1, 1, 1]
+
+
+def test_the_objective_is_its_formula() -> None:
+    pred, target = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    w = torch.tensor([0.5, 1.0, 2.0, 0.25], dtype=torch.float64)
+    weighted = w[:, None, None, None].sqrt() * (pred - target)
+    plain = float((pred - target).square().mean())
+
+    def loss(objective: Objective) -> float:
+        return float(objective.loss(pred.float(), target.float(), w.float()))
+
+    assert loss(Objective()) == pytest.approx(plain, rel=1e-5)
+    assert loss(Objective(snr_gamma=5.0)) == pytest.approx(float(weighted.square().mean()), rel=1e-5)
+    assert loss(Objective(spectral_weight=0.1)) == pytest.approx((1 + 0.1 * 64) * plain, rel=1e-5)
+    power = torch.fft.fft2(pred - target, norm="ortho").abs().square()
+    f = torch.fft.fftfreq(8, dtype=torch.float64)
+    low = (f[:, None] ** 2 + f[None] ** 2).sqrt() <= 0.25
+    bands = float((power * torch.where(low, 2.0, 0.5)).mean())
+    assert loss(Objective(low_weight=2.0, high_weight=0.5)) == pytest.approx(bands, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cutmix_prob": 1.5}, "cutmix_prob: got 1.5, allowed is 0 to 1"),
+        ({"low_weight": -1.0}, "low_weight: got -1.0, allowed is 0 or more"),
+        ({"cutoff": math.nan}, "cutoff: got nan"),
+        ({"snr_gamma": 0.0}, "snr_gamma: got 0.0, allowed is above 0, or none"),
+    ],
+)
+def test_bad_objective_is_named(values: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Objective(**values)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_every_prediction_type_trains(kind: str, data: Path, tmp_path: Path) -> None:
+    preset = SMALL._replace(scheduler=replace(SMALL.scheduler, prediction_type=kind))
+    train_pipeline(preset, data, tmp_path, vae=optimisation(1), unet=optimisation(2), views=1, progress=False)
+    assert Pipeline.from_pretrained(tmp_path / "pipeline").scheduler.config.prediction_type == kind
 
 
 class Line(nn.Module):
@@ -96,7 +299,7 @@ class Line(nn.Module):
         return self.a * x
 
 
-def loss_of(model: nn.Module, index: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+def loss_of(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     x = index.float() + 1
     return ((model(x) - 3 * x) ** 2).mean(), {}
 
@@ -118,7 +321,7 @@ def test_mixed_precision_keeps_float32_weights(amp: str, tmp_path: Path) -> None
 def test_ema_is_an_average_that_starts_young(tmp_path: Path) -> None:
     seen: list[float] = []
 
-    def recording(model: nn.Module, index: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+    def recording(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         seen.append(float(next(model.parameters()).detach()))
         return loss_of(model, index, step)
 
@@ -136,14 +339,22 @@ def test_ema_is_an_average_that_starts_young(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_with_everything_named(tmp_path: Path) -> None:
-    def nan_at_five(model: nn.Module, index: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
-        loss, _ = loss_of(model, index, step)
-        return loss * (float("nan") if step == 5 else 1), {}
+    seen: dict[int, list[int]] = {}
 
-    o = Optimisation(steps=9, batch_size=4, lr=0.1, amp="off", save_every=2)
-    with pytest.raises(FloatingPointError, match=r"line: the loss is nan at step 5, items \[.*\]; last good checkpoint: .*checkpoint-line"):
+    def nan_at_five(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, _ = loss_of(model, index, step)
+        seen[int(step)] = index.tolist()
+        return loss * torch.where(step[0] == 5, torch.nan, 1.0), {}
+
+    o = Optimisation(steps=90, batch_size=4, lr=0.1, amp="off", save_every=2, keep=1)
+    with pytest.raises(
+        FloatingPointError, match=r"line: the loss is not finite at step 5, items \[.*\]; last good checkpoint: .*line-"
+    ) as e:
         train(Line(), nan_at_five, 8, o, tmp_path, name="line", progress=False)
+    assert f"items {seen[5]};" in str(e.value)
     assert [p.name for p in tmp_path.glob("checkpoint*")] == ["checkpoint-line-00000004"]
+    with pytest.raises(FloatingPointError, match=r"at step 5, items .*; last good checkpoint: none yet"):
+        train(Line(), nan_at_five, 8, replace(o, save_every=80), tmp_path / "other", name="line", progress=False)
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
@@ -180,7 +391,7 @@ def test_learning_rate() -> None:
 def test_augmentation_keeps_air_dark_and_flips_half(device: torch.device) -> None:
     x = torch.full((64, 1, 32, 32), -1.0, device=device)
     x[:, :, 10:22, 18:26] = 1.0
-    y = augment(x)
+    y = augment(x, torch.rand(64, 5, device=device))
     assert y.shape == x.shape
     assert y.min() >= -1.0001
     assert y.max() <= 1.0001
@@ -198,7 +409,13 @@ def test_amp_dtype_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "message"), [({"steps": 0}, "steps: got 0"), ({"batch_size": 0}, "batch_size: got 0"), ({"amp": "tf32"}, "amp: got 'tf32'")]
+    ("values", "message"),
+    [
+        ({"steps": 0}, "steps: got 0"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"amp": "tf32"}, "amp: got 'tf32'"),
+        ({"keep": 0}, "keep: got 0"),
+    ],
 )
 def test_bad_optimisation_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,104 @@
+"""The state of a run on disk: whole or not there, and never the only copy replaced."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sbldm_fast.files import read_json, whole_file, whole_folder, write_json
+from sbldm_fast.models.weights import load_tensors, read_tensors, write_tensors
+
+
+def newest(folder: Path, name: str) -> Path | None:
+    """The last checkpoint of stage `name`."""
+    return max(folder.glob(f"checkpoint-{name}-*"), default=None)
+
+
+def save(
+    folder: Path, name: str, state: dict[str, Any], model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, keep: int
+) -> None:
+    """Write `checkpoint-<name>-<step>`, then remove all but the last `keep`: killed at any point, a whole one is left."""
+    moments = {f"{i}.{k}": v for i, values in optimizer.state_dict()["state"].items() for k, v in values.items()}
+    with whole_folder(folder / f"checkpoint-{name}-{state['step']:08d}") as aside:
+        write_tensors(_plain(model.state_dict()), aside / "model.safetensors")
+        write_tensors(_plain(moments), aside / "optimizer.safetensors")
+        if ema is not None:
+            write_tensors(_plain(ema.state_dict()), aside / "ema.safetensors")
+        write_json(aside / "state.json", state)
+    for old in sorted(folder.glob(f"checkpoint-{name}-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a killed process left half written."""
+    for pattern in (".*.part", ".*.old"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def load(path: Path, settings: dict[str, Any], model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put a checkpoint back; return its state.
+
+    Raises:
+        ValueError: it is of another model or of other settings.
+    """
+    state = read_json(path / "state.json")
+    for key, value in settings.items():
+        if state["settings"].get(key) != value:
+            raise ValueError(f"{key}: got {value}, but {path} was made with {state['settings'].get(key)}; use that or another run folder")
+    load_tensors(model, read_tensors(path / "model.safetensors"), str(path))
+    if ema is not None:
+        load_tensors(ema, read_tensors(path / "ema.safetensors"), str(path))
+    saved: dict[int, dict[str, Tensor]] = {}
+    parameters = optimizer.param_groups[0]["params"]
+    for key, value in read_tensors(path / "optimizer.safetensors").items():
+        index, _, what = key.partition(".")
+        like = parameters[int(index)]
+        # a fused step walks memory: the moments must lie as the weights do
+        saved.setdefault(int(index), {})[what] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value.to(like.device)
+    optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state
+
+
+def save_best(folder: Path, name: str, model: nn.Module, step: int, value: float) -> None:
+    """Replace `best-<name>`: the weights with the lowest validation loss."""
+    with whole_folder(folder / f"best-{name}", lose=True) as aside:
+        write_tensors(_plain(model.state_dict()), aside / "model.safetensors")
+        write_json(aside / "state.json", {"step": step, "val": value})
+
+
+def load_best(folder: Path, name: str, model: nn.Module) -> dict[str, Any]:
+    """Put the weights with the lowest validation loss into `model`; their step and loss."""
+    path = folder / f"best-{name}"
+    load_tensors(model, read_tensors(path / "model.safetensors"), str(path))
+    return read_json(path / "state.json")
+
+
+def kept(folder: Path, name: str, steps: int) -> int:
+    """The step of the weights that a finished stage keeps."""
+    path = folder / f"best-{name}" / "state.json"
+    return int(read_json(path)["step"]) if path.exists() else steps
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The rows of `log.jsonl`; a last line that was cut off is left out."""
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rewind_log(folder: Path, name: str, step: int) -> None:
+    """Drop the rows of stage `name` beyond `step`: they are made again."""
+    rows = [row for row in read_log(folder) if row["stage"] != name or row["step"] <= step]
+    with whole_file(folder / "log.jsonl") as aside:
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors takes tensors that lie in order and share no memory
+    return {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
