@@ -1,4 +1,4 @@
-"""The benchmark of `make gpu`: the kernels, then sampling in every mode, on the CUDA device, written where results are committed."""
+"""The benchmark of `make gpu`: kernels, sampling in every mode, training, on the CUDA device, written where results are committed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from .kernels import OPS, bench_kernels, kernels_table
 from .sampling import bench_sampling
 from .table import sampling_table
 from .timing import append, machine, machine_name
+from .training import bench_training, training_table
 
 
 def main(results: str = "benchmarks/results") -> int:
-    """Run and write `<results>/<machine>/kernels.jsonl` and `sampling.jsonl`; 1 if a provider is wrong, 2 without CUDA."""
+    """Run and write `<results>/<machine>/kernels.jsonl`, `sampling.jsonl`, `training.jsonl`; 1 if a provider is wrong, 2 without CUDA."""
     if not torch.cuda.is_available():
         print("make gpu needs a CUDA device, and this PyTorch sees none", file=sys.stderr)
         return 2
@@ -31,6 +32,10 @@ def main(results: str = "benchmarks/results") -> int:
         append(folder / "sampling.jsonl", rows)
         print(sampling_table(rows))
         wrong += [r["provider"] for r in rows if not r.get("parity", {"ok": True})["ok"]]
+    rows = bench_training(steps=20, say=lambda text: print(text, flush=True))
+    append(folder / "training.jsonl", rows)
+    print(training_table(rows))
+    wrong += [r["provider"] for r in rows if not r.get("parity", {"ok": True})["ok"]]
     print(f"rows appended in {folder}" + (f"; WITHOUT PARITY: {', '.join(wrong)}" if wrong else ""))
     return 1 if wrong else 0
 

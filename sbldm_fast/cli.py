@@ -295,6 +295,24 @@ def bench_export(
     _report(run(preset_name=preset, steps=steps, batches=_sizes(batch), rounds=rounds, say=_say), sampling_table, out, as_json)
 
 
+@bench_app.command("training")
+def bench_training(
+    steps: Annotated[int, typer.Option(help="Steps to a timed run.")] = 5,
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 16,
+    preset: Preset = "paper",
+    rounds: Rounds = 5,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also through torch.compile, which takes minutes.")] = True,
+    out: Rows = None,
+    as_json: Json = False,
+) -> None:
+    """Time training steps against a plain PyTorch loop. Example: sbldm-fast bench training --batch 16 --no-compile"""
+    from sbldm_fast.benchmarks.training import bench_training as run
+    from sbldm_fast.benchmarks.training import training_table
+
+    rows = run(preset_name=preset, batch=batch, steps=steps, rounds=rounds, compiled=compiled, say=_say)
+    _report(rows, training_table, out, as_json)
+
+
 @bench_app.command("kernels")
 def bench_kernels(
     op: Annotated[list[str] | None, typer.Option(help="An op to time; may be given again. Default: all.")] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +29,15 @@ class ResBlock(nn.Module):
         return out
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`softmax(q k^T / sqrt(d)) v` of `[N, heads, pixels, d]`."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # PyTorch's fused one takes 46 ms forward and backward where this takes 4: 32 images of 8 x 8 pixels, 16 heads of 8 (LOG 19)
+        weights: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
+        return weights @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Self-attention over the pixels of `[N, C, H, W]`, added to its input; q, k and v are one projection."""
 
@@ -37,7 +47,7 @@ class Attention(nn.Module):
         self.norm = GroupNormSiLU(num_groups, channels, activation="none")
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = nn.Linear(channels, channels)
-        self.attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+        self.attend: Callable[..., Tensor] = attend
 
     def forward(self, x: Tensor) -> Tensor:
         N, C, H, W = x.shape

@@ -24,7 +24,7 @@ from sbldm_fast.models.config import Preset, SchedulerConfig
 from sbldm_fast.models.weights import read_tensors, write_tensors
 
 from . import checkpoint
-from .loop import Optimisation, Ranks, train
+from .loop import LossOf, Optimisation, Ranks, train
 from .objective import Objective
 
 KL_WEIGHT = 1e-5
@@ -149,6 +149,24 @@ def _digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def unet_loss(latents: Tensor, scheduler: SchedulerConfig, objective: Objective, seed: int) -> LossOf:
+    """The loss of scaled latents `[N, C, h, w]` at uniform times, all in fused ops: noise, target, weights, bands."""
+    ranks = Ranks.of_torchrun()
+    device = latents.device
+    alphas_cumprod = DDPMScheduler.from_config(scheduler).alphas_cumprod.to(device)
+    kind, T = scheduler.prediction_type, scheduler.num_train_timesteps
+    weights = objective.weights(alphas_cumprod, kind)
+
+    def loss_of(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        t = ranks.own(torch.randint(T, (len(index),), device=device))
+        z0 = latents[ranks.own(index)]
+        z_t, target = diffuse(z0, t, alphas_cumprod, seed, first_index=ranks.rank * len(z0), stream=step, prediction_type=kind,
+                              cutmix_prob=objective.cutmix_prob)  # fmt: skip
+        return objective.loss(model(z_t.contiguous(memory_format=torch.channels_last), t), target, weights[t]), {}
+
+    return loss_of
+
+
 def train_unet(
     unet: UNet2D, latents: Tensor, scheduler: SchedulerConfig, o: Optimisation, folder: Path, *, objective: Objective | None = None,
     held_out: Tensor | None = None, pictures: Any = None, progress: bool = True,
@@ -158,19 +176,10 @@ def train_unet(
     CutMix stays within a process, dropout draws its masks per process: with neither, their number changes only the rounding.
     """
     objective = objective or Objective()
-    ranks = Ranks.of_torchrun()
     device = next(unet.parameters()).device
     alphas_cumprod = DDPMScheduler.from_config(scheduler).alphas_cumprod.to(device)
     kind, T = scheduler.prediction_type, scheduler.num_train_timesteps
-    weights = objective.weights(alphas_cumprod, kind)
-    latents = latents.to(device)
-
-    def loss_of(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        t = ranks.own(torch.randint(T, (len(index),), device=device))
-        z0 = latents[ranks.own(index)]
-        z_t, target = diffuse(z0, t, alphas_cumprod, o.seed, first_index=ranks.rank * len(z0), stream=step, prediction_type=kind,
-                              cutmix_prob=objective.cutmix_prob)  # fmt: skip
-        return objective.loss(model(z_t.contiguous(memory_format=torch.channels_last), t), target, weights[t]), {}
+    loss_of = unet_loss(latents.to(device), scheduler, objective, o.seed)
 
     @torch.no_grad()
     def validate(model: nn.Module) -> float:

@@ -222,7 +222,7 @@ def test_checkpoints_are_few_and_the_best_is_kept(tmp_path: Path) -> None:
     kept = train(Line(), loss_of, 8, o, tmp_path, name="line", validate=validate, progress=False)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-line-00000008", "checkpoint-line-00000010"]
     assert json.loads((tmp_path / "best-line" / "state.json").read_text()) == {"step": 4, "val": 1.0}
-    assert float(next(kept.parameters())) == seen[1]
+    assert float(next(kept.parameters()).detach()) == seen[1]
 
 
 def test_tensorboard_gets_scalars_and_pictures(tmp_path: Path) -> None:
