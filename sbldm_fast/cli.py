@@ -208,6 +208,32 @@ def sample(
 
 
 @app.command()
+def evaluate(
+    pipeline: Annotated[str, typer.Argument(help="A pipeline folder, or demo for the bundled weights.")],
+    data: Annotated[Path, typer.Option(help="The folder that prepare wrote and train read.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many samples.")] = 64,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Steps = 50,
+    as_json: Json = False,
+) -> None:
+    """Look whether samples are copies of training slices. Example: sbldm-fast evaluate demo --data data -o evaluation"""
+    from sbldm_fast import Pipeline
+    from sbldm_fast.evaluation.memorisation import memorisation
+
+    report = memorisation(Pipeline.from_pretrained(pipeline), data, out, n=n, seed=seed, steps=steps, progress=not as_json)
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(f"{'distance to the nearest training slice':42} {'min':>7} {'p10':>7} {'median':>7} {'p90':>7}")
+    for by in ("pixels", "latents"):
+        for who in ("samples", "unseen"):
+            q = report[by][who]
+            print(f"{by + ': ' + who:42} {q['min']:7.3f} {q['p10']:7.3f} {q['median']:7.3f} {q['p90']:7.3f}")
+    print(f"{report['samples']} samples, {report['training_slices']} training slices; look at {out / 'neighbours.png'}")
+
+
+@app.command()
 def export(
     pipeline: Annotated[str | None, typer.Argument(help="A pipeline folder, demo, or a folder that holds a diffusers UNet2DModel.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write.")] = None,

@@ -26,10 +26,10 @@ def save_png(array: np.ndarray, path: str | Path) -> None:
     _write(Image.fromarray(array), Path(path))
 
 
-def save_grid(array: np.ndarray, path: str | Path, notice: str = NOTICE) -> None:
-    """Write `[N, H, W]` uint8 as one picture, as square as N allows, with the notice printed below it."""
+def save_grid(array: np.ndarray, path: str | Path, notice: str = NOTICE, columns: int | None = None) -> None:
+    """Write `[N, H, W]` uint8 as one picture, as square as N allows or of `columns`, with the notice printed below it."""
     n, height, width = array.shape
-    columns = math.ceil(math.sqrt(n))
+    columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     sheet = Image.new("L", (columns * width, rows * height + 14))
     for i, tile in enumerate(array):

@@ -1,0 +1,99 @@
+"""Are samples copies? The nearest training slice of each, by pixels and by the autoencoder's latents.
+
+    d(a, b) = sqrt(mean (a - b)^2)
+
+What near means is told by slices that the model has not seen: a copy is much nearer to a training slice than those are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sbldm_fast.data import Slices
+from sbldm_fast.files import whole_folder, write_json
+from sbldm_fast.models import AutoencoderKL
+from sbldm_fast.sampling.images import save_grid, to_uint8
+from sbldm_fast.sampling.pipeline import Pipeline
+
+CHUNK = 256  # slices at a time
+QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9}
+TILE = 64  # pixels of an image in the picture
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Of each image the number of the nearest slice, int64 `[N]`, and its distance, float32 `[N]`."""
+
+    index: Tensor
+    distance: Tensor
+
+
+@torch.no_grad()
+def nearest(images: Tensor, slices: Slices, vae: AutoencoderKL | None = None, progress: bool = False) -> Neighbours:
+    """The nearest of `slices` to each of `images` `[N, 1, S, S]`: by pixels, or with `vae` by posterior means, in units of their std."""
+
+    def features(x: Tensor) -> Tensor:
+        if vae is None:
+            return x.flatten(1)
+        device = next(vae.parameters()).device
+        return vae.encode(x.to(device)).mean.flatten(1).cpu() * vae.config.scaling_factor
+
+    wanted = torch.cat([features(x) for x in images.cpu().float().split(CHUNK)])
+    best = torch.full((len(images),), torch.inf)
+    index = torch.zeros(len(images), dtype=torch.int64)
+    for chunk in tqdm(torch.arange(len(slices)).split(CHUNK), "neighbours", unit="chunk", disable=not progress):
+        other = features(slices[chunk])
+        distance, at = (torch.cdist(wanted, other) / wanted.shape[1] ** 0.5).min(1)
+        index = torch.where(distance < best, chunk[at], index)
+        best = torch.minimum(distance, best)
+    return Neighbours(index, best)
+
+
+def memorisation(pipeline: Pipeline, data: str | Path, out: str | Path, *, n: int = 64, seed: int = 0, steps: int = 50,
+                 progress: bool = True) -> dict[str, Any]:  # fmt: skip
+    """Compare `n` samples with the training split; write `neighbours.png` and `memorisation.json` to the folder `out`; return its content.
+
+    The picture has three rows for each row of samples: samples, nearest by pixels, nearest by latents. The numbers are quantiles of the
+    distance to the nearest training slice: of the samples, and of validation and test slices, which no training has seen.
+
+    Raises:
+        ValueError: as `Slices`; a prepared folder without validation and test slices.
+    """
+    train = Slices(data, "train")
+    unseen = []
+    for split in ("val", "test"):
+        try:
+            held_out = Slices(data, split)
+        except ValueError:
+            continue
+        unseen.append(held_out[torch.linspace(0, len(held_out) - 1, min(n, len(held_out))).long()])
+    if not unseen:
+        raise ValueError(f"{data} has neither validation nor test slices: nothing tells how near is near")
+    images = pipeline.sample(n, seed=seed, steps=steps).cpu()
+    report: dict[str, Any] = {"samples": n, "seed": seed, "steps": steps, "training_slices": len(train)}
+    rows = [images]
+    for name, vae in (("pixels", None), ("latents", pipeline.vae)):
+        found = nearest(images, train, vae, progress)
+        held = nearest(torch.cat(unseen), train, vae, progress)
+        report[name] = {who: _quantiles(d) for who, d in (("samples", found.distance), ("unseen", held.distance))}
+        # a sample nearer than all but one in a hundred of the unseen slices is worth a look
+        limit = float(held.distance.quantile(0.01))
+        report[name]["samples_nearer_than_unseen_p1"] = int((found.distance < limit).sum())
+        rows.append(train[found.index])
+    with whole_folder(out, lose=True) as folder:
+        write_json(folder / "memorisation.json", report)
+        small = [torch.nn.functional.interpolate(r.float(), size=(TILE, TILE), mode="area") for r in rows]
+        columns = 16
+        tiles = [part for group in zip(*(r.split(columns) for r in small), strict=True) for part in group]
+        save_grid(to_uint8(torch.cat(tiles)), folder / "neighbours.png", columns=columns)
+    return report
+
+
+def _quantiles(distance: Tensor) -> dict[str, float]:
+    return {name: round(float(distance.quantile(q)), 4) for name, q in QUANTILES.items()}
