@@ -31,7 +31,7 @@ gpu:
 	@$(GPU_PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null \
 		|| { echo "make gpu needs a CUDA device and a PyTorch that sees it; $(GPU_PYTHON) has none" >&2; exit 2; }
 	@$(MAKE) --no-print-directory build/tree
-	PYTHONSAFEPATH=1 PYTHONPATH=build/tree $(GPU_PYTHON) -m pytest -q -m gpu tests/kernels tests/sbldm_fast/test_sampling.py
+	PYTHONSAFEPATH=1 PYTHONPATH=build/tree $(GPU_PYTHON) -m pytest -q -m gpu tests/kernels tests/sbldm_fast/test_sampling.py tests/sbldm_fast/test_training.py
 	PYTHONSAFEPATH=1 PYTHONPATH=build/tree $(GPU_PYTHON) -m sbldm_fast.benchmarks.gpu benchmarks/results
 
 # The four folders as the one package that an install makes of them, for tools that do not follow package-dir.

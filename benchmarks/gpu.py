@@ -32,7 +32,8 @@ def main(results: str = "benchmarks/results") -> int:
         append(folder / "sampling.jsonl", rows)
         print(sampling_table(rows))
         wrong += [r["provider"] for r in rows if not r.get("parity", {"ok": True})["ok"]]
-    rows = bench_training(steps=20, say=lambda text: print(text, flush=True))
+    # compiling four loops takes minutes, which `bench training` has
+    rows = bench_training(steps=20, compiled=False, say=lambda text: print(text, flush=True))
     append(folder / "training.jsonl", rows)
     print(training_table(rows))
     wrong += [r["provider"] for r in rows if not r.get("parity", {"ok": True})["ok"]]

@@ -69,6 +69,7 @@ def prepare(
     seed: Annotated[int, typer.Option(help="Of the split and of the synthetic brains.")] = 42,
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of 4-D files.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Keep every n-th slice.")] = 1,
+    subject: Annotated[str | None, typer.Option(help="Regular expression: its group is the subject in a file's name.")] = None,
     covariates: Annotated[Path | None, typer.Option(help="CSV file, its first column the subject.")] = None,
     strict: Annotated[bool, typer.Option(help="Stop at the first unusable file.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that read at a time (default: one per core).")] = None,
@@ -80,7 +81,7 @@ def prepare(
     if split == "slice":
         print("warning: --split slice puts slices of one subject into train and test", file=sys.stderr)
     manifest = run(
-        sources, out, split=split.value, seed=seed, volume=volume, every=every, covariates=covariates, strict=strict,
+        sources, out, split=split.value, seed=seed, volume=volume, every=every, subject=subject, covariates=covariates, strict=strict,
         workers=workers or os.cpu_count() or 1, progress=not as_json,
     )  # fmt: skip
     done = {"out": str(out), "slices": len(manifest["slices"]), "subjects": manifest["subjects"], "split": manifest["split"]["slices"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,8 @@ class Slices:
     `slices[index]` is `[n, 1, 128, 128]` float32 in [-1, 1] for an int64 `index` `[n]`.
 
     Raises:
-        ValueError: no prepared folder or one of another version, an array that does not match its manifest, or an empty split.
+        ValueError: no prepared folder or one of another version, an array that does not match its manifest by shape or checksums, or an
+            empty split.
     """
 
     def __init__(self, folder: str | Path, split: str = "train") -> None:
@@ -36,6 +38,9 @@ class Slices:
             raise ValueError(f"{folder / 'slices.npy'} is not readable: {error}") from None
         if array.shape != (len(rows), SIZE, SIZE) or array.dtype != np.float16:
             raise ValueError(f"{folder}: slices.npy has {array.dtype} of shape {array.shape}, the manifest lists {len(rows)} slices")
+        for i, row in enumerate(rows):
+            if hashlib.sha256(array[i].tobytes()).hexdigest() != row.get("sha256"):
+                raise ValueError(f"{folder}: slice {i} is not the one that the manifest lists (its checksum differs); run prepare again")
         index = [i for i, row in enumerate(rows) if row["split"] == split]
         if not index:
             raise ValueError(f"{folder}: the {split} split is empty ({len({row['subject'] for row in rows})} subjects in all)")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .volumes import Unusable, Volume, oriented
+from .volumes import MissingPackage, Unusable, Volume, oriented
 
 # what tells time points and echoes of one series apart, by order of trust
 TIMES = ("TemporalPositionIdentifier", "DiffusionBValue", "EchoTime", "AcquisitionNumber", "TriggerTime", "AcquisitionTime")
@@ -18,11 +18,21 @@ TAGS = ["PatientID", "SeriesInstanceUID", "SOPInstanceUID", "ImageOrientationPat
 
 
 class Series(NamedTuple):
-    """A volume, and of its headers only what no person can be known by: which patient of the folder, and words on the contrast."""
+    """A volume, and of its headers what tells people and contrasts apart; neither is written anywhere."""
 
-    patient: int
+    patient: str
     description: str
     volume: Volume
+
+
+class _Slice(NamedTuple):
+    file: Path
+    header: Any
+    position: np.ndarray  # of the first pixel, mm
+    along: np.ndarray  # unit vectors of a row and of a column
+    normal: np.ndarray
+    spacing: np.ndarray  # of rows, of columns, mm
+    height: float  # along the normal
 
 
 def is_dicom(path: Path) -> bool:
@@ -43,95 +53,96 @@ def load_dicom(files: Sequence[Path]) -> tuple[list[Series], list[tuple[str, str
     """
     try:
         import pydicom
-        from pydicom.errors import InvalidDicomError
     except ImportError:
-        raise ValueError("reading DICOM needs pydicom: pip install 'sbldm_fast[data]'") from None
+        raise MissingPackage("reading DICOM needs pydicom: pip install 'sbldm_fast[data]'") from None
 
     left_out: list[tuple[str, str]] = []
-    stacks: dict[Any, list[tuple[Path, Any]]] = defaultdict(list)
-    patients: dict[str, int] = {}
+    stacks: dict[Any, list[_Slice]] = defaultdict(list)
     seen: dict[str, str] = {}
     for file in files:
         try:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
-            if "Rows" not in header:
-                raise Unusable("no image in it")
-            if int(header.get("NumberOfFrames") or 1) > 1:
-                raise Unusable("many frames in one file (enhanced DICOM); convert it to NIfTI")
-            if not str(header.get("PhotometricInterpretation")).startswith("MONOCHROME"):
-                raise Unusable(f"{header.get('PhotometricInterpretation')} pixels, allowed are MONOCHROME1 and 2")
-            missing = [n for n in ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing") if not header.get(n)]
-            if missing:
-                raise Unusable(f"no {missing[0]}: where the slice lies cannot be known")
-            first = seen.setdefault(str(header.get("SOPInstanceUID")), file.name)
+            one = _slice(file, pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS))
+            first = seen.setdefault(str(one.header.get("SOPInstanceUID") or file), file.name)
             if first != file.name:
                 raise Unusable(f"a copy of {first}")
-            patient = patients.setdefault(str(header.get("PatientID")), len(patients))
-            key = (patient, str(header.get("SeriesInstanceUID")), header.Rows, header.Columns, header.PhotometricInterpretation,
-                   *np.round([*header.ImageOrientationPatient, *header.PixelSpacing], 3))  # fmt: skip
-        except (InvalidDicomError, OSError, ValueError, TypeError, AttributeError) as error:
-            left_out.append((file.name, str(error) if isinstance(error, Unusable) else f"not a readable DICOM file ({error})"))
-            continue
-        stacks[key].append((file, header))
+            words = (str(one.header.get(tag) or "") for tag in ("PatientID", "SeriesInstanceUID", "PhotometricInterpretation"))
+            key = (*words, int(one.header.Rows), int(one.header.Columns), *np.round([*one.along.ravel(), *one.spacing], 3))
+        except Unusable as reason:
+            left_out.append((file.name, str(reason)))
+        except Exception as error:  # pydicom meets a broken header with any; its text may quote it
+            left_out.append((file.name, f"not a readable DICOM file ({type(error).__name__})"))
+        else:
+            stacks[key].append(one)
     series = []
-    for key, stack in stacks.items():
+    for (patient, *_), stack in stacks.items():
         try:
             for part in _time_points(stack):
-                header = part[0][1]
-                series.append(Series(key[0], str(header.get("SeriesDescription", "")), _volume(part)))
+                series.append(Series(patient, str(part[0].header.get("SeriesDescription", "")), _volume(part)))
         except Unusable as reason:
-            left_out.append((f"{stack[0][0].name} and {len(stack) - 1} others of its series", str(reason)))
+            left_out.append((f"{stack[0].file.name} and {len(stack) - 1} others of its series", str(reason)))
     return series, left_out
 
 
-def _height(header: Any) -> float:
-    """Position along the stack in mm."""
-    across = np.asarray(header.ImageOrientationPatient, dtype=float)
-    return float(np.cross(across[:3], across[3:]) @ np.asarray(header.ImagePositionPatient, dtype=float))
+def _slice(file: Path, header: Any) -> _Slice:
+    if "Rows" not in header:
+        raise Unusable("no image in it")
+    if int(header.get("NumberOfFrames") or 1) > 1:
+        raise Unusable("many frames in one file (enhanced DICOM); convert it to NIfTI")
+    if header.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
+        raise Unusable("pixels are not grey, allowed are MONOCHROME1 and 2")
+    numbers = []
+    for name, length in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
+        value = np.asarray(header.get(name) or [], dtype=float)
+        if value.shape != (length,) or not np.isfinite(value).all():
+            raise Unusable(f"no {name} of {length} numbers: where the slice lies cannot be known")
+        numbers.append(value)
+    along = numbers[1].reshape(2, 3)
+    if np.abs(along @ along.T - np.eye(2)).max() > 0.01 or numbers[2].min() <= 0:
+        raise Unusable("the affine is singular: ImageOrientationPatient or PixelSpacing say nothing")
+    normal = np.cross(along[0], along[1])
+    return _Slice(file, header, numbers[0], along, normal, numbers[2], float(normal @ numbers[0]))
 
 
-def _time_points(stack: list[tuple[Path, Any]]) -> list[list[tuple[Path, Any]]]:
-    """The stack, or where positions repeat its parts by the first of TIMES that explains it."""
-
-    def repeats(part: list[tuple[Path, Any]]) -> int:
-        return len(part) - len({round(_height(header), 2) for _, header in part})
-
-    if not repeats(stack):
+def _time_points(stack: list[_Slice]) -> list[list[_Slice]]:
+    """The stack, or where positions repeat its parts by the first of TIMES that gives each part every position once."""
+    heights = {round(one.height, 2) for one in stack}
+    if len(heights) == len(stack):
         return [stack]
     for tag in TIMES:
-        parts: dict[str, list[tuple[Path, Any]]] = defaultdict(list)
+        parts: dict[str, list[_Slice]] = defaultdict(list)
         for one in stack:
-            parts[str(one[1].get(tag))].append(one)
-        if len({len(part) for part in parts.values()}) == 1 and not any(map(repeats, parts.values())):
+            parts[str(one.header.get(tag))].append(one)
+        if all(len(part) == len(heights) == len({round(one.height, 2) for one in part}) for part in parts.values()):
             return list(parts.values())
-    raise Unusable(f"{repeats(stack)} slices lie where another one lies, and none of {', '.join(TIMES)} tells them apart")
+    raise Unusable(f"{len(stack) - len(heights)} slices lie where another one lies, and none of {', '.join(TIMES)} tells them apart")
 
 
-def _volume(part: list[tuple[Path, Any]]) -> Volume:
+def _volume(part: list[_Slice]) -> Volume:
     import pydicom
     from pydicom.pixels.processing import apply_rescale
 
-    part = sorted(part, key=lambda one: _height(one[1]))
-    heights = np.array([_height(header) for _, header in part])
+    part = sorted(part, key=lambda one: one.height)
+    first = part[0]
+    heights = np.array([one.height for one in part])
     gaps = np.diff(heights)
-    first = part[0][1]
-    gap = float(np.median(gaps)) if len(gaps) else float(first.get("SliceThickness") or 1)
+    gap = float(np.median(gaps)) if len(gaps) else float(first.header.get("SliceThickness") or 1)
     if len(gaps) and np.abs(gaps - gap).max() > max(0.1 * gap, 0.02):
         raise Unusable(f"slices are missing: gaps of {gaps.min():.2f} to {gaps.max():.2f} mm")
+    sideways = max(float(np.abs(one.position - first.position - first.normal * (one.height - first.height)).max()) for one in part)
+    if sideways > max(0.1 * first.spacing.min(), 0.05):
+        raise Unusable(f"slices are shifted sideways by up to {sideways:.1f} mm (a tilted gantry?)")
     planes = []
-    for file, _ in part:
+    for one in part:
         try:
-            whole = pydicom.dcmread(file)
+            whole = pydicom.dcmread(one.file)
             planes.append(apply_rescale(whole.pixel_array, whole).astype(np.float32).T)
-        except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
-            raise Unusable(f"the pixels of {file.name} are not readable ({error})") from None
+        except Exception as error:  # a decoder meets broken pixels with any
+            raise Unusable(f"the pixels of {one.file.name} are not readable ({type(error).__name__})") from None
     array = np.stack(planes, axis=2)
-    if first.PhotometricInterpretation == "MONOCHROME1":
+    if first.header.PhotometricInterpretation == "MONOCHROME1":
         array = -array  # small values are white
-    across = np.asarray(first.ImageOrientationPatient, dtype=float)
     affine = np.eye(4)
     # array[column, row, slice]: PixelSpacing is that of rows, then that of columns
-    affine[:3, 0], affine[:3, 1] = across[:3] * float(first.PixelSpacing[1]), across[3:] * float(first.PixelSpacing[0])
-    affine[:3, 2] = np.cross(across[:3], across[3:]) * gap
-    affine[:3, 3] = first.ImagePositionPatient
+    affine[:3, 0], affine[:3, 1] = first.along[0] * first.spacing[1], first.along[1] * first.spacing[0]
+    affine[:3, 2], affine[:3, 3] = first.normal * gap, first.position
     return oriented(array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)  # DICOM's x and y run to the left and to the back

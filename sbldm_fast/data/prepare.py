@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,19 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from sbldm_fast.files import whole_folder, write_json
 
-from .covariates import Covariates, read_covariates
+from .covariates import Covariates
 from .dicom import load_dicom
-from .sources import Job, expand, modality_of, subject_of
+from .sources import PREPARED, Job, Subjects, expand, modality_of, subject_of
 from .synthetic import mni152, synthetic_brain
-from .volumes import SIZE, Unusable, Volume, axial_slices, load_nifti
+from .volumes import SIZE, MissingPackage, Unusable, Volume, axial_slices, load_nifti
 
 FORMAT = 2
 SPLITS = {"train": 0.70, "val": 0.15, "test": 0.15}
+LABELS = "a label map, by its name"
 SHEET_EVERY = 10  # slices to a tile of the contact sheet
 SHEET_TILES = 400  # at most
 
@@ -37,12 +40,12 @@ class Scan:
     """The slices of one volume or picture, float16 `[N, 128, 128]`, and what the manifest says of them."""
 
     source: str
-    subject: str
     modality: str
     slices: np.ndarray
     positions: Sequence[float | None] = (None,)
     tilt: float = 0.0
-    covariates: Covariates = field(default_factory=dict)
+    covariates: dict[str, float | str] = field(default_factory=dict)
+    patient: str = ""  # DICOM's PatientID, to tell people apart; in memory only
 
 
 Skipped = list[dict[str, str]]
@@ -50,7 +53,7 @@ Skipped = list[dict[str, str]]
 
 def prepare(
     sources: Sequence[str], out: str | Path, *, split: str = "subject", seed: int = 42, volume: int | None = None, every: int = 1,
-    covariates: str | Path | None = None, strict: bool = False, workers: int = 1, progress: bool = True,
+    subject: str | None = None, covariates: str | Path | None = None, strict: bool = False, workers: int = 1, progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `slices.npy` (`[N, 128, 128]` float16 in [-1, 1]), `manifest.json` and `contact_sheet.png` to the folder `out`.
 
@@ -61,52 +64,48 @@ def prepare(
         seed: of the split and of the synthetic population.
         volume: which volume of 4-D files.
         every: keep every n-th slice.
-        covariates: a CSV file, see `read_covariates`.
+        subject: a regular expression whose first group is the subject in a file's name, where `subject_of` reads it wrongly.
+        covariates: a CSV file, see `Covariates`.
         strict: raise at the first unusable file, or subject without covariates, instead of naming and skipping it.
         workers: processes that read at a time; more than one needs a `__main__` that can be imported.
 
     Returns:
-        The manifest.
+        The manifest. `skipped` names what is not in the array, and why.
 
     Raises:
-        ValueError: a source that does not exist or has nothing to read, an ambiguous table, or (`strict`) a broken file.
+        ValueError: a source that does not exist or has nothing to read, a folder with other files, an ambiguous table, or (`strict`) a
+            broken file.
     """
     if split not in ("subject", "slice"):
         raise ValueError(f"split: got {split!r}, allowed are subject, slice")
     for name, value in (("every", every), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, allowed is 1 or more")
-    jobs = [job for source in sources for job in expand(source)]
-    rows: list[dict[str, Any]] = []
-    skipped: Skipped = []
+    # all that can be refused is refused before hours of reading
+    table = None if covariates is None else Covariates(covariates)
+    if Path(out).is_dir() and (other := sorted({p.name for p in Path(out).iterdir()} - PREPARED)):
+        raise ValueError(f"{out} holds {other[0]}, which would be lost; allowed is a new folder or one that prepare wrote")
+    found: dict[object, Job] = {}
+    for job in (job for source in sources for job in expand(source)):
+        found.setdefault(tuple(map(os.path.realpath, job.files)) or job.name, job)  # a file that two sources hold is read once
+    jobs = list(found.values())
+    people = [subject_of(job, subject) if job.files else job.name for job in jobs]
     with whole_folder(out) as folder:
-        with (folder / "slices.npy").open("wb") as f:
-            _header(f, 0)
-            for scans, left_out in tqdm(
-                _results(jobs, seed, volume, every, workers), "prepare", len(jobs), unit="file", disable=not progress
-            ):
-                if left_out and strict:
-                    raise ValueError(f"{left_out[0]['source']}: {left_out[0]['reason']}")
-                skipped += left_out
-                for scan in scans:
-                    f.write(scan.slices.tobytes())
-                    rows += _rows(scan)
-            if not rows:
-                reasons = "; ".join(f"{s['source']}: {s['reason']}" for s in skipped[:3])
-                raise ValueError(f"no usable slice in {', '.join(sources)}" + (f" ({reasons})" if reasons else ""))
-            f.seek(0)
-            _header(f, len(rows))
+        rows, skipped = _write_slices(folder / "slices.npy", jobs, people, seed, volume, every, strict, workers, progress)
+        if not rows:
+            reasons = "; ".join(f"{s['source']}: {s['reason']}" for s in skipped[:3])
+            raise ValueError(f"no usable slice in {', '.join(sources)}" + (f" ({reasons})" if reasons else ""))
         subjects = sorted({row["subject"] for row in rows})
-        if covariates is not None:
+        if table is not None:
             without = sorted({row["subject"] for row in rows if not row["covariates"]})  # synthetic brains have their own
-            table = read_covariates(covariates, without)
-            missing = [s for s in without if s not in table]
+            joined = table.of(without)
+            missing = [s for s in without if s not in joined]
             if missing and strict:
                 raise ValueError(f"{covariates} has no row for {missing[0]}")
-            reason = f"no covariates: {Path(covariates).name} has no row for it; its slices are kept"
+            reason = f"no covariates: {table.path.name} has no row for it; its slices are kept"
             skipped += [{"source": s, "reason": reason} for s in missing]
             for row in rows:
-                row["covariates"] = table.get(row["subject"], row["covariates"])
+                row["covariates"] = joined.get(row["subject"], row["covariates"])
         units = [row["subject"] for row in rows] if split == "subject" else [str(i) for i in range(len(rows))]
         where = assign_splits(units, seed)
         for row, unit in zip(rows, units, strict=True):
@@ -124,6 +123,36 @@ def prepare(
     return manifest
 
 
+def _write_slices(
+    path: Path, jobs: list[Job], people: list[str], seed: int, volume: int | None, every: int, strict: bool, workers: int, progress: bool
+) -> tuple[list[dict[str, Any]], Skipped]:
+    """The array, scan by scan; its rows for the manifest, and what was left out."""
+    rows: list[dict[str, Any]] = []
+    skipped: Skipped = []
+    subjects = Subjects()
+    scans_of: list[tuple[tuple[str, ...], list[dict[str, Any]]]] = []
+    with path.open("wb") as f:
+        _header(f, 0)
+        results = _results(jobs, seed, volume, every, workers)
+        for person, (scans, left_out) in zip(people, tqdm(results, "prepare", len(jobs), unit="file", disable=not progress), strict=True):
+            broken = [s for s in left_out if s["reason"] != LABELS]
+            if broken and strict:
+                raise ValueError(f"{broken[0]['source']}: {broken[0]['reason']}")
+            skipped += left_out
+            for scan in scans:
+                f.write(scan.slices.tobytes())
+                made = list(_rows(scan))
+                rows += made
+                scans_of.append((subjects.add(person, scan.patient, [row["sha256"] for row in made]), made))
+        f.seek(0)
+        _header(f, len(rows))
+    names = subjects.names()
+    for node, made in scans_of:
+        for row in made:
+            row["subject"] = names[node]
+    return rows, skipped
+
+
 def _header(file: Any, count: int) -> None:
     # numpy leaves room for the first axis to grow in place
     npy.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (count, SIZE, SIZE)})
@@ -132,7 +161,7 @@ def _header(file: Any, count: int) -> None:
 def _rows(scan: Scan) -> Iterator[dict[str, Any]]:
     for image, position in zip(scan.slices, scan.positions, strict=True):
         yield {
-            "source": scan.source, "subject": scan.subject, "modality": scan.modality,
+            "source": scan.source, "subject": "", "modality": scan.modality,
             "position_mm": None if position is None else round(float(position), 3), "tilt_deg": round(scan.tilt, 1),
             "covariates": scan.covariates, "sha256": hashlib.sha256(image.tobytes()).hexdigest(),
         }  # fmt: skip
@@ -166,58 +195,71 @@ def _results(jobs: list[Job], seed: int, volume: int | None, every: int, workers
     # spawned: a fork would share torch's threads. One thread each: the processes are what runs at a time
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), context, torch.set_num_threads, (1,)) as pool:
-        yield from pool.map(read, jobs)
+        for job, future in [(job, pool.submit(read, job)) for job in jobs]:
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                raise ValueError(f"{job.name}: the process that read it, or one beside it, was killed; for memory? --workers 1") from None
 
 
 def _read(job: Job, seed: int, volume: int | None, every: int) -> tuple[list[Scan], Skipped]:
-    """The scans in a job's files, and what was left out with its reason."""
+    """The scans in a job's files, and what was left out with its reason: a bad file is never the end of the others."""
     scans: list[Scan] = []
     skipped: Skipped = []
-    if job.kind == "dicom":
-        series, left_out = load_dicom(job.files)
-        parent = job.name.rpartition("/")[0]
-        skipped = [{"source": f"{parent}/{name}" if parent else name, "reason": reason} for name, reason in left_out]
-        several = len({one.patient for one in series}) > 1
-        for number, one in enumerate(series):
-            name = f"{parent or job.name}#{number}" if len(series) > 1 else parent or job.name
-            subject = f"{subject_of(job)}-{one.patient}" if several else subject_of(job)
-            _add(name, subject, modality_of(parent) or modality_of(one.description), one.volume, every, scans, skipped)
-        return scans, skipped
     try:
         if job.kind == "archive":
             raise Unusable("an archive; unpack it first")
+        if job.kind == "labels":
+            raise Unusable(LABELS)
         if job.kind == "synthetic":
             brain, modality, covariates = synthetic_brain(job.index, seed)
-            _add("synthetic", job.name, modality, brain, every, scans, skipped)
+            scans.append(_scan("synthetic", modality, brain, every))
             scans[0].covariates = covariates
         elif job.kind == "mni152":
-            _add("mni152", "mni152", "T1", mni152(), every, scans, skipped)
+            scans.append(_scan("mni152", "T1", mni152(), every))
         elif job.kind == "nifti":
-            _add(job.name, subject_of(job), modality_of(job.name), load_nifti(job.files[0], volume), every, scans, skipped)
+            scans.append(_scan(job.name, _modality(job), load_nifti(job.files[0], volume), every))
+        elif job.kind == "picture":
+            scans.append(Scan(job.name, _modality(job) or "unknown", _picture(job.files[0])[None].astype(np.float16)))
         else:
-            picture = _picture(job.files[0])[None].astype(np.float16)
-            scans.append(Scan(job.name, subject_of(job), modality_of(job.name) or "unknown", picture))
+            series, left_out = load_dicom(job.files)
+            parent = job.name.rpartition("/")[0]
+            skipped += [{"source": f"{parent}/{name}" if parent else name, "reason": reason} for name, reason in left_out]
+            for number, one in enumerate(series):
+                name = f"{parent or job.name}#{number}" if len(series) > 1 else parent or job.name
+                try:
+                    scans.append(_scan(name, modality_of(one.description) or _modality(job), one.volume, every))
+                except Unusable as reason:
+                    skipped.append({"source": name, "reason": str(reason)})
+                    continue
+                scans[-1].patient = one.patient
     except Unusable as reason:
         skipped.append({"source": job.name, "reason": str(reason)})
+    except MissingPackage:
+        raise
+    except Exception as error:  # whatever a broken file sets off in a reader; its text may quote the header
+        skipped.append({"source": job.name, "reason": f"not readable ({type(error).__name__})"})
     return scans, skipped
 
 
-def _add(name: str, subject: str, modality: str | None, volume: Volume, every: int, scans: list[Scan], skipped: Skipped) -> None:
-    try:
-        slices, positions = axial_slices(volume)
-        if not len(slices):
-            raise Unusable("no slice has 10 % of its pixels above the background")
-    except Unusable as reason:
-        skipped.append({"source": name, "reason": str(reason)})
-        return
-    kept = slices[::every].astype(np.float16)
-    scans.append(Scan(name, subject, modality or "unknown", kept, list(positions[::every]), volume.tilt))
+def _modality(job: Job) -> str | None:
+    """What the file's name tells, else its folder's."""
+    *_, folder, name = ["", *job.name.split("/")]
+    return modality_of(name) or modality_of(folder)
+
+
+def _scan(name: str, modality: str | None, volume: Volume, every: int) -> Scan:
+    slices, positions = axial_slices(volume)
+    if not len(slices):
+        raise Unusable("no slice has 10 % of its pixels above the background")
+    return Scan(name, modality or "unknown", slices[::every].astype(np.float16), list(positions[::every]), volume.tilt)
 
 
 def _picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            grey = image.convert("F") if image.mode.startswith(("I", "F")) else image.convert("L").convert("F")
+            upright = ImageOps.exif_transpose(image)
+            grey = upright.convert("F") if upright.mode.startswith(("I", "F")) else upright.convert("L").convert("F")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Unusable(f"not a readable picture ({error})") from None
     side = max(grey.size)

@@ -1,4 +1,8 @@
-"""What a user names to files, and from a file's name its subject and modality. Layouts: BraTS 2017 to 2023, RSNA-MICCAI, BIDS."""
+"""What a user names to files, and from a file's name its subject and modality.
+
+Layouts known by name: BraTS 2017 to 2023, RSNA-MICCAI, BIDS, IXI, OASIS, ADNI, UPENN-GBM. A rule that takes two subjects for one spoils
+nothing; one that takes one for two lets a person into training and test. So a name is cut where it may be: after its first number.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,17 @@ _MODALITY = re.compile(r"(?<![a-z0-9])(flair|t1wce|t1ce|t1gd|t1c|t1n|t1w?|t2f|t2
 _NAMES = {"T1W": "T1", "T1N": "T1", "T2W": "T2", "T1WCE": "T1CE", "T1GD": "T1CE", "T1C": "T1CE", "T2F": "FLAIR"}
 # BraTS-GLI-00005-000 and -001 are two visits of one subject
 _SUBJECT = re.compile(
-    r"(sub-[a-z0-9]+|patient[_-]?\d+|subject[_-]?\d+|brats1[789]_[a-z0-9]+_[a-z0-9]+_1|brats[a-z0-9]*(?:[-_][a-z]+)*[-_]\d+)", re.IGNORECASE
+    r"(sub-[a-z0-9]+|patient[_-]?\d+|subject[_-]?\d+|brats1[789]_[a-z0-9]+_[a-z0-9]+_1|brats[a-z0-9]*(?:[-_][a-z]+)*[-_]\d+"
+    r"|oas\d_\d+|\d{3}_s_\d{4}|upenn-gbm-\d+)",
+    re.IGNORECASE,
 )
 _VISIT = re.compile(r"(ses|session|study|visit)[-_]?\w*|anat|dicom|mri?", re.IGNORECASE)
+_LABELS = re.compile(r"(?<![a-z])(seg|mask|labels?|lesions?)(?![a-z])", re.IGNORECASE)
 _EXTENSION = re.compile(r"\.(nii|hdr|img|png|jpe?g|dcm|ima)(\.gz)?$", re.IGNORECASE)
 NIFTI = (".nii", ".nii.gz", ".hdr", ".hdr.gz")
 PICTURES = (".png", ".jpg", ".jpeg")
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar")
+PREPARED = {"slices.npy", "manifest.json", "contact_sheet.png"}  # what prepare writes
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Job:
     """What is read at a time: a NIfTI file or pair, a picture, the DICOM files of a folder, or one made brain."""
 
     name: str  # what the manifest and the messages call it: the source's name, then the path below it
-    kind: str  # nifti, picture, dicom, archive, mni152, synthetic
+    kind: str  # nifti, labels, picture, dicom, archive, mni152, synthetic
     files: tuple[Path, ...] = ()
     index: int = 0
 
@@ -38,7 +46,7 @@ def expand(source: str) -> Iterator[Job]:
     """The jobs of one source: a file, a folder with all below it (links are followed once), `mni152`, `synthetic[:COUNT]`.
 
     Raises:
-        ValueError: a source that does not exist or has nothing to read.
+        ValueError: a source that does not exist or has nothing to read, or a folder in it that may not be read.
     """
     if source == "mni152":
         yield Job("mni152", "mni152")
@@ -58,11 +66,7 @@ def expand(source: str) -> Iterator[Job]:
     for folder, names in [(root, [path.name])] if path.is_file() else _walk(path):
         dicom = []
         for name in sorted(names):
-            file, lower = folder / name, name.lower()
-            kind = (
-                "nifti" if lower.endswith(NIFTI) else "picture" if lower.endswith(PICTURES)
-                else "archive" if lower.endswith(ARCHIVES) else "dicom" if is_dicom(file) else ""
-            )  # fmt: skip
+            file, kind = folder / name, _kind(folder / name)
             if kind == "dicom":
                 dicom.append(file)
             elif kind:
@@ -75,11 +79,25 @@ def expand(source: str) -> Iterator[Job]:
         raise ValueError(f"{source} holds no NIfTI (.nii, .nii.gz, .hdr), DICOM, .png or .jpg file")
 
 
+def _kind(file: Path) -> str:
+    name = file.name.lower()
+    if name.endswith(NIFTI):
+        return "labels" if _LABELS.search(name) else "nifti"
+    if name.endswith(PICTURES):
+        return "picture"
+    if name.endswith(ARCHIVES):
+        return "archive"
+    return "dicom" if is_dicom(file) else ""
+
+
 def _walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}")
+
     visited = set()
-    for folder, below, names in os.walk(path, followlinks=True):
+    for folder, below, names in os.walk(path, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
-        if real in visited:  # a link back up
+        if real in visited or set(names) >= PREPARED:  # a link back up, or what an earlier prepare made
             below.clear()
             continue
         visited.add(real)
@@ -94,21 +112,73 @@ def modality_of(text: str) -> str | None:
     return _NAMES.get(name, name) if name else None
 
 
-def subject_of(job: Job) -> str:
-    """The subject that a file's name tells, else its folder without modality and visit, else its name without them and slice number.
+def subject_of(job: Job, pattern: str | None = None) -> str:
+    """The subject that a file's name tells: `source/subject`.
 
-    All that lies in one folder of bare numbers is taken for one subject: too few subjects spoil nothing, too many leak.
+    In this order: the first group of the regular expression `pattern`; a known layout; the first folder with a number that names neither
+    a modality nor a visit, or all of them without one; the file's name without modality, up to its first number. A slice number is no
+    subject: pictures whose names are bare numbers are one.
+
+    Raises:
+        ValueError: the name does not fit `pattern`.
     """
+    if pattern is not None:
+        fits = re.search(pattern, job.name)
+        if not fits or not fits.groups():
+            raise ValueError(
+                f"subject: {job.name} does not fit {pattern!r}, allowed is a regular expression with one group that fits all names"
+            )
+        return fits.group(1)
     source, _, rest = job.name.partition("/") if "/" in job.name else ("", "", job.name)
-    stem = _EXTENSION.sub("", rest.rpartition("/")[2])
-    folders = [part for part in rest.split("/")[:-1] if not _VISIT.fullmatch(part) and not _MODALITY.fullmatch(part)]
+    source = "" if _MODALITY.search(source.replace("_", " ")) and job.kind != "dicom" else source
+    *folders, file = rest.split("/")
+    folders = [f for f in folders if not _VISIT.fullmatch(f) and not _MODALITY.search(f.replace("_", " "))]
+    stem = _EXTENSION.sub("", file)
     for part in (stem, *reversed(folders)):
         found = _SUBJECT.search(part)
         if found:
             return "/".join(p for p in (source, found.group(1)) if p)
     if folders or job.kind == "dicom":
-        return "/".join(p for p in (source, *folders) if p) or "dicom"
+        numbered = [f for f in folders if re.search(r"\d", f)]
+        return "/".join(p for p in (source, *(numbered[:1] or folders)) if p) or "dicom"
     stem = _MODALITY.sub("", stem.replace("_", " "))
     if job.kind == "picture":
         stem = re.sub(r"(slice|z)?[ -]*\d+[ -]*$", "", stem, flags=re.IGNORECASE)
-    return "/".join(p for p in (source, stem.strip(" -").replace(" ", "_")) if p) or job.name
+    numbered = re.findall(r"^.*?\d+", stem)
+    name = (numbered[0] if numbered else stem).strip(" -").replace(" ", "_")
+    return "/".join(p for p in (source, name) if p) or job.name
+
+
+class Subjects:
+    """Who is who: scans of one name (and patient, where that is known), of one patient, or that share a slice are one subject."""
+
+    def __init__(self) -> None:
+        self._up: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._names: dict[tuple[str, ...], str] = {}
+
+    def add(self, name: str, patient: str, checksums: list[str]) -> tuple[str, ...]:
+        """A scan; returns what `names` knows it by. `patient` is an ID that is never written anywhere, or empty."""
+        node = ("name", name.lower(), patient)
+        self._names.setdefault(node, name)
+        for other in [("patient", patient)] * bool(patient) + [("slice", c) for c in checksums]:
+            self._up[self._top(other)] = self._top(node)
+        return node
+
+    def names(self) -> dict[tuple[str, ...], str]:
+        """The subject of each scan that was added; two that would share a name are numbered."""
+        named: dict[tuple[str, ...], str] = {}
+        taken: set[str] = set()
+        out = {}
+        for node, name in self._names.items():
+            top = self._top(node)
+            if top not in named:
+                free = (n for i in range(len(self._names) + 1) if (n := f"{name}-{i}" if i else name) not in taken)
+                named[top] = next(free)
+                taken.add(named[top])
+            out[node] = named[top]
+        return out
+
+    def _top(self, node: tuple[str, ...]) -> tuple[str, ...]:
+        while self._up.get(node, node) != node:
+            node = self._up[node]
+        return node

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .volumes import Volume, oriented
+from .volumes import MissingPackage, Volume, oriented
 
 # relative intensity of grey matter, white matter and fluid: what the eye expects of the contrast, not a signal equation
 CONTRASTS = {"T1": (0.60, 0.95, 0.18), "T2": (0.55, 0.38, 1.00), "FLAIR": (0.80, 0.62, 0.12)}
@@ -43,7 +43,7 @@ def _nilearn_datasets() -> Any:
     try:
         from nilearn import datasets
     except ImportError:
-        raise ValueError("mni152 and synthetic need nilearn: pip install 'sbldm_fast[data]'") from None
+        raise MissingPackage("mni152 and synthetic need nilearn: pip install 'sbldm_fast[data]'") from None
     return datasets
 
 
@@ -88,7 +88,7 @@ def synthetic_brain(index: int, seed: int = 0) -> tuple[Volume, str, dict[str, f
     array = image.numpy().transpose(2, 1, 0)
     volume_ml = float(ventricles.sum()) * STEP**3 / 1000
     covariates: dict[str, float | str] = {"age": round(age, 1), "sex": sex, "ventricle_volume": round(volume_ml, 2)}
-    return Volume(array, (STEP, STEP, STEP), origin_z, array.shape), modality, covariates
+    return Volume(array, (STEP, STEP, STEP), origin_z, STEP, array.shape), modality, covariates
 
 
 def mni152() -> Volume:

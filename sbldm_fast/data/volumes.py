@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,17 +26,22 @@ class Unusable(ValueError):
     """A scan that cannot be used; the text says why."""
 
 
+class MissingPackage(ValueError):
+    """A reader that is not installed; the text says how to."""
+
+
 @dataclass(frozen=True)
 class Volume:
-    """A scan: `array[x, y, z]` with x to the right, y to the front, z upwards (RAS), `zooms` in mm, `origin_z` of slice 0 in mm.
+    """A scan: `array[x, y, z]` with x to the right, y to the front, z upwards (RAS), `zooms` in mm.
 
-    `straighten`, where a scan is too oblique to be turned by its axes: 4 x 4, from voxels of a straight grid of `shape` to those of
-    `array`. `tilt`: degrees between the slices and the axial plane.
+    The middle of slice k is at the height `origin_z + k * rise`, mm. `straighten`, where a scan is too oblique to be turned by its axes:
+    4 x 4, from voxels of a straight grid of `shape` to those of `array`. `tilt`: degrees between the slices and the axial plane.
     """
 
     array: np.ndarray
     zooms: tuple[float, float, float]
     origin_z: float
+    rise: float
     shape: tuple[int, int, int]
     straighten: np.ndarray | None = None
     tilt: float = 0.0
@@ -74,11 +78,8 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
     """
     try:
         import nibabel as nib
-        from nibabel.filebasedimages import ImageFileError
-        from nibabel.spatialimages import HeaderDataError
-        from nibabel.wrapstruct import WrapStructError
     except ImportError:
-        raise ValueError("reading NIfTI needs nibabel: pip install 'sbldm_fast[data]'") from None
+        raise MissingPackage("reading NIfTI needs nibabel: pip install 'sbldm_fast[data]'") from None
 
     if not path.exists():
         raise Unusable("no such file, or a link that leads nowhere")
@@ -93,6 +94,8 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
         if len(set(axes)) == 2:
             raise Unusable(f"the header says two orientations: sform {''.join(map(str, axes[0]))}, qform {''.join(map(str, axes[1]))}")
         proxy = image.dataobj
+        if min(image.shape, default=0) < 1:
+            raise Unusable(f"shape {image.shape}: nothing in it")
         if len(image.shape) == 4 and (volume is not None or image.shape[3] == 1):
             if (volume or 0) >= image.shape[3]:
                 raise Unusable(f"volume {volume} asked for, the file has {image.shape[3]}")
@@ -105,15 +108,16 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
         # deflate shrinks by 1,032 at most
         if promised > data.stat().st_size * (1032 if data.suffix == ".gz" else 1):
             raise Unusable(f"the header promises {promised} bytes of voxels, the file has {data.stat().st_size}")
-        # as it is stored where nothing is to be scaled: a quarter of float64, which nibabel would make of it
-        array = np.asanyarray(proxy) if proxy.slope == 1 and proxy.inter == 0 else np.asarray(proxy, dtype=np.float32)
-        if array.ndim == 4:
-            array = array[..., volume or 0]
-        unit = {"meter": 1000.0, "micron": 1e-3}.get(header.get_xyzt_units()[0], 1.0)
+        if len(image.shape) == 4:
+            array = np.asarray(proxy[..., volume or 0])  # of a long series only this one is read
+        else:
+            # as it is stored where nothing is to be scaled: a quarter of float64, which nibabel would make of it
+            array = np.asanyarray(proxy) if proxy.slope == 1 and proxy.inter == 0 else np.asarray(proxy, dtype=np.float32)
+        unit = {1: 1000.0, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres, micrometres; else millimetres
         affine = np.diag([unit, unit, unit, 1.0]) @ image.affine
-    except (OSError, EOFError, MemoryError, zlib.error, ImageFileError, HeaderDataError, WrapStructError, ValueError) as error:
-        if isinstance(error, Unusable):
-            raise
+    except Unusable:
+        raise
+    except Exception as error:  # nibabel, gzip and zlib meet a broken file with any
         raise Unusable(f"not a readable NIfTI file ({error})") from None
     return oriented(array, affine)
 
@@ -133,12 +137,15 @@ def oriented(array: np.ndarray, affine: np.ndarray) -> Volume:
     orientation = io_orientation(affine)
     affine = affine @ inv_ornt_aff(orientation, array.shape)
     array = apply_orientation(array, orientation)
-    tilt = math.degrees(max(obliquity(affine)))
     turn, shape = None, array.shape
-    if tilt > MAX_TILT:
+    axes = affine[:3, :3] / voxel_sizes(affine)
+    sheared = np.abs(axes.T @ axes - np.eye(3)).max() > 0.02
+    if math.degrees(max(obliquity(affine))) > MAX_TILT or sheared:
         shape, straight = vox2out_vox((array.shape, affine), voxel_sizes(affine))
         turn, affine = np.linalg.inv(affine) @ straight, straight
     zooms = voxel_sizes(affine)
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    tilt = math.degrees(math.acos(min(1.0, abs(normal[2]) / float(np.linalg.norm(normal)))))
     if min(shape[:2]) < 16 or max(zooms[:2]) > MAX_PIXEL:
         raise Unusable(
             f"axial slices would have {shape[0]} x {shape[1]} pixels of {zooms[0]:.1f} x {zooms[1]:.1f} mm; "
@@ -147,7 +154,7 @@ def oriented(array: np.ndarray, affine: np.ndarray) -> Volume:
     # the height of a tilted slice is that of its middle
     z = float((affine @ [(shape[0] - 1) / 2, (shape[1] - 1) / 2, 0, 1])[2])
     mm = float(zooms[0]), float(zooms[1]), float(zooms[2])
-    scan = Volume(array, mm, z, (int(shape[0]), int(shape[1]), int(shape[2])), turn, 0.0 if turn is not None else tilt)
+    scan = Volume(array, mm, z, float(affine[2, 2]), (int(shape[0]), int(shape[1]), int(shape[2])), turn, tilt)
     bad = sum(np.count_nonzero(~np.isfinite(slab)) for _, slab in scan.slabs())
     if bad:
         raise Unusable(f"{bad} voxels are NaN or infinite")
@@ -192,12 +199,12 @@ def axial_slices(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
         for start, slab in volume.slabs():
             yield start, (2 * (slab - low) / (high - low) - 1).clip(-1, 1).transpose(2, 1, 0)[:, ::-1]
 
-    inside = [np.zeros(n, bool) for n in (volume.shape[1], volume.shape[0])]
+    inside = [np.zeros(n, np.int64) for n in (volume.shape[1], volume.shape[0])]
     for _, image in images():
         head = image > FOREGROUND
         for axis, across in enumerate(((0, 2), (0, 1))):
-            inside[axis] |= np.any(head, axis=across)
-    rows, columns = (_window(head, zoom) for head, zoom in zip(inside, volume.zooms[1::-1], strict=True))
+            inside[axis] += np.count_nonzero(head, axis=across)
+    rows, columns = (_window(head > 0.01 * head.max(), zoom) for head, zoom in zip(inside, volume.zooms[1::-1], strict=True))
     slices, positions = [], []
     for start, image in images():
         padded = np.pad(image, ((0, 0), rows[1], columns[1]), constant_values=-1.0)[:, rows[0], columns[0]]
@@ -205,12 +212,12 @@ def axial_slices(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
         done = square[:, 0].clamp(-1, 1).numpy()
         keep = (done > FOREGROUND).mean(axis=(1, 2)) >= MIN_FOREGROUND
         slices.append(done[keep])
-        positions.append(volume.origin_z + volume.zooms[2] * (start + np.flatnonzero(keep)))
+        positions.append(volume.origin_z + volume.rise * (start + np.flatnonzero(keep)))
     return np.concatenate(slices), np.concatenate(positions)
 
 
 def _window(head: np.ndarray, zoom: float) -> tuple[slice, tuple[int, int]]:
-    """Where FIELD_OF_VIEW mm around the middle of the head lie along one axis, and the padding that this needs."""
+    """Where FIELD_OF_VIEW mm around the middle of the head (places that hold more than a speck) lie along an axis, and the padding."""
     inside = np.flatnonzero(head)
     if not inside.size:
         raise Unusable("no voxel stands out from the background")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sbldm_fast.data import prepare
-from sbldm_fast.data.covariates import read_covariates
+from sbldm_fast.data.covariates import Covariates
 
 from .test_data import head, save
 
@@ -19,9 +19,10 @@ def table(path: Path, text: str, encoding: str = "utf-8") -> Path:
 
 
 def test_numbers_fit_subjects_by_their_end(tmp_path: Path) -> None:
-    path = table(tmp_path / "t.csv", "patient_id,sex,age,type\n1,F,20,\n12,M,29.5,RR\n7,F,NaN,NA\n", "utf-8-sig")
-    subjects = ["ms/patient01", "ms/patient12", "ms/patient07", "ms/patient03", "other"]
-    assert read_covariates(path, subjects) == {
+    path = table(tmp_path / "t.csv", "patient_id,sex,age,type\n1,F,20,\n12,M,29.5,RR\n,,,\n7,F,NaN,NA\n", "utf-8-sig")
+    # two numbers in a name: which is meant cannot be known
+    subjects = ["ms/patient01", "ms/patient12", "ms/patient07", "ms/patient03", "other", "a/IXI185-Guys-0012", "a/case7-1"]
+    assert Covariates(path).of(subjects) == {
         "ms/patient01": {"sex": "F", "age": 20.0},
         "ms/patient12": {"sex": "M", "age": 29.5, "type": "RR"},
         "ms/patient07": {"sex": "F"},
@@ -30,14 +31,14 @@ def test_numbers_fit_subjects_by_their_end(tmp_path: Path) -> None:
 
 def test_names_fit_by_the_whole(tmp_path: Path) -> None:
     path = table(tmp_path / "t.csv", "id,age\nsub-01,20\nSub-011,30\n")
-    assert read_covariates(path, ["a/sub-01", "a/sub-011", "a/sub-1"]) == {"a/sub-01": {"age": 20.0}, "a/sub-011": {"age": 30.0}}
+    assert Covariates(path).of(["a/sub-01", "a/sub-011", "a/sub-1"]) == {"a/sub-01": {"age": 20.0}, "a/sub-011": {"age": 30.0}}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("id,age\n1,20\n01,21\n", "lists id 01 twice"),
-        ("id,age\n1,20\n2\n", "line 3 has 1 columns, allowed are 2"),
+        ("id,age\n1,20\n2\n", "the row of 2 has 1 columns, allowed are 2"),
         ("id,age,age\n1,20,3\n", "names a column twice"),
         ("id\n1\n", "holds no covariates"),
         ("", "holds no covariates"),
@@ -46,20 +47,20 @@ def test_names_fit_by_the_whole(tmp_path: Path) -> None:
 )
 def test_ambiguous_tables_are_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        read_covariates(table(tmp_path / "t.csv", text), ["a/patient1", "b/patient01", "c/x"])
+        Covariates(table(tmp_path / "t.csv", text)).of(["a/patient1", "b/patient01", "c/x"])
 
 
 def test_unreadable_tables_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"id,age\n\xff\xfe,1\n")
     with pytest.raises(ValueError, match=r"t.csv is not readable as CSV"):
-        read_covariates(tmp_path / "t.csv", ["a"])
+        Covariates(tmp_path / "t.csv")
     with pytest.raises(ValueError, match=r"none.csv is not readable as CSV"):
-        read_covariates(tmp_path / "none.csv", ["a"])
+        Covariates(tmp_path / "none.csv")
 
 
 def test_a_subject_without_a_row_is_named_or_strictly_refused(tmp_path: Path) -> None:
     for i in (1, 2):
-        save(head(), tmp_path / "in" / f"patient{i}_T1.nii.gz")
+        save(head(person=i), tmp_path / "in" / f"patient{i}_T1.nii.gz")
     path = table(tmp_path / "t.csv", "id,age\n1,20\n")
     manifest = prepare([str(tmp_path / "in"), "synthetic:2"], tmp_path / "out", covariates=path, every=20, progress=False)
     assert manifest["skipped"] == [{"source": "in/patient2", "reason": "no covariates: t.csv has no row for it; its slices are kept"}]
@@ -67,12 +68,16 @@ def test_a_subject_without_a_row_is_named_or_strictly_refused(tmp_path: Path) ->
     assert found["in/patient1"] == {"age": 20.0}
     assert found["in/patient2"] == {}
     assert set(found["synthetic/00001"]) == {"age", "sex", "ventricle_volume"}, "a synthetic brain keeps its own"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"holds notes.txt, which would be lost"):
+        prepare([str(tmp_path / "in")], tmp_path / "mine", progress=False)
     with pytest.raises(ValueError, match=r"t.csv has no row for in/patient2"):
         prepare([str(tmp_path / "in")], tmp_path / "strict", covariates=path, strict=True, progress=False)
     assert not (tmp_path / "strict").exists()
 
 
 def test_the_shared_table(ms_scans: Path) -> None:
-    got = read_covariates(ms_scans / "patient_info.csv", [f"ms/patient{i:02d}" for i in (1, 3, 4, 12)])
+    got = Covariates(ms_scans / "patient_info.csv").of([f"ms/patient{i:02d}" for i in (1, 3, 4, 12)])
     assert [got[f"ms/patient{i:02d}"]["sex"] for i in (1, 3, 4, 12)] == ["F", "M", "F", got["ms/patient12"]["sex"]]
     assert np.isfinite([float(c["age"]) for c in got.values()]).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ def one(k: int, image: np.ndarray, **values: Any) -> FileDataset:
     ds = FileDataset("", Dataset(), file_meta=meta, preamble=b"\0" * 128)
     ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     ds.PatientID, ds.PatientName, ds.SeriesInstanceUID, ds.InstanceNumber = "SECRET-7", "Secret^Name", "1.2.3", 1
-    ds.StudyDate, ds.SeriesDescription = "19990101", "Secret t2 ax"
+    ds.StudyDate, ds.SeriesDescription = "19990101", "Secret ax"
     ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     ds.PixelSpacing, ds.SliceThickness = [ZOOMS[1], ZOOMS[0]], ZOOMS[2]
     # LPS of the first pixel, which is the patient's right front
@@ -59,7 +60,11 @@ def series(folder: Path, change: Callable[[int, FileDataset], Any] = lambda k, d
     """A folder of slices whose names and numbers say nothing of their order."""
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(SHAPE[2]):
-        ds = one(k, plane(k), **values)
+        image = plane(k).copy()
+        if "PatientID" in values:  # another head
+            image[50, 20 + len(values["PatientID"]) + ord(values["PatientID"][-1]) % 10] = 550
+        ds = one(k, image, **values)
+        ds.where = folder
         if change(k, ds) is not False:
             ds.save_as(folder / f"{(k * 5 + 3) % SHAPE[2]:02d}-{values.get('SeriesInstanceUID', '')}.dcm", enforce_file_format=True)
     return folder
@@ -152,15 +157,34 @@ def test_mixed_series_time_points_and_patients_are_split(tmp_path: Path) -> None
     assert manifest["skipped"] == []
     found = sorted({(row["source"], row["subject"], row["modality"]) for row in manifest["slices"]})
     assert [source for source, _, _ in found] == [f"in/case/T1w#{i}" for i in range(4)]
-    assert {subject for _, subject, _ in found} == {"in/case-0", "in/case-1"}
+    assert {subject for _, subject, _ in found} == {"in/case", "in/case-1"}
     assert {modality for _, _, modality in found} == {"T1"}
     assert len(manifest["slices"]) == 4 * SHAPE[2]
+
+
+def test_one_patient_is_one_subject_wherever_the_series_lie(tmp_path: Path) -> None:
+    """As archives hand them out: a folder for each study and series, none of them named after the patient."""
+    series(tmp_path / "in" / "st1" / "a", SeriesDescription="T1", PatientID="P1")
+    series(tmp_path / "in" / "st2" / "b", SeriesDescription="FLAIR", PatientID="P1", SeriesInstanceUID="1.9")
+    series(tmp_path / "in" / "st2" / "c", SeriesDescription="T1", PatientID="P2", SeriesInstanceUID="1.8")
+    rows = prepare([str(tmp_path / "in")], tmp_path / "out", every=6, progress=False)["slices"]
+    found = {(row["source"], row["modality"]): row["subject"] for row in rows}
+    assert found["in/st1/a", "T1"] == found["in/st2/b", "FLAIR"] == "in/st1"
+    assert found["in/st2/c", "T1"] == "in/st2"
+
+
+def test_without_instance_numbers_every_slice_counts(tmp_path: Path) -> None:
+    def anonymous(k: int, ds: FileDataset) -> None:
+        del ds.SOPInstanceUID
+
+    (got,), left_out = load(series(tmp_path / "d", anonymous))
+    assert (got.volume.shape, left_out) == (SHAPE, [])
 
 
 def test_the_layout_of_rsna_miccai(tmp_path: Path) -> None:
     for subject in ("00000", "00002"):
         for modality in ("FLAIR", "T1w", "T1wCE", "T2w"):
-            series(tmp_path / "train" / subject / modality, SeriesInstanceUID=f"1.{modality[1]}.{len(modality)}")
+            series(tmp_path / "train" / subject / modality, SeriesInstanceUID=f"1.{modality[1]}.{len(modality)}", PatientID=subject)
     rows = prepare([str(tmp_path / "train")], tmp_path / "out", every=6, progress=False)["slices"]
     assert {(row["subject"], row["modality"]) for row in rows} == {
         (f"train/{subject}", modality) for subject in ("00000", "00002") for modality in ("FLAIR", "T1", "T1CE", "T2")
@@ -168,7 +192,7 @@ def test_the_layout_of_rsna_miccai(tmp_path: Path) -> None:
 
 
 def test_nothing_personal_is_kept(tmp_path: Path) -> None:
-    prepare([str(series(tmp_path / "scan"))], tmp_path / "out", progress=False)
+    prepare([str(series(tmp_path / "scan", SeriesDescription="Secret t2 ax"))], tmp_path / "out", progress=False)
     text = (tmp_path / "out" / "manifest.json").read_text()
     assert not [word for word in ("SECRET", "Secret", "19990101", "1.2.3") if word in text]
     assert json.loads(text)["slices"][0]["modality"] == "T2", "of the description only the contrast"
@@ -200,15 +224,31 @@ def set_in_one(name: str, value: Any) -> Callable[[int, FileDataset], None]:
     return change
 
 
+def shear(k: int, ds: FileDataset) -> None:
+    ds.ImagePositionPatient = [ds.ImagePositionPatient[0] + 6 * k, *ds.ImagePositionPatient[1:]]
+
+
+def each_its_time(k: int, ds: FileDataset) -> None:
+    """Two time points whose slices are told apart by the time of each slice alone: that is no time point."""
+    ds.AcquisitionTime = f"1200{k:02d}"
+    again = copy.deepcopy(ds)
+    again.SOPInstanceUID, again.AcquisitionTime = f"1.6.{k}", f"1300{k:02d}"
+    again.save_as(Path(ds.where) / f"again-{k}.dcm", enforce_file_format=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (drop, "slices are missing: gaps of 5.00 to 15.00 mm"),
         (double, "1 slices lie where another one lies, and none of"),
-        (without("ImagePositionPatient"), "no ImagePositionPatient: where the slice lies cannot be known"),
-        (without("ImageOrientationPatient"), "no ImageOrientationPatient"),
+        (without("ImagePositionPatient"), "no ImagePositionPatient of 3 numbers: where the slice lies cannot be known"),
+        (without("ImageOrientationPatient"), "no ImageOrientationPatient of 6 numbers"),
+        (set_in_one("ImagePositionPatient", [1.0, 2.0]), "no ImagePositionPatient of 3 numbers"),
+        (set_in_one("Rows", [1, 2]), "not a readable DICOM file (TypeError)"),
+        (shear, "slices are shifted sideways by up to 66.0 mm (a tilted gantry?)"),
+        (each_its_time, "12 slices lie where another one lies, and none of"),
         (set_in_one("NumberOfFrames", 9), "many frames in one file"),
-        (set_in_one("PhotometricInterpretation", "RGB"), "RGB pixels, allowed are MONOCHROME1 and 2"),
+        (set_in_one("PhotometricInterpretation", "RGB"), "pixels are not grey, allowed are MONOCHROME1 and 2"),
         (set_in_one("PixelData", b"123"), "are not readable"),
         (set_in_one("PixelSpacing", [0, 0]), "the affine is singular"),
     ],

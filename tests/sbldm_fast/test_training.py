@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sbldm_fast import Pipeline, preset
+from sbldm_fast import Pipeline, UNet2D, preset
 from sbldm_fast.data import prepare
 from sbldm_fast.models.config import Preset
 from sbldm_fast.training import Objective, Optimisation, train_pipeline
-from sbldm_fast.training.loop import amp_dtype, batches, train
-from sbldm_fast.training.stages import augment
+from sbldm_fast.training.loop import Step, amp_dtype, batches, train
+from sbldm_fast.training.stages import augment, unet_loss
 
 SMALL = Preset(
     replace(preset("demo").vae, block_out_channels=(8, 8, 8, 8)),
@@ -286,6 +287,61 @@ def test_every_prediction_type_trains(kind: str, data: Path, tmp_path: Path) -> 
     preset = SMALL._replace(scheduler=replace(SMALL.scheduler, prediction_type=kind))
     train_pipeline(preset, data, tmp_path, vae=optimisation(1), unet=optimisation(2), views=1, progress=False)
     assert Pipeline.from_pretrained(tmp_path / "pipeline").scheduler.config.prediction_type == kind
+
+
+def unet_step(device: torch.device, amp: str, ema_decay: float = 0.9) -> Step:
+    torch.manual_seed(0)
+    model = UNet2D(SMALL.unet).to(device)
+    latents = torch.randn(16, 8, 16, 16, device=device)
+    o = optimisation(100, amp=amp, ema_decay=ema_decay)
+    step = Step(model, unet_loss(latents, SMALL.scheduler, Objective(snr_gamma=5.0, low_weight=2.0, cutmix_prob=0.25), o.seed), o)
+    model.train()
+    return step
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is brought from a tensor to Python: on a GPU each is a wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_step_brings_no_number_to_the_host(amp: str) -> None:
+    step = unet_step(torch.device("cpu"), amp, ema_decay=0.0)  # the EMA has a scalar on a CPU, a tensor elsewhere
+    index = torch.arange(4)
+    step(0, index)
+    with Reads() as reads:
+        step(1, index)
+    assert reads.count == 0
+    with Reads() as reads:
+        step.read(2)
+    assert reads.count > 0, "the count counts"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("amp", ["off", "fp16", "auto"])
+def test_a_captured_step_is_the_step_and_waits_for_nothing(amp: str) -> None:
+    device = torch.device("cuda")
+    captured, eager = unet_step(device, amp), unet_step(device, amp)
+    eager.run = eager._work
+    index = torch.arange(8, device=device).split(4)
+    for i in range(8):
+        if i == 5:  # captured after three
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            captured(i, index[i % 2])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        eager(i, index[i % 2])
+    assert captured.read(8)["loss"] == pytest.approx(eager.read(8)["loss"], rel=1e-3)
+    for a, b in zip(captured.trained.parameters(), eager.trained.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
 
 
 class Line(nn.Module):
