@@ -26,7 +26,6 @@ from .timing import interleaved, machine, summary
 
 TOLERANCE = 1e-4  # relative, of the loss over the steps of the warm-up
 CHECKED = 5  # steps of the warm-up; three of them warm a graph up
-ITEMS = 256
 PLAIN = "plain PyTorch float32"
 
 
@@ -60,7 +59,7 @@ def bench_training(
     config = replace(p.unet, dropout=0.0)
     torch.manual_seed(0)
     weights = UNet2D(config).to(device)
-    latents = torch.randn(ITEMS, config.in_channels, config.sample_size, config.sample_size, device=device)
+    latents = torch.randn(CHECKED * batch, config.in_channels, config.sample_size, config.sample_size, device=device)
     half = _half(device)
     torch.compiler.reset()
     loops: dict[str, Loop] = {}
@@ -138,7 +137,7 @@ def _plain(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str,
 def _timed(
     loops: dict[str, Loop], batch: int, steps: int, rounds: int, device: torch.device, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    order = torch.arange(ITEMS, device=device).roll(1).split(batch)
+    order = torch.arange(CHECKED * batch, device=device).roll(1).split(batch)
     curves: dict[str, list[float]] = {}
     first: dict[str, float] = {}
     memory: dict[str, float] = {}

@@ -58,6 +58,18 @@ def whole_folder(path: str | Path, lose: bool = False) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def recover(folder: str | Path) -> None:
+    """Clear what processes that were killed in `whole_file` or `whole_folder` left in `folder`; what was moved aside comes back."""
+    for path in [*Path(folder).glob(".*.old"), *Path(folder).glob(".*.part")]:
+        target = path.with_name(path.name[1:].rsplit(".", 2)[0])
+        if path.suffix == ".old" and not target.exists():
+            path.rename(target)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,14 @@ def save(
         shutil.rmtree(old)
 
 
-def clear(folder: Path) -> None:
-    """Remove what a killed process left half written."""
-    for pattern in (".*.part", ".*.old"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Say of a write that failed what is not lost."""
+    try:
+        yield
+    except OSError as error:
+        last = max(folder.glob("checkpoint-*"), default=None, key=lambda path: path.stat().st_mtime)
+        raise OSError(f"{error}; last good checkpoint: {last or 'none yet'}") from error
 
 
 def load(path: Path, settings: dict[str, Any], model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -72,11 +77,10 @@ def save_best(folder: Path, name: str, model: nn.Module, step: int, value: float
         write_json(aside / "state.json", {"step": step, "val": value})
 
 
-def load_best(folder: Path, name: str, model: nn.Module) -> dict[str, Any]:
-    """Put the weights with the lowest validation loss into `model`; their step and loss."""
+def load_best(folder: Path, name: str, model: nn.Module) -> None:
+    """Put the weights with the lowest validation loss into `model`."""
     path = folder / f"best-{name}"
     load_tensors(model, read_tensors(path / "model.safetensors"), str(path))
-    return read_json(path / "state.json")
 
 
 def kept(folder: Path, name: str, steps: int) -> int:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,11 +27,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sbldm_fast.files import recover
+
 from . import checkpoint
 from .board import Board
 
 AMP = ("auto", "off", "fp16", "bf16")
 READ_EVERY = 50  # steps between two looks at the device
+ASK_EVERY = 10  # steps between two agreements of several processes on a signal
 LossOf = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -59,6 +63,14 @@ class Optimisation:
         for name in ("steps", "batch_size", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 1 or more")
+        for name, least in (("lr", 0.0), ("clip_norm", 0.0)):
+            if not getattr(self, name) > least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is above 0")
+        for name in ("weight_decay", "warmup"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 0 or more")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: got {self.ema_decay}, allowed is 0 to below 1")
         if self.amp not in AMP:
             raise ValueError(f"amp: got {self.amp!r}, allowed are {', '.join(AMP)}")
 
@@ -93,14 +105,14 @@ class Ranks:
             value /= self.size
         return value
 
-    def any(self, flag: Tensor) -> bool:
-        """Whether any process says yes; waits for the device."""
-        return bool(self.mean(flag.double()) > 0)
+    def any(self, flag: bool) -> bool:
+        """Whether any process says yes, through the processors: no device is waited for."""
+        return bool(self.mean(torch.tensor(float(flag))) > 0)
 
 
 @contextmanager
 def torchrun() -> Iterator[torch.device]:
-    """This process's device; under torchrun the process group, NCCL on CUDA and gloo on a CPU, is there while the block runs."""
+    """This process's device; under torchrun the process group (gloo, and NCCL where there is CUDA) is there while the block runs."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda", local % torch.cuda.device_count()) if on_cuda else torch.device("cpu")
@@ -109,7 +121,8 @@ def torchrun() -> Iterator[torch.device]:
         return
     if on_cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_cuda else "gloo")
+    # one process encodes while the others wait; flags go by the processor
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timedelta(hours=12))
     try:
         yield device
     finally:
@@ -132,7 +145,9 @@ def batches(count: int, batch_size: int, seed: int, start: int, device: torch.de
     step = start
     while True:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step // per_epoch)
-        order = torch.randperm(count, generator=generator).to(device)
+        order = torch.randperm(count, generator=generator)
+        if device is not None and device.type == "cuda":
+            order = order.pin_memory().to(device, non_blocking=True)
         for i in range(step % per_epoch, per_epoch):
             yield order[i * batch_size : (i + 1) * batch_size]
             step += 1
@@ -205,7 +220,9 @@ class Step:
                 torch._foreach_add_(averaged, difference)
         loss = loss.detach()
         self.loss += loss
-        self.first_bad.copy_(torch.where((self.first_bad < 0) & ~loss.isfinite(), self.number, self.first_bad))
+        # a gradient that is not finite ruins the weights, except where the scaler leaves the step out
+        good = loss.isfinite() if self.scaler.is_enabled() else loss.isfinite() & self.norm.isfinite()
+        self.first_bad.copy_(torch.where((self.first_bad < 0) & ~good, self.number, self.first_bad))
         self.scalars = {name: value.detach() for name, value in scalars.items()}
 
     def _in_a_graph(self) -> Callable[[], None]:
@@ -214,16 +231,17 @@ class Step:
 
         def run() -> None:
             nonlocal done
-            if done < 3:
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    self._work()
-                torch.cuda.current_stream().wait_stream(side)
-            else:
-                if done == 3:
-                    with torch.cuda.graph(graph):  # records, does not run
+            with torch.cuda.device(self.device):
+                if done < 3:
+                    side.wait_stream(torch.cuda.current_stream())
+                    with torch.cuda.stream(side):
                         self._work()
-                graph.replay()
+                    torch.cuda.current_stream().wait_stream(side)
+                else:
+                    if done == 3:
+                        with torch.cuda.graph(graph):  # records, does not run
+                            self._work()
+                    graph.replay()
             done += 1
 
         return run
@@ -232,17 +250,22 @@ class Step:
         """The mean loss of the last `steps` steps and the last norm, waiting for the device; starts the next mean.
 
         Raises:
-            FloatingPointError: a loss was not finite; its argument is the number of the first such step.
+            FloatingPointError: a loss or gradient was not finite; its argument is the number of the first such step.
         """
-        loss = self.total / steps
-        if not math.isfinite(loss):
+        if self.ranks.any(self.is_bad):
             first = torch.where(self.first_bad < 0, 2**62, self.first_bad)
             if self.ranks.size > 1:
                 dist.all_reduce(first, dist.ReduceOp.MIN)
             raise FloatingPointError(int(first))
+        loss = self.total / steps
         self.loss.zero_()
-        row = {"loss": loss, "grad_norm": float(self.norm), **{k: float(v) for k, v in self.scalars.items()}}
+        row = {"loss": loss, "grad_norm": float(self.norm)} | {k: float(self.ranks.mean(v.clone())) for k, v in self.scalars.items()}
         return row | ({"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether a step was not finite; waits for the device."""
+        return bool(self.first_bad >= 0)
 
     @property
     def total(self) -> float:
@@ -273,8 +296,7 @@ def train(
 
     Raises:
         ValueError: a checkpoint of another model, of other settings or of another number of items.
-        FloatingPointError: a loss that is not finite, with the step, the items and the last good checkpoint.
-        OSError: a file could not be written, with the last good checkpoint.
+        FloatingPointError: a loss or gradient that is not finite, with the step, the items and the last good checkpoint.
         Stopped: on a signal.
     """
     ranks = Ranks.of_torchrun()
@@ -283,7 +305,8 @@ def train(
     if batch_size % ranks.size:
         raise ValueError(f"batch_size: got {batch_size}, allowed are multiples of the {ranks.size} processes")
     step_of = Step(model, loss_of, o, ranks)
-    settings = {"items": count, **{k: v for k, v in asdict(o).items() if k not in ("save_every", "keep", "compile")}, **(extra or {})}
+    shared = {k: v for k, v in asdict(o).items() if k not in ("save_every", "keep", "compile")}
+    settings = json.loads(json.dumps({"items": count, **shared, **(extra or {})}))  # as a checkpoint gives them back
     last = checkpoint.newest(folder, name)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss": 0.0, "since": 0, "best": None}
     if last:
@@ -292,15 +315,16 @@ def train(
         if step_of.scaler.is_enabled():
             step_of.scaler.load_state_dict(state["scaler"])
     if ranks.rank == 0:
-        checkpoint.clear(folder)
+        recover(folder)
         checkpoint.rewind_log(folder, name, state["step"])
     since, best, began = state["since"], state["best"], time.monotonic() - state["seconds"]
-    board = Board(folder / "tensorboard", state["step"]) if ranks.rank == 0 else None
+    board = Board(folder / "tensorboard" / name, state["step"]) if ranks.rank == 0 else None
     log = (folder / "log.jsonl").open("a") if ranks.rank == 0 else None
 
     def write(row: dict[str, Any], step: int) -> None:
         if log and board:
-            log.write(json.dumps({"stage": name, "step": step, **row, "seconds": round(time.monotonic() - began, 1)}) + "\n")
+            finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+            log.write(json.dumps({"stage": name, "step": step, **finite, "seconds": round(time.monotonic() - began, 1)}) + "\n")
             log.flush()
             board.scalars(name, row, step)
 
@@ -311,14 +335,14 @@ def train(
             checkpoint.save(folder, name, state, step_of.model, step_of.ema, step_of.optimizer, o.keep)
 
     def check(step: int) -> None:
-        """Stop at a loss that is not finite before it reaches a checkpoint."""
+        """A row; or the end, before what is not finite reaches a checkpoint."""
         try:
             row = step_of.read(since)
         except FloatingPointError as error:
             bad = int(error.args[0])
             items = next(batches(count, batch_size, o.seed, bad)).tolist()
             raise FloatingPointError(
-                f"{name}: the loss is not finite at step {bad}, items {items}; "
+                f"{name}: the loss or its gradient is not finite at step {bad}, items {items}; "
                 f"last good checkpoint: {checkpoint.newest(folder, name) or 'none yet'}"
             ) from None
         rate = since * batch_size / max(time.monotonic() - looked, 1e-9)
@@ -330,25 +354,23 @@ def train(
     bar = tqdm(range(state["step"], o.steps), initial=state["step"], total=o.steps, desc=name, unit="step", disable=quiet)
     looked = time.monotonic()
     step_of.model.train()
-    with bar, _signals() as asked, _naming(folder, name):
+    with bar, _signals() as asked:
         for step in bar:
             step_of(step, next(order))
             since += 1
             done, end = step + 1, step + 1 == o.steps
             saving = done % o.save_every == 0 or end
-            # several processes must agree: they look at the same steps
-            stop = bool(asked)
-            if ranks.size > 1:
-                stop = done % READ_EVERY == 0 and ranks.any(torch.tensor([stop], device=step_of.device))
+            # several processes must agree, and have 30 seconds to
+            stop = bool(asked) if ranks.size == 1 else (done % ASK_EVERY == 0 or end) and ranks.any(bool(asked))
             if done % READ_EVERY == 0 or end:
                 check(done)
                 since, looked = 0, time.monotonic()
-            elif (saving or stop) and ranks.any(step_of.first_bad >= 0):  # else no row: rows stay those of an uninterrupted run
+            elif (saving or stop) and ranks.any(step_of.is_bad):  # else no row: rows stay those of an uninterrupted run
                 check(done)
             if saving and validate:
                 value = validate(step_of.trained)
                 write({"val": value}, done)
-                if best is None or value < best:
+                if math.isfinite(value) and (best is None or value < best):
                     best = value
                     if ranks.rank == 0:
                         checkpoint.save_best(folder, name, step_of.trained, done, value)
@@ -357,7 +379,7 @@ def train(
             if saving and pictures and board:
                 board.images(name, pictures(step_of.trained), done)
             step_of.model.train()
-            if stop and not end:
+            if stop or (end and ranks.any(bool(asked))):
                 raise Stopped(f"{name}: stopped by {asked[0] if asked else 'another process'} at step {done}; "
                               f"{checkpoint.newest(folder, name)} goes on from there")  # fmt: skip
     if ranks.size > 1:
@@ -371,17 +393,8 @@ def train(
 
 
 @contextmanager
-def _naming(folder: Path, name: str) -> Iterator[None]:
-    """Say of a write that failed what is not lost."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{name}: {error}; last good checkpoint: {checkpoint.newest(folder, name) or 'none yet'}") from error
-
-
-@contextmanager
 def _signals() -> Iterator[list[str]]:
-    """A list that gets the name of SIGTERM or SIGINT when it comes; a second one acts as ever."""
+    """A list that gets the name of SIGTERM or SIGINT when it comes; a second Ctrl-C acts as ever."""
     asked: list[str] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -390,8 +403,8 @@ def _signals() -> Iterator[list[str]]:
 
     def note(number: int, _: FrameType | None) -> None:
         asked.append(signal.Signals(number).name)
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        if number == signal.SIGINT:  # a second SIGTERM is common: torchrun passes on what its processes got already
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     for s in before:
         signal.signal(s, note)

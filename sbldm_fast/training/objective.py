@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +36,11 @@ class Objective:
 
     def __post_init__(self) -> None:
         for name in ("low_weight", "high_weight", "cutoff", "spectral_weight", "cutmix_prob"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 0 or more")
-        if self.cutmix_prob > 1:
-            raise ValueError(f"cutmix_prob: got {self.cutmix_prob}, allowed is 0 to 1")
+        for name in ("cutoff", "cutmix_prob"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 0 to 1")
         if self.snr_gamma is not None and not self.snr_gamma > 0:
             raise ValueError(f"snr_gamma: got {self.snr_gamma}, allowed is above 0, or none")
 

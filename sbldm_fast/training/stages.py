@@ -62,7 +62,7 @@ class _Autoencode(nn.Module):
 
 def train_vae(
     vae: AutoencoderKL, data: Slices, o: Optimisation, folder: Path, *, recon: str = "mse", held_out: Slices | None = None,
-    progress: bool = True,
+    extra: dict[str, Any] | None = None, progress: bool = True,
 ) -> None:  # fmt: skip
     """Train in place on `recon + beta * KL`, both per element, beta from 0 to 1e-5 over 20 epochs. Source: 001 equation 1.
 
@@ -98,7 +98,7 @@ def train_vae(
             return {"slices": x, "reconstructions": vae.decode(vae.encode(x).mean)}
 
     train(_Autoencode(vae), loss_of, len(data), o, folder, name="vae", validate=validate if held_out else None, pictures=pictures,
-          extra={"recon": recon}, progress=progress)  # fmt: skip
+          extra={"recon": recon, "vae": c.to_dict(), **(extra or {})}, progress=progress)  # fmt: skip
     vae.eval()
 
 
@@ -108,7 +108,7 @@ def reconstruction_error(vae: AutoencoderKL, data: Slices, distance: Any = F.l1_
     vae.eval()
     device = next(vae.parameters()).device
     every = max(1, len(data) // VALIDATION)
-    chunks = [data[i.to(device)].to(device) for i in torch.arange(0, len(data), every).split(64)]
+    chunks = [data[i].to(device) for i in torch.arange(0, len(data), every, device=data.index.device).split(64)]
     return float(torch.cat([distance(vae.decode(vae.encode(x).mean), x, reduction="none").mean((1, 2, 3)) for x in chunks]).mean())
 
 
@@ -169,11 +169,12 @@ def unet_loss(latents: Tensor, scheduler: SchedulerConfig, objective: Objective,
 
 def train_unet(
     unet: UNet2D, latents: Tensor, scheduler: SchedulerConfig, o: Optimisation, folder: Path, *, objective: Objective | None = None,
-    held_out: Tensor | None = None, pictures: Any = None, progress: bool = True,
+    held_out: Tensor | None = None, pictures: Any = None, extra: dict[str, Any] | None = None, progress: bool = True,
 ) -> UNet2D:  # fmt: skip
     """Train on scaled latents with `objective`; return the EMA. Source: 001 equations 3 and 4.
 
-    CutMix stays within a process, dropout draws its masks per process: with neither, their number changes only the rounding.
+    Under torchrun CutMix stays within a process and dropout draws the same masks in each: with neither, their number changes only the
+    rounding.
     """
     objective = objective or Objective()
     device = next(unet.parameters()).device
@@ -196,7 +197,7 @@ def train_unet(
 
     trained = train(
         unet, loss_of, len(latents), o, folder, name="unet", validate=None if held_out is None else validate, pictures=pictures,
-        extra={"prediction_type": kind, **asdict(objective)}, progress=progress,
+        extra={"unet": unet.config.to_dict(), "scheduler": scheduler.to_dict(), **asdict(objective), **(extra or {})}, progress=progress,
     )  # fmt: skip
     assert isinstance(trained, UNet2D)
     return trained
@@ -217,36 +218,42 @@ def train_pipeline(
 
     Raises:
         ValueError: as `Slices`; a folder that holds a run, without `resume`; a checkpoint of another model or of other settings.
-        FloatingPointError: a loss that is not finite.
+        FloatingPointError: a loss or gradient that is not finite.
+        OSError: a file could not be written, with the last good checkpoint.
+        Stopped: on a signal.
     """
     from sbldm_fast.sampling.pipeline import Pipeline
 
-    folder = Path(folder)
+    folder, size = Path(folder), Ranks.of_torchrun().size
+    for o in (vae, unet):
+        if o.batch_size % size:
+            raise ValueError(f"batch_size: got {o.batch_size}, allowed are multiples of the {size} processes")
     found = sorted(folder.glob("checkpoint-*"))
     if found and not resume:
         raise ValueError(f"{folder} holds a run ({found[-1].name}); allowed is a new folder, or --resume to go on with it")
     manifest = read_manifest(data)
     splits = [s for s in ("train", "val") if s == "train" or any(row["split"] == s for row in manifest["slices"])]
     slices = {split: Slices(data, split) for split in splits}
-    torch.manual_seed(vae.seed)
-    autoencoder = AutoencoderKL(preset.vae).to(device)
-    network = UNet2D(preset.unet).to(device)
-    train_vae(autoencoder, slices["train"], vae, folder, recon=recon, held_out=slices.get("val"), progress=progress)
-    stamp = hashlib.sha256((Path(data) / "manifest.json").read_bytes()).hexdigest()
-    latents = _latents(autoencoder, slices, folder, views, vae.seed, stamp, progress)
-    factor = float(1 / latents["train"].std())
-    autoencoder.config = replace(preset.vae, scaling_factor=factor)
+    stamp = {"data": hashlib.sha256((Path(data) / "manifest.json").read_bytes()).hexdigest()}
+    with checkpoint.naming(folder):
+        torch.manual_seed(vae.seed)
+        autoencoder = AutoencoderKL(preset.vae).to(device)
+        network = UNet2D(preset.unet).to(device)
+        train_vae(autoencoder, slices["train"], vae, folder, recon=recon, held_out=slices.get("val"), extra=stamp, progress=progress)
+        latents = _latents(autoencoder, slices, folder, views, vae.seed, stamp["data"], progress)
+        factor = float(1 / latents["train"].std())
+        autoencoder.config = replace(preset.vae, scaling_factor=factor)
 
-    def pictures(model: nn.Module) -> dict[str, Tensor]:
-        assert isinstance(model, UNet2D)
-        return {"samples": Pipeline(autoencoder, model, preset.scheduler).sample(SHOWN, seed=0, steps=20, mode="eager")}
+        def pictures(model: nn.Module) -> dict[str, Tensor]:
+            assert isinstance(model, UNet2D)
+            return {"samples": Pipeline(autoencoder, model, preset.scheduler).sample(SHOWN, seed=0, steps=20, mode="eager")}
 
-    ema = train_unet(
-        network, latents["train"] * factor, preset.scheduler, unet, folder, objective=objective, pictures=pictures,
-        held_out=latents["val"] * factor if "val" in latents else None, progress=progress,
-    )  # fmt: skip
-    if Ranks.of_torchrun().rank == 0:
-        Pipeline(autoencoder, ema, preset.scheduler).save(folder / "pipeline")
+        ema = train_unet(
+            network, latents["train"] * factor, preset.scheduler, unet, folder, objective=objective, pictures=pictures,
+            held_out=latents["val"] * factor if "val" in latents else None, extra=stamp, progress=progress,
+        )  # fmt: skip
+        if Ranks.of_torchrun().rank == 0:
+            Pipeline(autoencoder, ema, preset.scheduler).save(folder / "pipeline")
     kept = {name: checkpoint.kept(folder, name, o.steps) for name, o in (("vae", vae), ("unet", unet))}
     return {
         "slices": len(slices["train"]), "subjects": len({row["subject"] for row in slices["train"].rows}), "scaling_factor": factor,

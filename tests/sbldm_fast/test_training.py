@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sbldm_fast import Pipeline, UNet2D, preset
 from sbldm_fast.data import prepare
 from sbldm_fast.models.config import Preset
-from sbldm_fast.training import Objective, Optimisation, train_pipeline
+from sbldm_fast.training import Objective, Optimisation, Stopped, train_pipeline
 from sbldm_fast.training.loop import Step, amp_dtype, batches, train
 from sbldm_fast.training.stages import augment, unet_loss
 
@@ -141,6 +142,8 @@ def test_killed_at_any_point_it_goes_on_to_the_same_end(script: Path, data: Path
         process.kill()
         process.wait()
     (tmp_path / ".best-vae.killed.part").mkdir(exist_ok=True)
+    if (tmp_path / "best-vae").exists():  # a kill between two renames
+        (tmp_path / "best-vae").rename(tmp_path / ".best-vae.killed.old")
     assert start(script, data, tmp_path).wait() == 0
     same_run(whole, tmp_path)
     assert not [p for p in tmp_path.iterdir() if p.name.endswith((".part", ".old"))], "what kills left is cleared"
@@ -231,7 +234,8 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path: Path) -> None:
     o = Optimisation(steps=4, batch_size=4, lr=0.1, amp="off", save_every=2)
     pictures = {"samples": torch.linspace(-1, 1, 2 * 16).reshape(2, 1, 4, 4)}
     train(Line(), loss_of, 8, o, tmp_path, name="line", pictures=lambda model: pictures, progress=False)
-    board = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    train(Line(), loss_of, 8, o, tmp_path, name="next", progress=False)
+    board = events.EventAccumulator(str(tmp_path / "tensorboard" / "line"))
     board.Reload()
     assert {"line/loss", "line/grad_norm", "line/lr", "line/items_per_s"} <= set(board.Tags()["scalars"])
     (tag,) = board.Tags()["images"]
@@ -274,6 +278,8 @@ def test_the_objective_is_its_formula() -> None:
         ({"cutmix_prob": 1.5}, "cutmix_prob: got 1.5, allowed is 0 to 1"),
         ({"low_weight": -1.0}, "low_weight: got -1.0, allowed is 0 or more"),
         ({"cutoff": math.nan}, "cutoff: got nan"),
+        ({"cutoff": 1.5}, "cutoff: got 1.5, allowed is 0 to 1"),
+        ({"high_weight": math.inf}, "high_weight: got inf"),
         ({"snr_gamma": 0.0}, "snr_gamma: got 0.0, allowed is above 0, or none"),
     ],
 )
@@ -368,10 +374,82 @@ def test_the_loop_finds_the_minimum(tmp_path: Path) -> None:
     assert not trained.training
 
 
-@pytest.mark.parametrize("amp", ["bf16", "off"])
-def test_mixed_precision_keeps_float32_weights(amp: str, tmp_path: Path) -> None:
-    trained = train(Line(), loss_of, 8, Optimisation(steps=2, batch_size=4, lr=0.1, amp=amp), tmp_path, name="line", progress=False)
+@pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("off", torch.float32)])
+def test_mixed_precision_keeps_float32_weights(amp: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    seen = []
+
+    def matrix(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        y = model(index.float()[:, None])
+        seen.append(y.dtype)
+        return y.float().square().mean(), {}
+
+    o = Optimisation(steps=2, batch_size=4, lr=0.1, amp=amp)
+    trained = train(nn.Linear(1, 1), matrix, 8, o, tmp_path, name="line", progress=False)
     assert next(trained.parameters()).dtype == torch.float32
+    assert seen == [dtype] * 2
+
+
+def test_float16_with_a_scaler_goes_on_where_it_was(tmp_path: Path) -> None:
+    o = Optimisation(steps=6, batch_size=4, lr=0.1, amp="fp16", save_every=2, keep=9)
+    torch.manual_seed(0)
+    first = nn.Linear(1, 1)
+    whole = train(copy.deepcopy(first), overflowing, 8, o, tmp_path, name="line", progress=False)
+    scale = json.loads((tmp_path / "checkpoint-line-00000006" / "state.json").read_text())["scaler"]["scale"]
+    assert scale < 2**16, "an overflow is a step left out, and a smaller scale"
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"checkpoint-line-{step:08d}")
+    again = train(copy.deepcopy(first), overflowing, 8, o, tmp_path, name="line", progress=False)
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def overflowing(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = model(index.float()[:, None]).float().square().mean()
+    return loss * torch.where(step[0] == 3, 1e37, 1.0), {}
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(tmp_path: Path) -> None:
+    def bent(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, _ = loss_of(model, index, step)
+        a = next(model.parameters())
+        return loss + ((a.detach() - a).sum() + torch.where(step[0] == 5, 0.0, 1.0)).sqrt(), {}  # at 0 an infinite slope
+
+    o = Optimisation(steps=9, batch_size=4, lr=0.1, amp="off", save_every=2)
+    with pytest.raises(FloatingPointError, match=r"or its gradient is not finite at step 5, .*checkpoint-line-00000004"):
+        train(Line(), bent, 8, o, tmp_path, name="line", progress=False)
+    assert max(tmp_path.glob("checkpoint-*")).name == "checkpoint-line-00000004"
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    values = iter([math.nan, 2.0, math.inf])
+    o = Optimisation(steps=3, batch_size=4, lr=0.1, amp="off", save_every=1)
+    train(Line(), loss_of, 8, o, tmp_path, name="line", validate=lambda model: next(values), progress=False)
+    assert json.loads((tmp_path / "best-line" / "state.json").read_text()) == {"step": 2, "val": 2.0}
+    assert [row["val"] for row in curve(tmp_path) if "val" in row] == [None, 2.0, None]
+
+
+def test_a_signal_in_the_last_validation_is_heard(tmp_path: Path) -> None:
+    def validate(model: nn.Module) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun sends what its processes got already
+        return 1.0
+
+    o = Optimisation(steps=2, batch_size=4, lr=0.1, amp="off")
+    with pytest.raises(Stopped, match="line: stopped by SIGTERM at step 2"):
+        train(Line(), loss_of, 8, o, tmp_path, name="line", validate=validate, progress=False)
+    assert (tmp_path / "checkpoint-line-00000002").is_dir()
+
+
+def test_a_run_does_not_go_on_with_other_slices(data: Path, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"vae": optimisation(2), "unet": optimisation(2), "views": 1, "progress": False, "resume": True}
+    shutil.copytree(data, tmp_path / "data")
+    train_pipeline(SMALL, tmp_path / "data", tmp_path / "run", **arguments)
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    for row in manifest["slices"]:
+        row["split"] = {"val": "test", "test": "val"}.get(row["split"], row["split"])
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"data: got .*, but .*checkpoint-vae-00000002 was made with"):
+        train_pipeline(SMALL, tmp_path / "data", tmp_path / "run", **arguments)
 
 
 def test_ema_is_an_average_that_starts_young(tmp_path: Path) -> None:
@@ -404,7 +482,7 @@ def test_a_loss_that_is_not_finite_stops_with_everything_named(tmp_path: Path) -
 
     o = Optimisation(steps=90, batch_size=4, lr=0.1, amp="off", save_every=2, keep=1)
     with pytest.raises(
-        FloatingPointError, match=r"line: the loss is not finite at step 5, items \[.*\]; last good checkpoint: .*line-"
+        FloatingPointError, match=r"line: the loss or its gradient is not finite at step 5, items \[.*\]; last good checkpoint: .*line-"
     ) as e:
         train(Line(), nan_at_five, 8, o, tmp_path, name="line", progress=False)
     assert f"items {seen[5]};" in str(e.value)
@@ -471,6 +549,10 @@ def test_amp_dtype_by_name() -> None:
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"amp": "tf32"}, "amp: got 'tf32'"),
         ({"keep": 0}, "keep: got 0"),
+        ({"lr": -1.0}, "lr: got -1.0"),
+        ({"clip_norm": 0.0}, "clip_norm: got 0.0"),
+        ({"ema_decay": 1.0}, "ema_decay: got 1.0"),
+        ({"warmup": -1}, "warmup: got -1"),
     ],
 )
 def test_bad_optimisation_is_named(values: dict[str, Any], message: str) -> None:
