@@ -9,7 +9,7 @@ ifeq ($(CUDA_SITE),)
 CONSTRAINTS := -c constraints.txt
 endif
 
-.PHONY: demo test lint preflight gpu build/tree
+.PHONY: demo test lint preflight gpu weights build/tree
 
 demo: .venv/installed
 	$(BIN)/sbldm-fast demo -o demo
@@ -33,6 +33,14 @@ gpu:
 	@$(MAKE) --no-print-directory build/tree
 	PYTHONSAFEPATH=1 PYTHONPATH=build/tree $(GPU_PYTHON) -m pytest -q -m gpu tests/kernels tests/sbldm_fast/test_sampling.py tests/sbldm_fast/test_training.py
 	PYTHONSAFEPATH=1 PYTHONPATH=build/tree $(GPU_PYTHON) -m sbldm_fast.benchmarks.gpu benchmarks/results
+
+# The bundled weights again, from the folders ms/ and dicom_t1_axial/ in SCANS; about two hours on one core. Cut off, it goes on.
+weights: .venv/installed
+	test -d "$(SCANS)/ms" || { echo "make weights needs SCANS=folder with the scans that the model card names" >&2; exit 2; }
+	$(BIN)/sbldm-fast prepare $(SCANS)/ms $(SCANS)/dicom_t1_axial mni152 synthetic:32 --covariates $(SCANS)/ms/patient_info.csv -o weights/data
+	OMP_NUM_THREADS=1 $(BIN)/sbldm-fast train weights/run --data weights/data --preset demo --vae-steps 2400 --vae-batch 16 --vae-lr 1e-3 --l1 \
+		--steps 20000 --batch 32 --lr 5e-4 --ema-decay 0.9995 --min-snr 5 --warmup 500 --views 8 --amp bf16 --resume
+	$(BIN)/sbldm-fast evaluate weights/run/pipeline --data weights/data -o weights/evaluation
 
 # The four folders as the one package that an install makes of them, for tools that do not follow package-dir.
 build/tree:

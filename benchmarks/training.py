@@ -24,7 +24,8 @@ from sbldm_fast.training.stages import unet_loss
 
 from .timing import interleaved, machine, summary
 
-TOLERANCE = 1e-4  # relative, of the loss over the steps of the warm-up
+# relative, of each loss of the warm-up: float32; in half precision what one of its numbers is rounded by
+TOLERANCE = {"off": 1e-4, "fp16": 2.0**-11, "bf16": 2.0**-8}
 CHECKED = 5  # steps of the warm-up; three of them warm a graph up
 PLAIN = "plain PyTorch float32"
 
@@ -172,7 +173,7 @@ def _timed(
     for name, loop in loops.items():
         s = summary(seconds[name])
         error = _distance(curves[name], curves.get(PLAIN))
-        allowed = TOLERANCE + 2 * (_distance(curves[loop.plain], curves.get(PLAIN)) if loop.plain in curves else 0.0)
+        allowed = TOLERANCE[loop.dtype] + 2 * (_distance(curves[loop.plain], curves.get(PLAIN)) if loop.plain in curves else 0.0)
         ms = 1e3 * s["median_s"] / steps
         rows.append(s | {
             "provider": name, "dtype": loop.dtype, "ms_per_step": ms, "items_per_s": 1e3 * batch / ms,

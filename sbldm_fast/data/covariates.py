@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from .sources import MODALITY
+
 _NOTHING = ("", "na", "n/a", "nan")
 
 
@@ -58,7 +60,7 @@ class Covariates:
 
     def _fit(self, text: str) -> str:
         text = text.rpartition("/")[2].lower()
-        found = re.findall(r"\d+", text)
+        found = re.findall(r"\d+", MODALITY.sub("", text.replace("_", " ")))  # the 1 of T1 is no number of a subject
         return str(int(found[0])) if self._numbers and len(found) == 1 else text
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from .dicom import is_dicom
 
 # longest first: t1ce is not t1
-_MODALITY = re.compile(r"(?<![a-z0-9])(flair|t1wce|t1ce|t1gd|t1c|t1n|t1w?|t2f|t2w?|pd)(?![a-z0-9])", re.IGNORECASE)
+MODALITY = re.compile(r"(?<![a-z0-9])(flair|t1wce|t1ce|t1gd|t1c|t1n|t1w?|t2f|t2w?|pd)(?![a-z0-9])", re.IGNORECASE)
 _NAMES = {"T1W": "T1", "T1N": "T1", "T2W": "T2", "T1WCE": "T1CE", "T1GD": "T1CE", "T1C": "T1CE", "T2F": "FLAIR"}
 # BraTS-GLI-00005-000 and -001 are two visits of one subject
 _SUBJECT = re.compile(
@@ -107,7 +107,7 @@ def _walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
 
 def modality_of(text: str) -> str | None:
     """The contrast that a name or a description tells: T1, T1CE, T2, FLAIR, PD."""
-    found = _MODALITY.findall(re.sub(r"[_/.]", " ", text))
+    found = MODALITY.findall(re.sub(r"[_/.]", " ", text))
     name = found[-1].upper() if found else None
     return _NAMES.get(name, name) if name else None
 
@@ -130,9 +130,9 @@ def subject_of(job: Job, pattern: str | None = None) -> str:
             )
         return fits.group(1)
     source, _, rest = job.name.partition("/") if "/" in job.name else ("", "", job.name)
-    source = "" if _MODALITY.search(source.replace("_", " ")) and job.kind != "dicom" else source
+    source = "" if MODALITY.search(source.replace("_", " ")) and job.kind != "dicom" else source
     *folders, file = rest.split("/")
-    folders = [f for f in folders if not _VISIT.fullmatch(f) and not _MODALITY.search(f.replace("_", " "))]
+    folders = [f for f in folders if not _VISIT.fullmatch(f) and not MODALITY.search(f.replace("_", " "))]
     stem = _EXTENSION.sub("", file)
     for part in (stem, *reversed(folders)):
         found = _SUBJECT.search(part)
@@ -141,7 +141,7 @@ def subject_of(job: Job, pattern: str | None = None) -> str:
     if folders or job.kind == "dicom":
         numbered = [f for f in folders if re.search(r"\d", f)]
         return "/".join(p for p in (source, *(numbered[:1] or folders)) if p) or "dicom"
-    stem = _MODALITY.sub("", stem.replace("_", " "))
+    stem = MODALITY.sub("", stem.replace("_", " "))
     if job.kind == "picture":
         stem = re.sub(r"(slice|z)?[ -]*\d+[ -]*$", "", stem, flags=re.IGNORECASE)
     numbered = re.findall(r"^.*?\d+", stem)

@@ -21,7 +21,16 @@ def table(path: Path, text: str, encoding: str = "utf-8") -> Path:
 def test_numbers_fit_subjects_by_their_end(tmp_path: Path) -> None:
     path = table(tmp_path / "t.csv", "patient_id,sex,age,type\n1,F,20,\n12,M,29.5,RR\n,,,\n7,F,NaN,NA\n", "utf-8-sig")
     # two numbers in a name: which is meant cannot be known
-    subjects = ["ms/patient01", "ms/patient12", "ms/patient07", "ms/patient03", "other", "a/IXI185-Guys-0012", "a/case7-1"]
+    subjects = [
+        "ms/patient01",
+        "ms/patient12",
+        "ms/patient07",
+        "ms/patient03",
+        "other",
+        "a/IXI185-Guys-0012",
+        "a/case7-1",
+        "dicom_t1_axial",
+    ]
     assert Covariates(path).of(subjects) == {
         "ms/patient01": {"sex": "F", "age": 20.0},
         "ms/patient12": {"sex": "M", "age": 29.5, "type": "RR"},
