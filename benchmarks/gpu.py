@@ -9,9 +9,9 @@ import torch
 
 from .kernels import OPS, bench_kernels, kernels_table
 from .sampling import bench_sampling
-from .table import sampling_table
+from .table import sampling_table, training_table
 from .timing import append, machine, machine_name
-from .training import bench_training, training_table
+from .training import bench_training
 
 
 def main(results: str = "benchmarks/results") -> int:

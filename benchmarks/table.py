@@ -56,15 +56,37 @@ def sampling_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def training_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table: a line per provider."""
+    over = "plain PyTorch float32"
+    lines = [f"| provider | ms/step | items/s | minutes of 100,000 steps | × {over} | loss differs by |", "|---|" + "---:|" * 5]
+    for r in rows:
+        if "absent" in r:
+            lines.append(f"| {r['provider']} | {r['absent']} | | | | |")
+            continue
+        factor = f"{r['speedup']['factor']:.2f}" if r["speedup"] else "no parity"
+        lines.append(f"| {r['provider']} | {r['ms_per_step']:.1f} | {r['items_per_s']:.0f} | {r['minutes_per_100k_steps']:.0f} | "
+                     f"{factor} | {r['parity']['error']:.1e} |")  # fmt: skip
+    r = next(r for r in rows if "absent" not in r)
+    e = r["env"]
+    where = e["gpu"] or f"{e['cpu']}, {e['threads']} threads, {e['cpu_capability']}"
+    lines += ["", f"Preset `{r['preset']}`, batch {r['batch']}, median of {r['n']} interleaved runs of {r['steps']} steps; {where}; "
+              f"torch {e['packages']['torch']}; commit {e['commit']}, {r['run'][:10]}."]  # fmt: skip
+    return "\n".join(lines)
+
+
 def render(readme: str | Path) -> str:
-    """The text of `readme` with each block `<!-- latency: FILE -->` ... `<!-- end latency -->` rendered from FILE, beside it."""
+    """The text of `readme`, each block `<!-- KIND: FILE -->` ... `<!-- end KIND -->` (latency, training) rendered from FILE beside it."""
     readme = Path(readme)
 
     def block(match: re.Match[str]) -> str:
-        table = sampling_table(latest(read_rows(readme.parent / match[1])))
-        return f"<!-- latency: {match[1]} -->\n{table}\n<!-- end latency -->"
+        table = TABLES[match[1]](latest(read_rows(readme.parent / match[2])))
+        return f"<!-- {match[1]}: {match[2]} -->\n{table}\n<!-- end {match[1]} -->"
 
-    return re.sub(r"<!-- latency: (\S+) -->.*?<!-- end latency -->", block, readme.read_text(), flags=re.DOTALL)
+    return re.sub(r"<!-- (latency|training): (\S+) -->.*?<!-- end \1 -->", block, readme.read_text(), flags=re.DOTALL)
+
+
+TABLES = {"latency": sampling_table, "training": training_table}
 
 
 if __name__ == "__main__":

@@ -197,21 +197,3 @@ def _allocated(device: torch.device, peak: bool = False) -> float:
 def _distance(curve: Sequence[float], plain: Sequence[float] | None) -> float:
     """The largest difference of two loss curves, relative to the plain one."""
     return max(abs(a - b) / abs(b) for a, b in zip(curve, plain, strict=True)) if plain else math.inf
-
-
-def training_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: a line per provider."""
-    lines = [f"| provider | ms/step | items/s | minutes of 100,000 steps | × {PLAIN} | loss differs by |", "|---|" + "---:|" * 5]
-    for r in rows:
-        if "absent" in r:
-            lines.append(f"| {r['provider']} | {r['absent']} | | | | |")
-            continue
-        factor = f"{r['speedup']['factor']:.2f}" if r["speedup"] else "no parity"
-        lines.append(f"| {r['provider']} | {r['ms_per_step']:.1f} | {r['items_per_s']:.0f} | {r['minutes_per_100k_steps']:.0f} | "
-                     f"{factor} | {r['parity']['error']:.1e} |")  # fmt: skip
-    r = next(r for r in rows if "absent" not in r)
-    e = r["env"]
-    where = e["gpu"] or f"{e['cpu']}, {e['threads']} threads, {e['cpu_capability']}"
-    lines += ["", f"Preset `{r['preset']}`, batch {r['batch']}, median of {r['n']} interleaved runs of {r['steps']} steps; {where}; "
-              f"torch {e['packages']['torch']}; commit {e['commit']}, {r['run'][:10]}."]  # fmt: skip
-    return "\n".join(lines)

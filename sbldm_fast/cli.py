@@ -333,8 +333,8 @@ def bench_training(
     as_json: Json = False,
 ) -> None:
     """Time training steps against a plain PyTorch loop. Example: sbldm-fast bench training --batch 16 --no-compile"""
+    from sbldm_fast.benchmarks.table import training_table
     from sbldm_fast.benchmarks.training import bench_training as run
-    from sbldm_fast.benchmarks.training import training_table
 
     rows = run(preset_name=preset, batch=batch, steps=steps, rounds=rounds, compiled=compiled, say=_say)
     _report(rows, training_table, out, as_json)

@@ -345,14 +345,14 @@ def train(
                 f"{name}: the loss or its gradient is not finite at step {bad}, items {items}; "
                 f"last good checkpoint: {checkpoint.newest(folder, name) or 'none yet'}"
             ) from None
-        rate = since * batch_size / max(time.monotonic() - looked, 1e-9)
+        rate = (step - looked[0]) * batch_size / max(time.monotonic() - looked[1], 1e-9)
         write(row | {"lr": o.lr_at(step - 1), "items_per_s": round(rate, 1)}, step)
         bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "grad_norm", "loss_scale") if k in row} | {"items/s": f"{rate:.0f}"})
 
     order = batches(count, batch_size, o.seed, state["step"], step_of.device)
     quiet = not progress or ranks.rank > 0
     bar = tqdm(range(state["step"], o.steps), initial=state["step"], total=o.steps, desc=name, unit="step", disable=quiet)
-    looked = time.monotonic()
+    looked = state["step"], time.monotonic()
     step_of.model.train()
     with bar, _signals() as asked:
         for step in bar:
@@ -364,7 +364,7 @@ def train(
             stop = bool(asked) if ranks.size == 1 else (done % ASK_EVERY == 0 or end) and ranks.any(bool(asked))
             if done % READ_EVERY == 0 or end:
                 check(done)
-                since, looked = 0, time.monotonic()
+                since, looked = 0, (done, time.monotonic())
             elif (saving or stop) and ranks.any(step_of.is_bad):  # else no row: rows stay those of an uninterrupted run
                 check(done)
             if saving and validate:

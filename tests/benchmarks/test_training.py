@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from sbldm_fast.benchmarks import training as module
-from sbldm_fast.benchmarks.training import PLAIN, bench_training, training_table
+from sbldm_fast.benchmarks.table import training_table
+from sbldm_fast.benchmarks.training import PLAIN, bench_training
 
 
 def rows() -> list[dict[str, Any]]:

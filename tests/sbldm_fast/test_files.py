@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sbldm_fast.files import read_json, whole_file, whole_folder, write_json
+from sbldm_fast.files import read_json, recover, whole_file, whole_folder, write_json
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -33,6 +33,33 @@ def test_a_failed_folder_leaves_the_old_folder(tmp_path: Path) -> None:
         raise RuntimeError
     assert (path / "x").read_text() == "two"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("point", ["filling", "between the renames", "after the renames"])
+def test_what_a_kill_left_is_cleared_or_comes_back(point: str, tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    with whole_folder(path) as aside:
+        (aside / "x").write_text("one")
+    # as a process that is killed leaves it: nothing of Python's runs any more
+    code = f"""
+import os, pathlib
+from sbldm_fast.files import whole_folder, whole_file
+rename, done = pathlib.Path.rename, []
+def counted(self, target):
+    if len(done) == {["filling", "between the renames", "after the renames"].index(point)}:
+        os._exit(9)
+    done.append(rename(self, target))
+    if len(done) == 2:
+        os._exit(9)
+pathlib.Path.rename = counted
+with whole_folder({str(path)!r}) as aside:
+    (aside / "x").write_text("two")
+    (pathlib.Path({str(path)!r}).parent / ".y.json.77.part").write_text("half a file")
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    recover(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+    assert (path / "x").read_text() == ("two" if point == "after the renames" else "one")
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "does not exist"), ("{", "not readable as JSON"), ("[1]", "holds a JSON list")])
