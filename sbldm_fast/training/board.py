@@ -30,7 +30,7 @@ class Board:
         if self.writer:
             for key, images in grids.items():
                 row = ((images[:, 0].float().cpu().clamp(-1, 1) + 1) / 2).permute(1, 0, 2).flatten(1)
-                self.writer.add_image(f"{stage}/{key}: synthetic, not for diagnosis", row[None], step)
+                self.writer.add_image(f"{stage}/{key}, not for diagnosis", row[None], step)
 
     def close(self) -> None:
         """Write what is left."""

@@ -93,9 +93,9 @@ def train_vae(
         return reconstruction_error(vae, held_out, distance)
 
     def pictures(model: nn.Module) -> dict[str, Tensor]:
-        x = data[torch.arange(min(SHOWN, len(data)), device=device)]
+        x = data[torch.linspace(0, len(data) - 1, SHOWN, device=data.index.device).long()]
         with torch.no_grad():
-            return {"slices": x, "reconstructions": vae.decode(vae.encode(x).mean)}
+            return {"slices": x, "synthetic reconstructions": vae.decode(vae.encode(x).mean)}
 
     train(_Autoencode(vae), loss_of, len(data), o, folder, name="vae", validate=validate if held_out else None, pictures=pictures,
           extra={"recon": recon, "vae": c.to_dict(), **(extra or {})}, progress=progress)  # fmt: skip
@@ -246,7 +246,7 @@ def train_pipeline(
 
         def pictures(model: nn.Module) -> dict[str, Tensor]:
             assert isinstance(model, UNet2D)
-            return {"samples": Pipeline(autoencoder, model, preset.scheduler).sample(SHOWN, seed=0, steps=20, mode="eager")}
+            return {"synthetic samples": Pipeline(autoencoder, model, preset.scheduler).sample(SHOWN, seed=0, steps=20, mode="eager")}
 
         ema = train_unet(
             network, latents["train"] * factor, preset.scheduler, unet, folder, objective=objective, pictures=pictures,

@@ -399,7 +399,7 @@ def test_a_person_named_twice_is_one_subject(tmp_path: Path) -> None:
     assert {row["subject"] for row in manifest["slices"]} == {"in/Sub-1", "in/a7"}
     assert len(manifest["slices"]) == 2 * 3 + 2 * 3, "each file once"
     named = prepare([str(tmp_path / "in")], tmp_path / "named", subject=r"/(.)", **arguments)
-    assert {row["subject"] for row in named["slices"]} == {"s", "a"}
+    assert {row["subject"] for row in named["slices"]} == {"S", "a"}
     with pytest.raises(ValueError, match=r"subject: 'x' does not fit in/Sub-1_T2w.nii.gz, allowed is a regular expression with a group"):
         prepare([str(tmp_path / "in")], tmp_path / "named", subject="x", **arguments)
 

@@ -74,7 +74,8 @@ def test_both_stages_end_in_a_pipeline_that_samples(data: Path, tmp_path: Path) 
 RUN = """
 import pathlib, sys
 from sbldm_fast.training import Objective, Optimisation, Stopped, torchrun, train_pipeline
-from tests_training import SMALL
+from sbldm_fast.models.config import *
+SMALL = CONFIGURATIONS
 def stage(**values):
     return Optimisation(steps=30, batch_size=4, lr=1e-3, save_every=4, amp="off", **values)
 with torchrun() as device:
@@ -90,11 +91,7 @@ with torchrun() as device:
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program that the tests kill: this file's small models, trained for 30 steps of each stage."""
     folder = tmp_path_factory.mktemp("script")
-    (folder / "run.py").write_text(RUN)
-    lines = "\n".join(f"    {part!r}," for part in SMALL)
-    (folder / "tests_training.py").write_text(
-        f"from sbldm_fast.models.config import *\nSMALL = Preset(\n{lines}\n)\n"  # the configurations print as what makes them
-    )
+    (folder / "run.py").write_text(RUN.replace("CONFIGURATIONS", repr(SMALL)))  # configurations print as what makes them
     return folder / "run.py"
 
 
@@ -185,15 +182,11 @@ def test_a_full_disk_stops_and_names_the_last_good_checkpoint(script: Path, data
 
 def test_two_processes_have_the_curve_of_one(script: Path, data: Path, tmp_path: Path) -> None:
     """To rounding: dropout and CutMix, which look at one process's part, are off."""
-    without = script.with_name("tests_training.py")
-    text = without.read_text()
-    try:
-        without.write_text(text.replace("dropout=0.1", "dropout=0.0"))
-        assert start(script, data, tmp_path / "one", 0.0).wait() == 0
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(data)]
-        subprocess.run([*command, str(tmp_path / "two"), "0"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    finally:
-        without.write_text(text)
+    without = tmp_path / "run.py"
+    without.write_text(script.read_text().replace("dropout=0.1", "dropout=0.0"))
+    assert start(without, data, tmp_path / "one", 0.0).wait() == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(without), str(data)]
+    subprocess.run([*command, str(tmp_path / "two"), "0"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert [(row["stage"], row["step"]) for row in one] == [(row["stage"], row["step"]) for row in two]
     for a, b in zip(one, two, strict=True):
@@ -232,14 +225,14 @@ def test_checkpoints_are_few_and_the_best_is_kept(tmp_path: Path) -> None:
 def test_tensorboard_gets_scalars_and_pictures(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="the extra `train` is not installed")
     o = Optimisation(steps=4, batch_size=4, lr=0.1, amp="off", save_every=2)
-    pictures = {"samples": torch.linspace(-1, 1, 2 * 16).reshape(2, 1, 4, 4)}
+    pictures = {"synthetic samples": torch.linspace(-1, 1, 2 * 16).reshape(2, 1, 4, 4)}
     train(Line(), loss_of, 8, o, tmp_path, name="line", pictures=lambda model: pictures, progress=False)
     train(Line(), loss_of, 8, o, tmp_path, name="next", progress=False)
     board = events.EventAccumulator(str(tmp_path / "tensorboard" / "line"))
     board.Reload()
     assert {"line/loss", "line/grad_norm", "line/lr", "line/items_per_s"} <= set(board.Tags()["scalars"])
     (tag,) = board.Tags()["images"]
-    assert "not for diagnosis" in tag
+    assert tag == "line/synthetic samples, not for diagnosis"
     assert [(e.step, e.width, e.height) for e in board.Images(tag)] == [(2, 8, 4), (4, 8, 4)]
 
 
