@@ -98,7 +98,7 @@ def test_another_schedule_is_another_pipeline(pipeline: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_what_is_finished_survives(pipeline: Path, tmp_path: Path, sent: int) -> None:
-    process = subprocess.Popen(command(pipeline, tmp_path, 4000), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(pipeline, tmp_path, 4000, "--mode", "eager"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("0*.png"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -110,7 +110,7 @@ def test_what_is_finished_survives(pipeline: Path, tmp_path: Path, sent: int) ->
         assert process.returncode == 130
         assert "interrupted; what is finished stays in" in err
     reference = tmp_path / "reference"
-    make(pipeline, reference, len(there))
+    make(pipeline, reference, len(there), mode="eager")
     assert there == images(reference)
 
 
