@@ -23,6 +23,7 @@ from sbldm_fast.sampling.pipeline import Pipeline
 
 CHUNK = 256  # slices at a time
 QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9}
+NOTICE_BESIDE = "first rows synthetic, below training slices; not for diagnosis"
 TILE = 64  # pixels of an image in the picture
 
 
@@ -91,7 +92,7 @@ def memorisation(pipeline: Pipeline, data: str | Path, out: str | Path, *, n: in
         small = [torch.nn.functional.interpolate(r.float(), size=(TILE, TILE), mode="area") for r in rows]
         columns = 16
         tiles = [part for group in zip(*(r.split(columns) for r in small), strict=True) for part in group]
-        save_grid(to_uint8(torch.cat(tiles)), folder / "neighbours.png", columns=columns)
+        save_grid(to_uint8(torch.cat(tiles)), folder / "neighbours.png", NOTICE_BESIDE, columns)
     return report
 
 
