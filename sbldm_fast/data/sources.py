@@ -123,11 +123,12 @@ def subject_of(job: Job, pattern: str | None = None) -> str:
         ValueError: the name does not fit `pattern`.
     """
     if pattern is not None:
-        fits = re.search(pattern, job.name)
+        try:
+            fits = re.search(pattern, job.name)
+        except re.error as error:
+            raise ValueError(f"subject: got {pattern!r}, which is no regular expression ({error})") from None
         if not fits or not fits.groups():
-            raise ValueError(
-                f"subject: {job.name} does not fit {pattern!r}, allowed is a regular expression with one group that fits all names"
-            )
+            raise ValueError(f"subject: got {pattern!r}, which finds no group in {job.name}; allowed is one that does in every name")
         return fits.group(1)
     source, _, rest = job.name.partition("/") if "/" in job.name else ("", "", job.name)
     source = "" if MODALITY.search(source.replace("_", " ")) and job.kind != "dicom" else source

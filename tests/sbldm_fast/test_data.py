@@ -400,8 +400,12 @@ def test_a_person_named_twice_is_one_subject(tmp_path: Path) -> None:
     assert len(manifest["slices"]) == 2 * 3 + 2 * 3, "each file once"
     named = prepare([str(tmp_path / "in")], tmp_path / "named", subject=r"/(.)", **arguments)
     assert {row["subject"] for row in named["slices"]} == {"S", "a"}
-    with pytest.raises(ValueError, match=r"subject: 'x' does not fit in/Sub-1_T2w.nii.gz, allowed is a regular expression with a group"):
-        prepare([str(tmp_path / "in")], tmp_path / "named", subject="x", **arguments)
+    for pattern, message in (
+        ("x", "subject: got 'x', which finds no group in in/"),
+        ("(", "subject: got '[(]', which is no regular expression"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare([str(tmp_path / "in")], tmp_path / "named", subject=pattern, **arguments)
 
 
 def test_a_picture_that_lies_on_its_head(tmp_path: Path) -> None:
