@@ -27,13 +27,14 @@ from .timing import interleaved, machine, summary
 # relative, of each loss of the warm-up: float32; in half precision what one of its numbers is rounded by
 TOLERANCE = {"off": 1e-4, "fp16": 2.0**-11, "bf16": 2.0**-8}
 CHECKED = 5  # steps of the warm-up; three of them warm a graph up
+NAMES = {"off": "float32", "fp16": "float16", "bf16": "bfloat16"}
 PLAIN = "plain PyTorch float32"
 
 
 class Loop(NamedTuple):
-    """A provider: one training step that returns its loss, its precision, and the plain loop in that precision."""
+    """A provider: one training step, the sum of the losses since it was last asked for, the precision, and the plain loop in it."""
 
-    step: Callable[[int, Tensor], float | None]
+    step: Callable[[int, Tensor], None]
     losses: Callable[[], float]
     dtype: str
     plain: str
@@ -45,10 +46,10 @@ def bench_training(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row for each provider: seconds of `steps` steps of batch `batch` on random latents; epsilon, AdamW, clipping, EMA, no dropout.
 
-    `plain PyTorch`: F.group_norm, F.silu, torch.randn, mse_loss, torch.optim.AdamW and AveragedModel as they come, `loss.item()` each
-    step; and the same with autocast in the machine's half precision, and through torch.compile. `sbldm_fast`: the loop of `train`, on
-    CUDA as one graph. All start from the same weights, and in the warm-up get the same noise: a provider whose loss is not that of the
-    plain float32 loop has no speed-up.
+    The model is our UNet in every loop. `plain PyTorch`: F.group_norm, F.silu, torch.randn, mse_loss, torch.optim.AdamW and AveragedModel
+    as they come, `loss.item()` each step; and the same with autocast in the machine's half precision, and through torch.compile.
+    `sbldm_fast`: the loop of `train`, on CUDA as one graph. All start from the same weights, and in the warm-up get the same noise: a
+    provider whose loss is not that of the plain float32 loop has no speed-up.
 
     Raises:
         ValueError: batch, steps or rounds below 1.
@@ -65,7 +66,7 @@ def bench_training(
     torch.compiler.reset()
     loops: dict[str, Loop] = {}
     for dtype in ("off", *([half] if half else [])):
-        name = "float32" if dtype == "off" else {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+        name = NAMES[dtype]
         for through in ("", " torch.compile") if compiled else ("",):
             loops[f"plain PyTorch {name}{through}"] = _plain(copy.deepcopy(weights), latents, p.scheduler, dtype, bool(through))
             loops[f"sbldm_fast {name}{through}"] = _ours(copy.deepcopy(weights), latents, p.scheduler, dtype, bool(through), batch)
@@ -91,7 +92,7 @@ def _ours(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str, 
         step.loss.zero_()
         return total
 
-    return Loop(step, losses, amp, f"plain PyTorch {'float32' if amp == 'off' else 'bfloat16' if amp == 'bf16' else 'float16'}")
+    return Loop(step, losses, amp, f"plain PyTorch {NAMES[amp]}")
 
 
 def _plain(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str, compiled: bool) -> Loop:
@@ -107,7 +108,7 @@ def _plain(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str,
     model.train()
     sums = [0.0]
 
-    def step(number: int, index: Tensor) -> float:
+    def step(number: int, index: Tensor) -> None:
         torch.manual_seed(number)
         x0 = latents[index]
         t = torch.randint(scheduler.num_train_timesteps, (len(x0),), device=device)
@@ -126,13 +127,12 @@ def _plain(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str,
         scaler.update()
         ema.update_parameters(model)
         sums[0] += loss.item()
-        return sums[0]
 
     def losses() -> float:
         total, sums[0] = sums[0], 0.0
         return total
 
-    return Loop(step, losses, amp, f"plain PyTorch {'float32' if amp == 'off' else 'bfloat16' if amp == 'bf16' else 'float16'}")
+    return Loop(step, losses, amp, f"plain PyTorch {NAMES[amp]}")
 
 
 def _timed(
@@ -158,12 +158,11 @@ def _timed(
             del loops[name]
             continue
         memory[name] = _allocated(device, peak=True) - before
-    number = CHECKED
 
     def run(loop: Loop) -> Callable[[], None]:
         def several() -> None:
             for i in range(steps):
-                loop.step(number + i, order[i % len(order)])
+                loop.step(CHECKED + i, order[i % len(order)])
 
         return several
 

@@ -52,8 +52,9 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {f"{n}.{k}": v for n, m in (("vae", pipe.vae), ("unet", pipe.unet)) for k, v in m.state_dict().items()}
 
 
-def test_both_stages_end_in_a_pipeline_that_samples(data: Path, tmp_path: Path) -> None:
-    result = train_pipeline(SMALL, data, tmp_path, vae=optimisation(3), unet=optimisation(3, ema_decay=0.9), views=2, progress=False)
+def test_both_stages_end_in_a_pipeline_that_samples(data: Path, tmp_path: Path, device: torch.device) -> None:
+    stages: dict[str, Any] = {"vae": optimisation(3), "unet": optimisation(3, ema_decay=0.9)}
+    result = train_pipeline(SMALL, data, tmp_path, **stages, views=2, device=device, progress=False)
     assert result["slices"] > 4
     assert result["scaling_factor"] > 0
     assert 0 < result["val_l1"] < 2
