@@ -9,7 +9,7 @@ import torch
 from sbldm_fast.kernels import frequency_loss
 from torch import Tensor
 
-from .kernels import Case, Providers, on_device, ours
+from .kernels import Problem, Providers, on_device, ours
 
 module = importlib.import_module("sbldm_fast.kernels.frequency_loss")  # the package's attribute is the function
 
@@ -24,7 +24,7 @@ def with_gradient(loss: Callable[[Tensor, Tensor], Tensor], pred: Tensor, target
     return step
 
 
-def cases(device: torch.device, large: bool) -> Iterator[Case]:
+def problems(device: torch.device, large: bool) -> Iterator[Problem]:
     for N, C, side in ((16, 8, 16), (16, 4, 32), (16, 1, 128), *([(8192, 8, 16), (64, 4, 256)] if large else [])):
         for dtype in on_device(device):
             pred, target = torch.randn(2, N, C, side, side, device=device, dtype=dtype)
@@ -43,10 +43,14 @@ def cases(device: torch.device, large: bool) -> Iterator[Case]:
 
             compiled = torch.compile(eager, dynamic=False)
             providers: Providers = {"eager": with_gradient(eager, pred, target), "torch.compile": with_gradient(compiled, pred, target)}
-            providers["ours"] = ours(with_gradient(op, pred, target))
+            providers |= ours(with_gradient(op, pred, target))
             modes = int(low.sum()) if device.type != "meta" else int(module.low_modes(side, side, 0.25, torch.device("cpu")).sum())
             small = side <= module.BASIS_SIDE
             # read pred and target, write the gradient; ours also scales it in a pass of its own, and by FFT moves the spectrum three times
             moved, again = pred.numel() * 3 * pred.element_size(), pred.numel() * (8 if small else 32)
             flops = pred.numel() * (4 * modes if small else 60)
-            yield Case(f"{N}x{C}x{side}x{side}", dtype, "nchw", moved, flops, 3 if small else 8, providers, again)
+            yield Problem(f"{N}x{C}x{side}x{side}", dtype, "nchw", moved, flops, 3 if small else 8, providers, again)
+
+
+def test_frequency_loss(timed: Callable[[], None]) -> None:
+    timed()

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sbldm_fast.files import whole_file
 
-from .kernels import Case, Providers, on_device, ours
-from .timing import interleaved, summary
+from .harness import interleaved, summary
+from .kernels import Problem, Providers, on_device, ours
 
 # the paper's UNet at its three widths, its VAE's widest norm, and 64 MB in float32
 SHAPES = ((1, 64, 16, 32), (16, 64, 16, 32), (16, 256, 4, 32), (1, 32, 128, 8), (16, 64, 128, 32))
@@ -33,7 +33,7 @@ def eager(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.group_norm(x, groups, weight, bias))
 
 
-def cases(device: torch.device, large: bool) -> Iterator[Case]:
+def problems(device: torch.device, large: bool) -> Iterator[Problem]:
     for dtype in on_device(device):
         for (N, C, side, groups), last, train in (
             (shape, last, train) for shape in SHAPES[: None if large else -1] for last in (False, True) for train in (False, True)
@@ -46,13 +46,13 @@ def cases(device: torch.device, large: bool) -> Iterator[Case]:
             if device.type == "cuda" and not last:
                 calls["Liger-Kernel, then silu"] = _liger
             providers: Providers = {name: _step(f, x, dy, arguments, train) for name, f in calls.items()}
-            providers["ours"] = ours(providers["ours"])
+            providers |= ours(providers["ours"])
             size, limit = x.numel() * x.element_size(), _group_tiles.register_tile(device)
             cut, cut_back = (
                 int(_group_tiles.plan(x.shape, groups, last, x.element_size(), tile)[0][3] > 1) for tile in (limit, limit // 2)
             )
             # forward reads x and writes y, backward reads x and dy and writes dx; a group that is cut is read twice, in one more launch
-            yield Case(
+            yield Problem(
                 f"{N}x{C}x{side}x{side}/{groups}{' forward and backward' if train else ''}", dtype, "nhwc" if last else "nchw",
                 size * (5 if train else 2), x.numel() * (35 if train else 12), (3 + cut + 2 * cut_back if train else 1 + cut), providers,
                 size * (cut + 2 * cut_back * train),
@@ -85,7 +85,7 @@ def measure_crossover(rounds: int = 20) -> int:
         calls = {f"limit {limit}": partial(_with_limit, x, limit) for limit in (tile, tile - 1)}
         for call in calls.values():
             call()
-        one, two = (summary(t)["median_s"] for t in interleaved(calls, rounds).values())
+        one, two = (summary(t)["median_s"] for t in interleaved(calls, rounds, torch.device("cuda")).values())
         if one > two:
             break
         best = tile
@@ -96,6 +96,10 @@ def _with_limit(x: Tensor, limit: int) -> None:
     with mock.patch.object(importlib.import_module("sbldm_fast.kernels.group_norm_silu"), "register_tile", return_value=limit):
         for _ in range(50):
             group_norm_silu(x, 32)
+
+
+def test_group_norm_silu(timed: Callable[[], None]) -> None:
+    timed()
 
 
 if __name__ == "__main__":

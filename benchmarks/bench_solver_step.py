@@ -10,7 +10,7 @@ import torch
 from sbldm_fast.kernels import solver_step
 from torch import Tensor
 
-from .kernels import Case, Providers, on_device, ours
+from .kernels import Problem, Providers, on_device, ours
 
 K = 2
 
@@ -30,7 +30,7 @@ def eager(x: Tensor, m: Tensor, table: Tensor, counter: Tensor, w: Tensor, histo
     return y, sums
 
 
-def cases(device: torch.device, large: bool) -> Iterator[Case]:
+def problems(device: torch.device, large: bool) -> Iterator[Problem]:
     for dtype in on_device(device):
         for N in (1, 16, *([2048] if large else [])):
             x, m = torch.randn(N, 8, 16, 16, device=device), torch.randn(2 * N, 8, 16, 16, device=device, dtype=dtype)
@@ -43,17 +43,20 @@ def cases(device: torch.device, large: bool) -> Iterator[Case]:
             ) -> tuple[Tensor, Tensor]:
                 return solver_step(x, m, table, counter, guidance_scale=w, history=history, x0=x0, statistics=sums), sums
 
-            compiled = torch.compile(eager, dynamic=False)
-            calls: dict[str, Callable[..., Any]] = {"eager": eager, "torch.compile": compiled, "ours": fused}
-            providers: Providers = {
-                name: partial(_fresh, f, (x, m, table), w, tuple(t.clone() for t in state)) for name, f in calls.items()
-            }
-            providers["ours"] = ours(providers["ours"])
+            def own(f: Callable[..., Any], inputs: tuple[Tensor, ...] = (x, m, table), w: Tensor = w, state: Any = state) -> Any:
+                return partial(_fresh, f, inputs, w, tuple(t.clone() for t in state))
+
+            providers: Providers = {"eager": own(eager), "torch.compile": own(torch.compile(eager, dynamic=False))}
+            providers |= {name: ours(own(fused))[name] for name in ("reference", "ours")}  # each with a history of its own
             # reads x, both halves of m, four of history and x0; writes x', a pair of history and x0
             moved = x.numel() * (4 * 10 + 2 * m.element_size())
-            yield Case(f"{N}x8x16x16", dtype, "nchw", moved, 30 * x.numel(), 1, providers)
+            yield Problem(f"{N}x8x16x16", dtype, "nchw", moved, 30 * x.numel(), 1, providers)
 
 
 def _fresh(f: Callable[..., Any], inputs: tuple[Tensor, ...], w: Tensor, state: tuple[Tensor, ...]) -> Any:
     state[0].zero_()  # a table of one row serves every call
     return f(*inputs, state[0], w, *state[1:])
+
+
+def test_solver_step(timed: Callable[[], None]) -> None:
+    timed()

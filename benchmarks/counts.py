@@ -2,12 +2,14 @@
 
 Meta tensors take CUDA's path through our ops; attention is the flash operator that PyTorch takes there in half precision.
 
-python -m sbldm_fast.benchmarks.counts
+python -m sbldm_fast.benchmarks.counts > benchmarks/counts.json     a test fails when they differ
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from sbldm_fast.kernels import backend
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from sbldm_fast import UNet2D, preset
 from sbldm_fast.models import AutoencoderKL
@@ -26,18 +29,29 @@ WAITS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "maske
 
 
 class Counts(NamedTuple):
-    """Of one step, or of decoding: operators that launch, by name; those that make the host wait; bytes that they read and write."""
+    """Of one step, or of decoding: operators that launch, by name; those that make the host wait; what each launch moves and computes."""
 
     launches: Counter[str]
     waits: Counter[str]
     transfers: int
-    bytes: int
+    work: list[tuple[int, int]]  # of each launch: bytes read and written, operations of convolutions and matrix products
+
+    @property
+    def bytes(self) -> int:
+        """Read and written by all launches."""
+        return sum(moved for moved, _ in self.work)
+
+    @property
+    def flops(self) -> int:
+        """Operations of the convolutions and matrix products; a multiplication and an addition are two."""
+        return sum(flops for _, flops in self.work)
 
 
 class _Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.launches, self.waits, self.transfers, self.bytes = Counter[str](), Counter[str](), 0, 0
+        self.launches, self.waits, self.transfers = Counter[str](), Counter[str](), 0
+        self.work: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -51,13 +65,17 @@ class _Counting(TorchDispatchMode):
         elif len(devices) > 1 and any(t.numel() > 1 for t in tensors if t.device.type == "cpu"):
             self.transfers += 1
         self.launches[name] += 1
-        self.bytes += sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+        moved = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+        flops = flop_registry.get(func._overloadpacket)
+        self.work.append((moved, flops(*args, **(kwargs or {}), out_val=out) if flops else 0))
         return out
 
 
-def count(batch: int = 1, dtype: torch.dtype = torch.float16, counter_rows: bool = False) -> tuple[Counts, Counts]:
-    """The counts of one DDIM step of preset `paper` with our kernels, and of decoding; `counter_rows`: as `step-graph` reads its row."""
-    p = preset("paper")
+def count(
+    batch: int = 1, dtype: torch.dtype = torch.float16, counter_rows: bool = False, preset_name: str = "paper"
+) -> tuple[Counts, Counts]:
+    """The counts of one DDIM step with our kernels, and of decoding; `counter_rows`: as `step-graph` reads its row."""
+    p = preset(preset_name)
     unet = phase_upsampling(UNet2D(p.unet)).eval().to("meta", dtype)
     unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
     for module in unet.modules():
@@ -77,22 +95,31 @@ def count(batch: int = 1, dtype: torch.dtype = torch.float16, counter_rows: bool
         ):
             with _Counting() as mode:
                 work()
-            counted.append(Counts(mode.launches, mode.waits, mode.transfers, mode.bytes))
+            counted.append(Counts(mode.launches, mode.waits, mode.transfers, mode.work))
     return counted[0], counted[1]
 
 
-def main() -> None:
-    """Print the counts of the paper's UNet."""
+@cache
+def step_work(preset_name: str, batch: int, dtype: torch.dtype) -> dict[str, int]:
+    """Launches, bytes and operations of one step on CUDA, for the rows of `FastSampler`."""
+    step = count(batch, dtype, preset_name=preset_name)[0]
+    return {"launches": step.launches.total(), "bytes": step.bytes, "flops": step.flops}
+
+
+def counted() -> dict[str, Any]:
+    """The counts that CI gates, of the paper's models in float16: what changes them shows in a diff."""
+    found: dict[str, Any] = {}
     for batch in (1, 16, 64):
-        step, decode = count(batch=batch)
-        nodes = 50 * step.launches.total() + decode.launches.total()
-        print(
-            f"batch {batch}: a step {step.launches.total()} launches, {step.bytes / 1e6:.1f} MB read and written; decoding "
-            f"{decode.launches.total()}; 50 steps and decoding in one graph {nodes} nodes; host waits "
-            f"{step.waits.total() + decode.waits.total()}, transfers {step.transfers + decode.transfers}"
-        )
-    print("a step by operator: " + ", ".join(f"{n} {name}" for name, n in count()[0].launches.most_common()))
+        step, decode = count(batch)
+        launches = step.launches.total(), decode.launches.total()
+        found[f"batch {batch}"] = {
+            "launches of a step": launches[0], "bytes of a step": step.bytes, "operations of a step": step.flops,
+            "launches of decoding": launches[1], "nodes of 50 steps and decoding": 50 * launches[0] + launches[1],
+            "host waits": step.waits.total() + decode.waits.total(), "transfers": step.transfers + decode.transfers,
+        }  # fmt: skip
+    found["a step by operator"] = dict(count()[0].launches.most_common())
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(counted(), indent=2))

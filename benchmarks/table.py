@@ -1,92 +1,192 @@
-"""Results as the tables of the README, rendered from the rows and never typed.
+"""Results as Markdown, rendered from the rows and never typed: what `bench` prints, and the blocks of the README.
 
 python -m sbldm_fast.benchmarks.table README.md
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sbldm_fast.files import whole_file
 
-
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines() if line]
+from .rows import Row, latest, read_rows
 
 
-def latest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the last run of each preset, batch and steps."""
-    last = {(r["preset"], r["batch"], r["steps"]): r["run"] for r in rows}
-    return [r for r in rows if r["run"] == last[r["preset"], r["batch"], r["steps"]]]
+def markdown(header: str, rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a table; columns after one that is called `|` are numbers."""
+    words, numbers = header.split(" || ")
+    columns = [*words.split(" | "), *numbers.split(" | ")]
+    rule = "---|" * len(words.split(" | ")) + "---:|" * len(numbers.split(" | "))
+    return [f"| {' | '.join(columns)} |", f"|{rule}", *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)]
 
 
-def sampling_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: a line per provider, a column of latency and of speed-up per batch, and the conditions below."""
-    batches = sorted({r["batch"] for r in rows})
-    over = next((r["speedup"]["over"] for r in rows if r.get("speedup")), "its reference")
-    lines = [
-        "| provider | " + " | ".join(f"batch {b}: ms/step | × {over}" for b in batches) + " |",
-        "|---|" + "---:|---:|" * len(batches),
-    ]
-    for name in dict.fromkeys(r["provider"] for r in rows):
-        cells = []
-        for b in batches:
-            r = next((r for r in rows if r["provider"] == name and r["batch"] == b), None)
-            if r is None or "absent" in r:
-                cells += [r["absent"] if r else "", ""]
-            else:
-                factor = f"{r['speedup']['factor']:.2f}" if r["speedup"] else "no parity" if not r["parity"]["ok"] else ""
-                cells += [f"{r['ms_per_step']:.2f}", factor]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    r = next(r for r in rows if "absent" not in r)
-    e = r["env"]
+def missing(row: Row) -> str:
+    """Why a row has no figure, or nothing."""
+    return f"failed: {row['failed']}" if "failed" in row else str(row.get("absent", ""))
+
+
+def speedup(row: Row) -> str:
+    """The factor, or why there is none."""
+    if row.get("speedup"):
+        return f"{row['speedup']['factor']:.2f}"
+    return "no parity" if row.get("parity") and not row["parity"]["ok"] else ""
+
+
+def below(rows: Sequence[Row], what: str) -> list[str]:
+    """The lines below a table: what was timed, where, with what; and who has no figure, and why."""
+    row = next((r for r in rows if not missing(r)), rows[0])
+    e = row["env"]
     where = e["gpu"] or f"{e['cpu']}, {e['threads']} threads, {e['cpu_capability']}"
     versions = ", ".join(f"{p} {v}" for p, v in e["packages"].items() if p in ("torch", "triton", "diffusers", "onnxruntime"))
-    lines += [
-        "",
-        f"Preset `{r['preset']}`, DDIM, {r['steps']} steps, median of {r['n']} interleaved runs; "
-        f"{where}; {versions}; commit {e['commit']}, {r['run'][:10]}.",
-    ]
-    return "\n".join(lines)
-
-
-def training_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: a line per provider."""
-    over = "plain PyTorch float32"
-    lines = [f"| provider | ms/step | items/s | minutes of 100,000 steps | × {over} | loss differs by |", "|---|" + "---:|" * 5]
+    n = f", median of {row['n']} interleaved runs" if "n" in row else ""
+    preset = f"Preset `{row['preset']}`, " if "preset" in row else ""
+    text = f"{preset}{what}{n}; {where}; {versions}; commit {e['commit'] or e.get('source')}, {row['run'][:10]}."
+    reasons: dict[str, dict[str, None]] = {}
     for r in rows:
-        if "absent" in r:
-            lines.append(f"| {r['provider']} | {r['absent']} | | | | |")
+        if missing(r):
+            reasons.setdefault(missing(r), {})[r["provider"]] = None
+    absent = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    return ["", text[0].upper() + text[1:] + (f" Without a figure: {absent}." if absent else "")]
+
+
+def _steps(rows: Sequence[Row]) -> str:
+    counts = sorted({r["steps"] for r in rows})
+    return f"{' and '.join(map(str, counts))} step{'s' if counts != [1] else ''}"
+
+
+def sampling_table(rows: Sequence[Row]) -> str:
+    """A line per provider, a column of latency and of speed-up per batch and number of steps."""
+    sets = sorted({(r["steps"], r["batch"]) for r in rows})
+    over = next((r["speedup"]["over"] for r in rows if r.get("speedup")), "its reference")
+    several = len({steps for steps, _ in sets}) > 1
+    titles = [f"batch {b}{f', {s} steps' if several else ''}" for s, b in sets]
+    found = {(r["provider"], r["steps"], r["batch"]): [f"{r['ms_per_step']:.2f}", speedup(r)] for r in rows if not missing(r)}
+    names = dict.fromkeys(name for name, _, _ in found)
+    body = [[name, *(cell for s, b in sets for cell in found.get((name, s, b), ["", ""]))] for name in names]
+    lines = markdown(f"provider || {' | '.join(f'{t}: ms/step | × {over}' for t in titles)}", body)
+    return "\n".join(lines + below(rows, f"DDIM, {_steps(rows)}"))
+
+
+def training_table(rows: Sequence[Row]) -> str:
+    """A line per provider."""
+    body = [
+        [r["provider"], f"{r['ms_per_step']:.1f}", f"{r['items_per_s']:.0f}", f"{r['minutes_per_100k_steps']:.0f}", speedup(r),
+         f"{r['parity']['error']:.1e}"]
+        for r in rows if not missing(r)
+    ]  # fmt: skip
+    header = "provider || ms/step | items/s | minutes of 100,000 steps | × plain PyTorch float32 | loss differs by"
+    return "\n".join(markdown(header, body) + below(rows, f"batch {rows[0]['batch']}, {_steps(rows)} a run"))
+
+
+def kernels_table(rows: Sequence[Row]) -> str:
+    """A line for each op, problem and provider; the machine's ceilings first."""
+    body = []
+    for r in (r for r in rows if not missing(r)):
+        case = [r["op"], f"{r['shape']} {r['layout']} {r['dtype']}".strip(), r["provider"], f"{1e6 * r['median_s']:.1f}"]
+        if r["op"] == "ceilings":
+            body.append([*case, "", f"{r['rate']:.3g} {r['unit']}", "", ""])
             continue
-        factor = f"{r['speedup']['factor']:.2f}" if r["speedup"] else "no parity"
-        lines.append(f"| {r['provider']} | {r['ms_per_step']:.1f} | {r['items_per_s']:.0f} | {r['minutes_per_100k_steps']:.0f} | "
-                     f"{factor} | {r['parity']['error']:.1e} |")  # fmt: skip
-    r = next(r for r in rows if "absent" not in r)
-    e = r["env"]
-    where = e["gpu"] or f"{e['cpu']}, {e['threads']} threads, {e['cpu_capability']}"
-    lines += ["", f"Preset `{r['preset']}`, batch {r['batch']}, median of {r['n']} interleaved runs of {r['steps']} steps; {where}; "
-              f"torch {e['packages']['torch']}; commit {e['commit']}, {r['run'][:10]}."]  # fmt: skip
-    return "\n".join(lines)
+        cold = f"{1e6 * r['cold']['median_s']:.1f}" if "cold" in r else ""
+        body.append([*case, cold, f"{r['gb_s']:.1f}", f"{r['of_copy']:.0%}" if r["of_copy"] else "", speedup(r)])
+    return "\n".join(markdown("op | problem | provider || µs | µs, cold | GB/s | of copy | × eager", body) + below(rows, "each op"))
+
+
+def startup_table(rows: Sequence[Row]) -> str:
+    """A line per provider: seconds to the first image, and what they are made of."""
+    body = []
+    for r in (r for r in rows if not missing(r)):
+        seconds = r["median_s"], *(r["parts"][key] for key in ("import_s", "build_s", "run_s")), r["cold_cache_s"]
+        body.append([r["provider"], *(f"{s:.1f}" for s in seconds)])
+    header = "provider || first image, s | importing | building | sampling and decoding | first process of all"
+    return "\n".join(markdown(header, body) + below(rows, f"{_steps(rows)}, fresh processes"))
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    """A line per provider, a column per batch."""
+    batches = sorted({r["batch"] for r in rows})
+    found = {(r["provider"], r["batch"]): f"{r['peak_bytes'] / 2**20:.0f}" for r in rows if not missing(r)}
+    body = [[name, *(found.get((name, b), "") for b in batches)] for name in dict.fromkeys(name for name, _ in found)]
+    of = "tensors" if rows[0]["device"] == "cuda" else "the process beyond its imports"
+    return "\n".join(markdown(f"provider || {' | '.join(f'batch {b}: MiB' for b in batches)}", body) + below(rows, f"peak of {of}"))
+
+
+def scaling_table(rows: Sequence[Row]) -> str:
+    """Cost per image by number of images, and rate by number of processes."""
+    costs = [r for r in rows if "cost" in r]
+    lines = []
+    if costs:
+        counts = " | ".join(f"{c['images']} images" for c in costs[0]["cost"])
+        body = [[r["provider"], *(f"{c['ms_per_image']:.0f}{'*' if c['extrapolated'] else ''}" for c in r["cost"])] for r in costs]
+        lines = markdown(f"ms an image, all costs || {counts}", body)
+        lines += ["", "*: beyond what was made in the time, by the median batch.", ""]
+    rates = [[r["provider"], r["processes"], f"{r['images_per_s']:.2f}"] for r in rows if "images_per_s" in r]
+    return "\n".join(lines + markdown("provider || processes | images/s", rates) + below(rows, f"batch {rows[0]['batch']}, {_steps(rows)}"))
+
+
+def solvers_table(rows: Sequence[Row]) -> str:
+    """A line per solver and number of steps; on the front nobody is both faster and nearer."""
+    front = pareto(rows)
+    body = [
+        [r["solver"], r["steps"], f"{r['rms']:.4f}", f"{r['ms_per_image']:.0f}", "front" if r["provider"] in front else ""]
+        for r in rows if not missing(r)
+    ]  # fmt: skip
+    lines = markdown("solver || steps | RMS error | ms/image | ", body)
+    return "\n".join(lines + below(rows, f"batch {rows[0]['batch']}, against DDIM with 1000 steps"))
+
+
+def pareto(rows: Sequence[Row]) -> set[str]:
+    """The providers that no other beats in both time and error."""
+    points = [(r["median_s"], r["rms"], r["provider"]) for r in rows if "rms" in r]
+    return {name for s, e, name in points if not any(s2 <= s and e2 <= e and (s2, e2) != (s, e) for s2, e2, _ in points)}
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The answer in a sentence, of the smallest batch: our fastest mode beside diffusers and beside the fastest peer."""
+    batch = min(r["batch"] for r in rows)
+    ok = [r for r in rows if r["batch"] == batch and "median_s" in r and r["parity"]["ok"]]
+    own = min((r for r in ok if r["provider"].startswith("FastSampler")), key=lambda r: float(r["median_s"]))
+    eager = next(r for r in ok if r["provider"] == "diffusers")
+    peer = min(
+        (r for r in ok if r["provider"].startswith(("diffusers", "MONAI")) and "FastSampler" not in r["provider"]),
+        key=lambda r: float(r["median_s"]),
+    )
+    e, times = own["env"], [r["median_s"] / own["median_s"] for r in (eager, peer)]
+    where = e["gpu"] or f"{e['cpu']}, {e['threads']} threads"
+    return (
+        f"**{own['ms_per_image']:.0f} ms an image** with `{own['provider']}`: {times[0]:.2f} times as fast as diffusers' own loop "
+        f"({eager['ms_per_image']:.0f} ms) and {times[1]:.2f} times as fast as the fastest peer ({peer['provider']}, "
+        f"{peer['ms_per_image']:.0f} ms); {own['steps']} DDIM steps, batch {batch}, {where}."
+    )
 
 
 def render(readme: str | Path) -> str:
-    """The text of `readme`, each block `<!-- KIND: FILE -->` ... `<!-- end KIND -->` (latency, training) rendered from FILE beside it."""
+    """The text of `readme`, each block `<!-- KIND: FILE -->` ... `<!-- end KIND -->` rendered from FILE beside it.
+
+    Raises:
+        ValueError: a file with a line that is not a row.
+    """
     readme = Path(readme)
 
     def block(match: re.Match[str]) -> str:
-        table = TABLES[match[1]](latest(read_rows(readme.parent / match[2])))
-        return f"<!-- {match[1]}: {match[2]} -->\n{table}\n<!-- end {match[1]} -->"
+        rows, faults = read_rows(readme.parent / match[2])
+        if faults:
+            raise ValueError(faults[0])
+        return f"<!-- {match[1]}: {match[2]} -->\n{BLOCKS[match[1]](latest(rows))}\n<!-- end {match[1]} -->"
 
-    return re.sub(r"<!-- (latency|training): (\S+) -->.*?<!-- end \1 -->", block, readme.read_text(), flags=re.DOTALL)
+    kinds = "|".join(BLOCKS)
+    return re.sub(rf"<!-- ({kinds}): (\S+) -->.*?<!-- end \1 -->", block, readme.read_text(), flags=re.DOTALL)
 
 
-TABLES = {"latency": sampling_table, "training": training_table}
+Table = Callable[[Sequence[Row]], str]
+TABLES: dict[str, Table] = {
+    "kernels": kernels_table, "sampling": sampling_table, "training": training_table, "export": sampling_table, "memory": memory_table,
+    "startup": startup_table, "scaling": scaling_table, "solvers": solvers_table,
+}  # fmt: skip
+BLOCKS: dict[str, Any] = TABLES | {"latency": sampling_table, "headline": headline}
 
 
 if __name__ == "__main__":

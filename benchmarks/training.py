@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +19,8 @@ from sbldm_fast.training import Objective, Optimisation
 from sbldm_fast.training.loop import Step
 from sbldm_fast.training.stages import unet_loss
 
-from .timing import interleaved, machine, summary
+from .harness import Case, Output, measure
+from .rows import Row, head
 
 # relative, of each loss of the warm-up: float32; in half precision what one of its numbers is rounded by
 TOLERANCE = {"off": 1e-4, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -31,19 +29,10 @@ NAMES = {"off": "float32", "fp16": "float16", "bf16": "bfloat16"}
 PLAIN = "plain PyTorch float32"
 
 
-class Loop(NamedTuple):
-    """A provider: one training step, the sum of the losses since it was last asked for, the precision, and the plain loop in it."""
-
-    step: Callable[[int, Tensor], None]
-    losses: Callable[[], float]
-    dtype: str
-    plain: str
-
-
 def bench_training(
     *, preset_name: str = "paper", batch: int = 16, steps: int = 5, rounds: int = 5, compiled: bool = True,
     say: Callable[[str], None] = lambda _: None,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> Iterator[Row]:  # fmt: skip
     """One row for each provider: seconds of `steps` steps of batch `batch` on random latents; epsilon, AdamW, clipping, EMA, no dropout.
 
     The model is our UNet in every loop. `plain PyTorch`: F.group_norm, F.silu, torch.randn, mse_loss, torch.optim.AdamW and AveragedModel
@@ -56,24 +45,62 @@ def bench_training(
     """
     if min(batch, steps, rounds) < 1:
         raise ValueError(f"batch, steps, rounds: got {batch}, {steps}, {rounds}, allowed is 1 or more")
-    p = preset(preset_name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.compiler.reset()
+    cases, c = training_cases(preset_name, batch, steps, device, compiled), preset(preset_name).unet
+    shape = [batch, c.in_channels, c.sample_size, c.sample_size]
+    common = head("training", preset=preset_name, batch=batch, steps=steps, device=str(device), shape=shape)
+    for row in measure(cases, rounds=rounds, base=PLAIN, device=device, say=say):
+        ms = 1e3 * row["median_s"] / steps if "median_s" in row else None
+        yield common | row | ({"ms_per_step": ms, "items_per_s": 1e3 * batch / ms, "minutes_per_100k_steps": ms * 1e5 / 6e4} if ms else {})
+
+
+def training_cases(preset_name: str, batch: int, steps: int, device: torch.device, compiled: bool) -> dict[str, Case]:
+    """The loops on random latents, each from the same weights."""
+    p = preset(preset_name)
     config = replace(p.unet, dropout=0.0)
     torch.manual_seed(0)
     weights = UNet2D(config).to(device)
     latents = torch.randn(CHECKED * batch, config.in_channels, config.sample_size, config.sample_size, device=device)
+    order = torch.arange(CHECKED * batch, device=device).roll(1).split(batch)
     half = _half(device)
-    torch.compiler.reset()
-    loops: dict[str, Loop] = {}
+    cases: dict[str, Case] = {}
     for dtype in ("off", *([half] if half else [])):
-        name = NAMES[dtype]
         for through in ("", " torch.compile") if compiled else ("",):
-            loops[f"plain PyTorch {name}{through}"] = _plain(copy.deepcopy(weights), latents, p.scheduler, dtype, bool(through))
-            loops[f"sbldm_fast {name}{through}"] = _ours(copy.deepcopy(weights), latents, p.scheduler, dtype, bool(through), batch)
-    run = datetime.now(UTC).isoformat(timespec="seconds")
-    common = {"target": "training", "run": run, "preset": preset_name, "batch": batch, "steps": steps, "device": str(device),
-              "shape": [batch, *latents.shape[1:]], "env": machine()}  # fmt: skip
-    return [common | row for row in _timed(loops, batch, steps, rounds, device, say)]
+            for who, make in (("plain PyTorch", _plain), ("sbldm_fast", _ours)):
+                loop = Loop(make, weights, latents, p.scheduler, dtype, bool(through), order, steps)
+                plain = f"plain PyTorch {NAMES[dtype]}"
+                cases[f"{who} {NAMES[dtype]}{through}"] = Case(loop.build, PLAIN, TOLERANCE[dtype], plain, loop.curve, NAMES[dtype])
+    return cases
+
+
+class Loop:
+    """A provider: a training step with its own copy of the weights, its first losses, and what is timed."""
+
+    def __init__(
+        self, make: Callable[..., tuple[Callable[[int, Tensor], None], Callable[[], float]]], weights: UNet2D, latents: Tensor,
+        scheduler: SchedulerConfig, amp: str, compiled: bool, order: tuple[Tensor, ...], steps: int,
+    ) -> None:  # fmt: skip
+        self.make = lambda: make(copy.deepcopy(weights), latents, scheduler, amp, compiled, len(order[0]))
+        self.order, self.steps = order, steps
+
+    def build(self) -> Output:
+        """`steps` training steps."""
+        self.step, self.losses = self.make()
+
+        def several() -> None:
+            for i in range(self.steps):
+                self.step(CHECKED + i, self.order[i % len(self.order)])
+
+        return several
+
+    def curve(self) -> list[Tensor]:
+        """The losses of the first steps, each relative to itself."""
+        found = []
+        for number in range(CHECKED):
+            self.step(number, self.order[number % len(self.order)])
+            found.append(torch.tensor(self.losses()))
+        return found
 
 
 def _half(device: torch.device) -> str | None:
@@ -82,7 +109,7 @@ def _half(device: torch.device) -> str | None:
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
 
 
-def _ours(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str, compiled: bool, batch: int) -> Loop:
+def _ours(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str, compiled: bool, batch: int) -> Any:
     o = Optimisation(steps=10**6, batch_size=batch, lr=1e-4, ema_decay=0.999, amp=amp, compile=compiled)
     step = Step(model, unet_loss(latents, scheduler, Objective(), o.seed), o)
     model.train()
@@ -92,10 +119,10 @@ def _ours(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str, 
         step.loss.zero_()
         return total
 
-    return Loop(step, losses, amp, f"plain PyTorch {NAMES[amp]}")
+    return step, losses
 
 
-def _plain(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str, compiled: bool) -> Loop:
+def _plain(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str, compiled: bool, batch: int) -> Any:
     device = latents.device
     o = Optimisation(steps=10**6, batch_size=1, lr=1e-4)
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
@@ -132,67 +159,4 @@ def _plain(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str,
         total, sums[0] = sums[0], 0.0
         return total
 
-    return Loop(step, losses, amp, f"plain PyTorch {NAMES[amp]}")
-
-
-def _timed(
-    loops: dict[str, Loop], batch: int, steps: int, rounds: int, device: torch.device, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    order = torch.arange(CHECKED * batch, device=device).roll(1).split(batch)
-    curves: dict[str, list[float]] = {}
-    first: dict[str, float] = {}
-    memory: dict[str, float] = {}
-    rows: list[dict[str, Any]] = []
-    for name, loop in list(loops.items()):
-        say(f"warming up: {name}")
-        before = _allocated(device)
-        start = time.perf_counter()
-        try:
-            curves[name] = []
-            for number in range(CHECKED):
-                loop.step(number, order[number % len(order)])
-                curves[name].append(loop.losses())
-                first.setdefault(name, time.perf_counter() - start)
-        except Exception as failure:  # one provider's failure is its row, not the end of the others
-            rows.append({"provider": name, "absent": f"failed: {type(failure).__name__}: {str(failure).strip().splitlines()[0][:160]}"})
-            del loops[name]
-            continue
-        memory[name] = _allocated(device, peak=True) - before
-
-    def run(loop: Loop) -> Callable[[], None]:
-        def several() -> None:
-            for i in range(steps):
-                loop.step(CHECKED + i, order[i % len(order)])
-
-        return several
-
-    say(f"timing: {rounds} rounds of {len(loops)} providers, {steps} steps each")
-    seconds = interleaved({name: run(loop) for name, loop in loops.items()}, rounds)
-    base = summary(seconds[PLAIN])["median_s"] if PLAIN in loops else None
-    for name, loop in loops.items():
-        s = summary(seconds[name])
-        error = _distance(curves[name], curves.get(PLAIN))
-        allowed = TOLERANCE[loop.dtype] + 2 * (_distance(curves[loop.plain], curves.get(PLAIN)) if loop.plain in curves else 0.0)
-        ms = 1e3 * s["median_s"] / steps
-        rows.append(s | {
-            "provider": name, "dtype": loop.dtype, "ms_per_step": ms, "items_per_s": 1e3 * batch / ms,
-            "minutes_per_100k_steps": ms * 1e5 / 6e4, "first_call_s": first[name],
-            "peak_bytes": memory[name] if device.type == "cuda" else None,
-            "parity": {"against": PLAIN, "error": error, "allowed": allowed, "ok": error <= allowed},
-            "speedup": {"over": PLAIN, "factor": base / s["median_s"]} if base and error <= allowed else None,
-        })  # fmt: skip
-    return rows
-
-
-def _allocated(device: torch.device, peak: bool = False) -> float:
-    if device.type != "cuda":
-        return 0.0
-    if peak:
-        return float(torch.cuda.max_memory_allocated(device))
-    torch.cuda.reset_peak_memory_stats(device)
-    return float(torch.cuda.memory_allocated(device))
-
-
-def _distance(curve: Sequence[float], plain: Sequence[float] | None) -> float:
-    """The largest difference of two loss curves, relative to the plain one."""
-    return max(abs(a - b) / abs(b) for a, b in zip(curve, plain, strict=True)) if plain else math.inf
+    return step, losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -15,15 +16,9 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None, help=__doc__)
-bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure, interleaved and parity-gated.")
-app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Steps = Annotated[int, typer.Option()]
-Batch = Annotated[str, typer.Option(help="Batch sizes, e.g. 1,8.")]
-Preset = Annotated[str, typer.Option(help="paper, template or demo.")]
-Rounds = Annotated[int, typer.Option(help="Interleaved repetitions.")]
-Rows = Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append the rows to.")]
 Scheduler = StrEnum("Scheduler", ["ddim", "ddpm", "dpm", "unipc"])
 Format = StrEnum("Format", ["png", "npy", "nifti"])
 Split = StrEnum("Split", ["subject", "slice"])
@@ -32,6 +27,7 @@ Prediction = StrEnum("Prediction", ["epsilon", "sample", "v_prediction"])
 Dtype = StrEnum("Dtype", ["float32", "float16", "bfloat16"])
 Target = StrEnum("Target", ["ort", "tensorrt"])
 Precision = StrEnum("Precision", ["fp32", "fp16", "int8"])
+Suite = StrEnum("Suite", ["kernels", "sampling", "training", "export", "memory", "startup", "scaling", "solvers"])
 
 
 @app.command()
@@ -300,59 +296,106 @@ def _brief(value: Any) -> str:
     return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
-@bench_app.command("sampling")
-def bench_sampling(
-    steps: Steps = 50, batch: Batch = "1,8", preset: Preset = "paper", rounds: Rounds = 5, out: Rows = None, as_json: Json = False,
-) -> None:  # fmt: skip
-    """Time our modes against diffusers. Example: sbldm-fast bench sampling --steps 50 --batch 1,8 --json"""
-    from sbldm_fast.benchmarks.sampling import bench_sampling as run
-    from sbldm_fast.benchmarks.table import sampling_table
-
-    _report(run(preset_name=preset, steps=steps, batches=_sizes(batch), rounds=rounds, say=_say), sampling_table, out, as_json)
-
-
-@bench_app.command("export")
-def bench_export(
-    steps: Steps = 50, batch: Batch = "1,8", preset: Preset = "paper", rounds: Rounds = 5, out: Rows = None, as_json: Json = False,
-) -> None:  # fmt: skip
-    """Time exported graphs in ONNX Runtime against our modes. Example: sbldm-fast bench export --batch 1"""
-    from sbldm_fast.benchmarks.export import bench_export as run
-    from sbldm_fast.benchmarks.table import sampling_table
-
-    _report(run(preset_name=preset, steps=steps, batches=_sizes(batch), rounds=rounds, say=_say), sampling_table, out, as_json)
-
-
-@bench_app.command("training")
-def bench_training(
-    steps: Annotated[int, typer.Option(help="Steps to a timed run.")] = 5,
-    batch: Annotated[int, typer.Option(help="Batch size.")] = 16,
-    preset: Preset = "paper",
-    rounds: Rounds = 5,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also through torch.compile, which takes minutes.")] = True,
-    out: Rows = None,
+@app.command()
+def bench(
+    suites: Annotated[list[Suite] | None, typer.Argument(help="What to measure.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute or less: few steps and rounds, nothing that compiles.")] = False,
+    preset: Annotated[str | None, typer.Option(help="paper, template or demo (default: paper).")] = None,
+    steps: Annotated[str | None, typer.Option(help="Solver or training steps, e.g. 50 or 10,50.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, e.g. 1,8.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Interleaved repetitions.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Of each process of scaling.")] = None,
+    processes: Annotated[str | None, typer.Option(help="Numbers of processes of scaling, e.g. 1,2.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="An op to time; may be given again (default: all).")] = None,
+    large: Annotated[bool | None, typer.Option("--large/--no-large", help="Also ops on 64 MB and more.")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Also through torch.compile, which takes minutes.")
+    ] = None,
+    half: Annotated[bool | None, typer.Option("--half/--no-half", help="Also in the machine's native half precision.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append to (default: results/MACHINE/SUITE.jsonl).")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option("--compare", help="Two row files, before and after, to judge instead.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time training steps against a plain PyTorch loop. Example: sbldm-fast bench training --batch 16 --no-compile"""
-    from sbldm_fast.benchmarks.table import training_table
-    from sbldm_fast.benchmarks.training import bench_training as run
+    """Measure in turns, against peers, gated by parity. Example: sbldm-fast bench sampling --quick
 
-    rows = run(preset_name=preset, batch=batch, steps=steps, rounds=rounds, compiled=compiled, say=_say)
-    _report(rows, training_table, out, as_json)
+    Rows are written as they are made. Exit code 1: a provider failed, or differs from what it must equal; with --compare: one is slower.
+    """
+    if compare is not None:
+        _compare(*compare, as_json)
+        return
+    if not suites:
+        raise typer.BadParameter(f"got none, allowed are {', '.join(Suite)}, or --compare BEFORE AFTER", param_hint="SUITES")
+    from sbldm_fast.benchmarks.harness import failures
+    from sbldm_fast.benchmarks.rows import append, machine, machine_name
+    from sbldm_fast.benchmarks.suites import SUITES
+    from sbldm_fast.benchmarks.table import TABLES
+
+    given = {"preset_name": preset, "steps": _sizes(steps, "steps"), "batch": _sizes(batch, "batch"), "rounds": rounds, "seconds": seconds,
+             "processes": _sizes(processes, "processes"), "ops": op, "large": large, "compiled": compiled, "half": half}  # fmt: skip
+    wrong = []
+    for suite in suites:
+        run, short = SUITES[suite.value]
+        arguments = (short if quick else {}) | _arguments(run, {k: v for k, v in given.items() if v is not None}, suite.value)
+        file, rows = out or Path("results") / machine_name(machine()) / f"{suite.value}.jsonl", []
+        for row in run(**arguments, say=_say):
+            append(file, [row])
+            rows.append(row)
+        wrong += failures(rows)
+        print("\n".join(json.dumps(row) for row in rows) if as_json else TABLES[suite.value](rows))
+        _say(f"{len(rows)} rows appended to {file}; sbldm-fast report {file.parent} shows them")
+    for line in wrong:
+        print(f"FAILED {line}", file=sys.stderr)
+    if wrong:
+        raise typer.Exit(1)
 
 
-@bench_app.command("kernels")
-def bench_kernels(
-    op: Annotated[list[str] | None, typer.Option(help="An op to time; may be given again. Default: all.")] = None,
-    rounds: Rounds = 10,
-    large: Annotated[bool, typer.Option(help="Also problems of 64 MB and more.")] = True,
-    out: Rows = None,
+def _arguments(run: Callable[..., Any], given: dict[str, Any], suite: str) -> dict[str, Any]:
+    """What was typed, as the suite takes it."""
+    known = inspect.signature(run).parameters
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        key = "batches" if name == "batch" and "batches" in known else name
+        option = {"preset_name": "preset", "ops": "op", "compiled": "compile"}.get(name, name)
+        if key not in known:
+            raise typer.BadParameter(f"got {value}, allowed with suite {suite} is none", param_hint=f"--{option}")
+        single = isinstance(value, list) and not isinstance(known[key].default, tuple)
+        if single and len(value) > 1:
+            raise typer.BadParameter(f"got {value}, allowed with suite {suite} is one number", param_hint=f"--{option}")
+        found[key] = value[0] if single else value
+    return found
+
+
+def _compare(before: Path, after: Path, as_json: bool) -> None:
+    from sbldm_fast.benchmarks.rows import read_rows
+    from sbldm_fast.benchmarks.verdicts import bad, verdict_table
+    from sbldm_fast.benchmarks.verdicts import compare as judge
+
+    (old, faults), (new, more) = read_rows(before), read_rows(after)
+    verdicts = judge(old, new)
+    print(json.dumps([v._asdict() for v in verdicts]) if as_json else verdict_table(verdicts))
+    for line in (*faults, *more):
+        print(line, file=sys.stderr)
+    if bad(verdicts) or faults or more or not verdicts:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path] | None, typer.Argument(help="Row files, or folders of them (default: results).")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page to write.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
-    """Time each fused op against PyTorch and torch.compile. Example: sbldm-fast bench kernels --op group_norm_silu --no-large"""
-    from sbldm_fast.benchmarks.kernels import OPS, kernels_table
-    from sbldm_fast.benchmarks.kernels import bench_kernels as run
+    """Write results as one HTML page that needs nothing else. Example: sbldm-fast report results -o report.html"""
+    from sbldm_fast.benchmarks.report import write_report
 
-    _report(run(op or OPS, rounds=rounds, large=large, say=_say), kernels_table, out, as_json)
+    done = write_report(results or [Path("results")], out)
+    for line in done["faults"]:
+        print(line, file=sys.stderr)
+    print(json.dumps(done) if as_json else f"{done['rows']} rows of {', '.join(done['machines'])}: {out}")
+    if done["faults"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -361,9 +404,11 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.
     import torch
 
     from sbldm_fast import Pipeline
-    from sbldm_fast.benchmarks.sampling import bench_sampling as bench
+    from sbldm_fast.benchmarks.harness import failures
+    from sbldm_fast.benchmarks.providers import FLOAT, Diffusers, Ours, Reference, providers
+    from sbldm_fast.benchmarks.rows import append
+    from sbldm_fast.benchmarks.sampling import bench_sampling as measure
     from sbldm_fast.benchmarks.table import sampling_table
-    from sbldm_fast.benchmarks.timing import append
     from sbldm_fast.doctor import doctor as examine
     from sbldm_fast.export import export as run
     from sbldm_fast.files import whole_file
@@ -371,14 +416,15 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.
 
     start = time.monotonic()
     print("1/4 doctor")
-    report = examine()
-    print_doctor(report)
+    found = examine()
+    print_doctor(found)
     print("2/4 sixteen images from the bundled weights, 50 DDIM steps")
     pipe = Pipeline.from_pretrained("demo").to("cuda" if torch.cuda.is_available() else "cpu")
     images = pipe.sample(16, seed=0, steps=50, progress=True)
     save_grid(to_uint8(images), out / "samples.png")
     print("3/4 latency of the paper-size UNet against diffusers")
-    rows = bench(steps=50, batches=(1,), rounds=3, half=False, say=_say)
+    who = [p for p in providers(images.device, [FLOAT]) if p == Reference() or type(p) in (Ours, Diffusers)]
+    rows = list(measure(steps=(50,), batches=(1,), rounds=3, who=who, energy=False, say=_say))
     append(out / "latency.jsonl", rows)
     table = sampling_table(rows)
     with whole_file(out / "latency.md") as aside:
@@ -387,9 +433,9 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.
     print("4/4 ONNX export")
     manifest = run(pipe, out / "onnx", progress=True)
     worst = max(g["parity"]["error"] for g in manifest["graphs"].values())
-    slow = [r["provider"] for r in rows if "parity" in r and not r["parity"]["ok"]]
-    ok = report["ok"] and not slow
-    warning = f"; WITHOUT PARITY: {', '.join(slow)}" if slow else ""
+    wrong = failures(rows)
+    ok = found["ok"] and not wrong
+    warning = f"; FAILED: {', '.join(wrong)}" if wrong else ""
     print(f"""
 {out}/samples.png    16 images; success: they look like axial brain slices (synthetic, not for diagnosis)
 {out}/latency.md     success: every provider has a speed-up, so every one agreed with its reference{warning}
@@ -400,18 +446,10 @@ demo {"finished" if ok else "FAILED"} in {time.monotonic() - start:.0f} s""")
         raise typer.Exit(1)
 
 
-def _report(rows: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], str], out: Path | None, as_json: bool) -> None:
-    from sbldm_fast.benchmarks.timing import append
-
-    if out is not None:
-        append(out, rows)
-    print("\n".join(json.dumps(row) for row in rows) if as_json else table(rows))
-
-
-def _sizes(batch: str) -> list[int]:
-    if not all(b.isdecimal() for b in batch.split(",")):
-        raise typer.BadParameter(f"got {batch}, allowed are whole numbers with commas between", param_hint="--batch")
-    return [int(b) for b in batch.split(",")]
+def _sizes(text: str | None, option: str) -> list[int] | None:
+    if text is not None and not all(b.isdecimal() for b in text.split(",")):
+        raise typer.BadParameter(f"got {text}, allowed are whole numbers with commas between", param_hint=f"--{option}")
+    return None if text is None else [int(b) for b in text.split(",")]
 
 
 def _say(text: str) -> None:

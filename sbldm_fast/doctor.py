@@ -16,7 +16,7 @@ from sbldm_fast.kernels import ddim_step, diffuse, frequency_loss, group_norm_si
 from sbldm_fast.kernels._backend import obstacle, resolve
 from sbldm_fast.training.loop import amp_dtype
 
-PACKAGES = ("torch", "triton", "numpy", "diffusers", "monai", "onnx", "onnxruntime", "nibabel", "nilearn")
+PACKAGES = ("torch", "triton", "numpy", "diffusers", "monai", "onnx", "onnxruntime", "openvino", "nibabel", "nilearn")
 TOLERANCE = 1e-5
 
 
@@ -26,11 +26,13 @@ def environment() -> dict[str, Any]:
     info: dict[str, Any] = {
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "cpu": _cpu_name(),
+        "cpu": _cpu("model name") or platform.processor(),
+        "cpu_model": "/".join(_cpu(key) for key in ("cpu family", "model", "stepping")),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
+        "no_gpu": _no_gpu(),
     }
     if cuda:
         major, minor = torch.cuda.get_device_capability()
@@ -98,7 +100,18 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def _cpu(key: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == key), "")
+
+
+def _no_gpu() -> str | None:
+    """Why there is no CUDA device; an old driver, say."""
+    if torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().splitlines()[0]
+    return "no device"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from sbldm_fast.benchmarks.kernels import OPS
+from sbldm_fast.benchmarks.providers import Ours
 
 from sbldm_fast.cli import main
 from sbldm_fast.sampling.images import NOTICE
@@ -96,16 +98,14 @@ def test_doctor_fails_when_an_op_is_wrong(run: Any, monkeypatch: pytest.MonkeyPa
         ["sample"],
         ["export"],
         ["bench"],
-        ["bench", "sampling"],
-        ["bench", "kernels"],
-        ["bench", "export"],
+        ["report"],
         ["demo"],
     ],
 )
 def test_every_command_has_help_with_an_example(command: list[str], run: Any) -> None:
     code, out, _ = run(*command, "--help")
     assert code == 0
-    if command and command != ["bench"]:
+    if command:
         assert f"Example: sbldm-fast {' '.join(command)}" in " ".join(out.split())
 
 
@@ -130,7 +130,9 @@ def test_errors_are_one_sentence_and_exit_1(run: Any, folder: Path, tmp_path: Pa
         (("export", folder, "-o", tmp_path / "w.pt"), "is a file, allowed is a folder"),
         (("export", folder, "-o", tmp_path), "which no export wrote; allowed is a new folder, or --force"),
         (("export", "--check", tmp_path / "empty"), "manifest.json does not exist"),
-        (("bench", "sampling", "--steps", "0"), "steps, batch, rounds: got 0"),
+        (("bench", "sampling", "--steps", "0"), "steps, batch, rounds: got [0]"),
+        (("bench", "--compare", tmp_path / "a", tmp_path / "b"), "a cannot be read: No such file"),
+        (("report", tmp_path / "none"), "none cannot be read: No such file"),
         (("sample", folder, "-n", "1", "--steps", "1", "-o", tmp_path / "w.pt" / "x"), "Not a directory"),
     ):
         code, _, err = run(*arguments)
@@ -149,6 +151,10 @@ def test_errors_are_one_sentence_and_exit_1(run: Any, folder: Path, tmp_path: Pa
         ["sample"],
         ["sample", "p", "-o", "x", "--format", "gif"],
         ["bench", "sampling", "--batch", "a"],
+        ["bench"],
+        ["bench", "gpus"],
+        ["bench", "training", "--batch", "1,8"],
+        ["bench", "solvers", "--op", "ddim_step"],
         ["export", "demo"],
         ["export"],
         ["export", "demo", "-o", "x", "--target", "coreml"],
@@ -163,3 +169,48 @@ def test_slice_split_warns(run: Any, tmp_path: Path) -> None:
     code, _, err = run("prepare", "synthetic:1", "-o", tmp_path / "d", "--split", "slice", "--every", "10")
     assert code == 0
     assert "warning: --split slice puts slices of one subject into train and test" in err
+
+
+def test_bench_writes_rows_and_compare_judges_them(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = ("bench", "sampling", "--quick", "--preset", "demo", "--steps", "2", "--rounds", "6")
+    assert run(*quick, "-o", "a.jsonl")[0] == 0
+    real = Ours.sampler
+
+    def slowed(*arguments: Any) -> Any:
+        sample = real(*arguments)
+
+        def slow() -> torch.Tensor:
+            time.sleep(0.3)
+            return sample()  # type: ignore[no-any-return]  # an Output says Any
+
+        return slow
+
+    monkeypatch.setattr(Ours, "sampler", slowed)
+    code, out, err = run(*quick)
+    assert code == 0
+    assert "| FastSampler eager float32 |" in out
+    (found,) = Path("results").rglob("*.jsonl")
+    assert f"rows appended to {found}" in err
+    code, out, _ = run("bench", "--compare", "a.jsonl", found, "--json")
+    assert code == 1
+    verdicts = {v["provider"]: v["verdict"] for v in json.loads(out)}
+    assert verdicts["FastSampler eager float32"] == verdicts["diffusers under FastSampler eager"] == "SLOW"
+    code, out, _ = run("bench", "--compare", "a.jsonl", "a.jsonl")
+    assert "| SAME | sampling demo 1 2 | reference | 1.000 |" in out or "| AMBIGUOUS | sampling demo 1 2 | reference | 1.000 |" in out
+    assert code == 0
+    Path("a.jsonl").write_bytes(Path("a.jsonl").read_bytes()[:-20])
+    code, _, err = run("bench", "--compare", "a.jsonl", found)
+    assert code == 1
+    assert "is not a row: cut off or damaged, left out" in err
+
+
+def test_a_provider_that_fails_is_in_the_exit_code(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Ours, "sampler", fails)
+    code, out, err = run("bench", "sampling", "--quick", "--preset", "demo", "--steps", "1", "--rounds", "1", "-o", tmp_path / "r.jsonl")
+    assert code == 1
+    assert "| reference |" in out
+    assert "FAILED FastSampler eager float32: OutOfMemoryError: CUDA out of memory" in err

@@ -1,0 +1,19 @@
+"""pytest-benchmark over the providers of sampling: preset demo, one image of ten steps, nothing that compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .harness import Case
+from .providers import FLOAT, Problem, providers
+
+
+def pytest_cases(device: torch.device) -> dict[str, dict[str, Case]]:
+    problem = Problem("demo", 10, 1, device)
+    return {"demo 10 steps": {p.name: p.case(problem) for p in providers(device, [FLOAT], compiled=False)}}
+
+
+def test_sampling(timed: Callable[[], None]) -> None:
+    timed()

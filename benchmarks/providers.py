@@ -1,0 +1,345 @@
+"""Who samples: one small class for each library, built from the same problem, and each held against its library's plain float32 loop.
+
+A new provider is a class with a name, what it is held against, and `build`; see `Monai`. Then it is added to `providers`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from sbldm_fast.kernels import backend, philox_normal
+from sbldm_fast.kernels._backend import obstacle
+from torch import Tensor, nn
+
+from sbldm_fast import DDIMScheduler, FastSampler, UNet2D, preset
+from sbldm_fast.sampling.loop import compilation
+
+from .harness import Absent, Case, Output
+
+TOLERANCE = 1e-4  # float32, relative to the largest value, after all steps
+FLOAT = torch.float32
+
+
+class Problem:
+    """What is sampled: noise, steps, and each library's UNet of the preset's widths with its DDIM scheduler on the preset's betas."""
+
+    def __init__(self, preset_name: str, steps: int, batch: int, device: torch.device) -> None:
+        self.preset, self.steps, self.device = preset(preset_name), steps, device
+        c = self.preset.unet
+        self.noise = philox_normal((batch, c.in_channels, c.sample_size, c.sample_size), 0, device=device)
+        self.attends = [c.sample_size >> i in c.attention_resolutions for i in range(len(c.block_out_channels))]
+
+    @cached_property
+    def ours(self) -> tuple[UNet2D, DDIMScheduler]:
+        """Our reference UNet and scheduler."""
+        torch.manual_seed(0)
+        return UNet2D(self.preset.unet).to(self.device).eval(), DDIMScheduler.from_config(self.preset.scheduler)
+
+    @cached_property
+    def diffusers(self) -> tuple[nn.Module, Any]:
+        """diffusers' UNet2DModel and DDIMScheduler."""
+        import diffusers
+
+        c, own = self.preset.unet, DDIMScheduler.from_config(self.preset.scheduler)
+        torch.manual_seed(0)
+        model = diffusers.UNet2DModel(
+            sample_size=c.sample_size, in_channels=c.in_channels, out_channels=c.out_channels, layers_per_block=c.layers_per_block,
+            block_out_channels=c.block_out_channels, norm_num_groups=c.norm_num_groups, attention_head_dim=c.attention_head_dim,
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in self.attends),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(self.attends)),
+        )  # fmt: skip
+        config = {"clip_sample": own.config.clip_sample, "prediction_type": own.config.prediction_type}
+        return model.to(self.device).eval(), diffusers.DDIMScheduler(trained_betas=own.betas.numpy(), **config)
+
+    @cached_property
+    def monai(self) -> tuple[nn.Module, Any]:
+        """MONAI's DiffusionModelUNet and DDIMScheduler."""
+        networks, schedulers = (importlib.import_module(f"monai.networks.{name}") for name in ("nets", "schedulers"))
+        c, own = self.preset.unet, DDIMScheduler.from_config(self.preset.scheduler)
+        torch.manual_seed(0)
+        model = networks.DiffusionModelUNet(
+            spatial_dims=2, in_channels=c.in_channels, out_channels=c.out_channels, channels=c.block_out_channels,
+            num_res_blocks=c.layers_per_block, attention_levels=self.attends, norm_num_groups=c.norm_num_groups,
+            num_head_channels=[c.attention_head_dim] * len(self.attends),
+        )  # fmt: skip
+        scheduler = schedulers.DDIMScheduler(prediction_type=own.config.prediction_type, clip_sample=own.config.clip_sample)
+        scheduler.alphas_cumprod = own.alphas_cumprod.clone()  # it has no argument for betas of one's own
+        scheduler.final_alpha_cumprod = torch.tensor(1.0)
+        return model.to(self.device).eval(), scheduler
+
+    @cached_property
+    def onnx(self) -> tuple[str, tempfile.TemporaryDirectory[str]]:
+        """diffusers' UNet as an ONNX file, and the folder that holds it as long as this is kept."""
+        folder = tempfile.TemporaryDirectory()
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the exporter's notices are not about the model
+            t = torch.full((len(self.noise),), 1, device=self.device)
+            names: dict[str, Any] = {"input_names": ["x", "t"], "output_names": ["m"]}
+            program = torch.onnx.export(self.diffusers[0], (self.noise, t), dynamo=True, verbose=False, **names)
+            assert program is not None  # the exporter gives None only for dynamo=False
+            program.save(f"{folder.name}/unet.onnx")
+        return f"{folder.name}/unet.onnx", folder
+
+
+def stepped(model: Callable[[Tensor, Tensor], Tensor], scheduler: Any, steps: int, noise: Tensor) -> Tensor:
+    """The textbook loop: the model, then `scheduler.step`, for each timestep. diffusers' objects and MONAI's."""
+    scheduler.set_timesteps(steps, device=noise.device)
+    x: Tensor = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    scale = getattr(scheduler, "scale_model_input", lambda x, _: x)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            out = scheduler.step(model(scale(x, t), t), t, x)
+            x = out[0] if isinstance(out, tuple) else out.prev_sample
+    return x
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Who samples; `dtype` is the precision of the UNet's arithmetic, `compiled` a mode of torch.compile or None for eager."""
+
+    dtype: torch.dtype = FLOAT
+    compiled: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As it is called in the rows."""
+        raise NotImplementedError
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The modules of the library, which a fresh process imports apart from building."""
+        return ()
+
+    @property
+    def against(self) -> str | None:
+        """The provider whose latents it must have, to rounding."""
+        return None
+
+    @property
+    def plain(self) -> str | None:
+        """The plain loop in the same precision, whose error is allowed twice."""
+        return None
+
+    def build(self, p: Problem) -> Output:
+        """The run that is timed: noise to latents."""
+        raise NotImplementedError
+
+    def case(self, p: Problem) -> Case:
+        """The provider on a problem, for the harness."""
+        return Case(lambda: self.build(p), self.against, TOLERANCE, self.plain, dtype=str(self.dtype)[6:])
+
+    @property
+    def suffix(self) -> str:
+        """What the names of compiled and half-precision providers end with."""
+        how = {None: "", "default": " torch.compile"}.get(self.compiled, f" torch.compile {self.compiled}")
+        return ("" if self.dtype == FLOAT else f" {str(self.dtype)[6:]}") + how
+
+    def loop(self, model: nn.Module, scheduler: Any, p: Problem, call: Callable[..., Any]) -> Output:
+        """The textbook loop of `call(model)(x, t)` with the model in this precision, compiled as this provider is."""
+        if self.dtype != FLOAT:
+            model = copy.deepcopy(model).to(dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+        if self.compiled:
+            model = torch.compile(model, dynamic=False, mode=self.compiled)  # type: ignore[assignment]  # a module of a module
+
+        def run() -> Tensor:
+            with compilation(p.device) if self.compiled else nullcontext():
+                return stepped(lambda x, t: call(model, x.to(self.dtype), t).float(), scheduler, p.steps, p.noise)
+
+        return run
+
+
+@dataclass(frozen=True)
+class Reference(Provider):
+    """Our UNet and scheduler stepped as in a textbook; the stages of the waterfall up to torch.compile with our kernels."""
+
+    channels_last: bool = False
+    fused: bool = False
+
+    @property
+    def name(self) -> str:
+        return "reference" + " channels_last" * self.channels_last + self.suffix + " fused norms" * self.fused
+
+    against = "reference"
+
+    @property
+    def plain(self) -> str:
+        return "reference" if self.dtype == FLOAT else f"reference {str(self.dtype)[6:]}"
+
+    def build(self, p: Problem) -> Output:
+        if self.fused and (why := obstacle(p.device)):
+            raise Absent(why)
+        unet, scheduler = p.ours
+        if self.channels_last:
+            unet = copy.deepcopy(unet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+        run = self.loop(unet, scheduler, p, lambda model, x, t: model(x, t))
+
+        def with_backend() -> Tensor:
+            chosen: AbstractContextManager[Any] = backend("triton" if self.fused else "torch")
+            with chosen:
+                return run()  # type: ignore[no-any-return]  # a Tensor, which Output does not say
+
+        return with_backend
+
+
+@dataclass(frozen=True)
+class Ours(Provider):
+    """`FastSampler` in one of its modes, on our UNet."""
+
+    mode: str = "eager"
+
+    @property
+    def name(self) -> str:
+        return f"FastSampler {self.mode} {str(self.dtype)[6:]}"
+
+    against = "reference"
+
+    @property
+    def plain(self) -> str:
+        return Reference(self.dtype).name
+
+    def build(self, p: Problem) -> Output:
+        return self.sampler(p, *p.ours)
+
+    def sampler(self, p: Problem, model: nn.Module, scheduler: Any) -> Output:
+        """A run of FastSampler on these objects."""
+        if "graph" in self.mode and p.device.type != "cuda":
+            raise Absent("CUDA graphs need CUDA")
+        sampler = FastSampler(model, scheduler, shape=p.noise.shape[1:], steps=p.steps, mode=self.mode, dtype=self.dtype)
+        return lambda: sampler(noise=p.noise)
+
+
+@dataclass(frozen=True)
+class Diffusers(Provider):
+    """diffusers' own loop over its own UNet2DModel and DDIMScheduler."""
+
+    needs = ("diffusers.models", "diffusers.schedulers")
+
+    @property
+    def name(self) -> str:
+        return f"diffusers{self.suffix}"
+
+    against = "diffusers"
+
+    @property
+    def plain(self) -> str:
+        return Diffusers(self.dtype).name
+
+    def build(self, p: Problem) -> Output:
+        return self.loop(*p.diffusers, p, lambda model, x, t: model(x, t, return_dict=False)[0])
+
+
+@dataclass(frozen=True)
+class DiffusersUnderOurs(Ours):
+    """diffusers' objects, untouched, under `FastSampler`."""
+
+    needs = Diffusers.needs
+
+    @property
+    def name(self) -> str:
+        half = "" if self.dtype == FLOAT else f" {str(self.dtype)[6:]}"
+        return f"diffusers{half} under FastSampler {self.mode}"
+
+    against = "diffusers"
+
+    @property
+    def plain(self) -> str:
+        return Diffusers(self.dtype).name
+
+    def build(self, p: Problem) -> Output:
+        return self.sampler(p, *p.diffusers)
+
+
+@dataclass(frozen=True)
+class Monai(Provider):
+    """MONAI's DiffusionModelUNet and DDIMScheduler in the textbook loop."""
+
+    needs = ("monai.networks.nets", "monai.networks.schedulers")
+
+    @property
+    def name(self) -> str:
+        return f"MONAI{self.suffix}"
+
+    against = plain = "MONAI"
+
+    def build(self, p: Problem) -> Output:
+        return self.loop(*p.monai, p, lambda model, x, t: model(x, t.reshape(1).expand(len(x)).to(x.device)))
+
+
+@dataclass(frozen=True)
+class Runtime(Provider):
+    """diffusers' loop with its UNet in ONNX Runtime or OpenVINO on a CPU, with as many threads as PyTorch."""
+
+    library: str = "ONNX Runtime"
+
+    @property
+    def name(self) -> str:
+        return f"diffusers {self.library}{self.suffix}"
+
+    against = "diffusers"
+
+    @property
+    def plain(self) -> str:
+        return Diffusers(self.dtype).name
+
+    def build(self, p: Problem) -> Output:
+        if p.device.type != "cpu":
+            raise Absent("a runtime for CPUs")
+        threads = torch.get_num_threads()
+        if self.library == "ONNX Runtime":
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            session = onnxruntime.InferenceSession(p.onnx[0], options, providers=["CPUExecutionProvider"])
+
+            def call(inputs: dict[str, Any]) -> Any:
+                return session.run(None, inputs)[0]
+        else:
+            import openvino
+
+            hint = "f32" if self.dtype == FLOAT else "bf16"
+            config = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+            core = openvino.Core()
+            request = core.compile_model(core.read_model(p.onnx[0]), "CPU", config).create_infer_request()
+
+            def call(inputs: dict[str, Any]) -> Any:
+                return request.infer(inputs)["m"].copy()
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return torch.from_numpy(call({"x": x.numpy(), "t": t.expand(len(x)).numpy()}))
+
+        return lambda: stepped(predict, p.diffusers[1], p.steps, p.noise)
+
+
+def providers(device: torch.device, dtypes: Sequence[torch.dtype], compiled: bool = True) -> Iterator[Provider]:
+    """Everybody, float32 first; without `compiled` those that need no compiling."""
+    graphs = device.type == "cuda"
+    yield Reference()
+    yield Reference(channels_last=True)
+    for dtype in dtypes:
+        if dtype != FLOAT:
+            yield Reference(dtype)
+        if compiled:
+            yield Reference(dtype, "default", channels_last=True)
+            yield Reference(dtype, "default", channels_last=True, fused=True)
+        yield Ours(dtype, mode="eager")
+        modes = ["compile"] * compiled + ["step-graph", "loop-graph"] + ["step-graph+compile", "loop-graph+compile"] * (compiled and graphs)
+        yield from (Ours(dtype, mode=mode) for mode in modes)
+        yield Diffusers(dtype)
+        ways = ("default", "reduce-overhead", "max-autotune") if graphs else ("default",)
+        yield from (Diffusers(dtype, way) for way in ways if compiled)
+        yield DiffusersUnderOurs(dtype, mode="loop-graph" if graphs else "compile" if compiled else "eager")
+        if compiled and not graphs:
+            yield from (Runtime(dtype, library=library) for library in ("ONNX Runtime", "OpenVINO")[dtype != FLOAT :])
+    yield Monai()
+    if compiled:
+        yield Monai(compiled="default")

@@ -1,0 +1,119 @@
+"""The rows that results are kept in: what a machine is, how rows are written, read and chosen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sbldm_fast.doctor import environment
+
+from .nvml import Gpu
+
+Row = dict[str, Any]
+# what tells two problems of a suite apart; of the others: preset, batch, steps, processes
+PROBLEM = {"kernels": ("op", "shape", "layout", "dtype"), "solvers": ("preset", "batch")}
+
+
+def head(target: str, **what: Any) -> Row:
+    """What all rows of one run share: target, time of the run, its settings, the environment."""
+    return {"target": target, "run": datetime.now(UTC).isoformat(timespec="seconds"), **what, "env": machine()}
+
+
+def machine() -> Row:
+    """The environment block of a row: machine, versions, commit, sources, and of a GPU what NVML tells."""
+    info = environment()
+    info["commit"] = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", ".", ":!results") else "")
+    info["source"] = source()
+    info["load"] = round(os.getloadavg()[0], 2)  # of the last minute: what else ran, and what this run has done before
+    if info["gpu"]:
+        info["nvml"] = Gpu().state()
+    return info
+
+
+@cache
+def source() -> str:
+    """A hash of the package's Python files, for machines that have no git."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    names = ("kernels", "sbldm_fast", "export", "benchmarks") if (root / "pyproject.toml").exists() else (".",)
+    for path in sorted((p for n in names for p in (root / n).rglob("*.py")), key=lambda p: p.relative_to(root).as_posix()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def machine_name(env: Row) -> str:
+    """The folder of a machine's results: its GPU, or its processor and cores."""
+    name = env["gpu"] or f"{env['cpu']} {env['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
+def machine_id(env: Row) -> str:
+    """What must be equal for two rows to be compared: the processor with its threads and vector width, and the GPU."""
+    cpu = f"{env['cpu']} {env.get('cpu_model', '')}".strip()
+    return ", ".join(filter(None, [env["gpu"], cpu, f"{env['cores']} cores", f"{env['threads']} threads", env["cpu_capability"]]))
+
+
+def append(path: str | Path, rows: Iterable[Row]) -> None:
+    """Add rows to a JSONL file and sync it; what is there stays, and a line that was cut off stays a line of its own."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            f.write(b"" if f.read(1) == b"\n" else b"\n")
+        f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
+    """The rows of a JSONL file, and a sentence for each line that is none, as a run that was killed may leave one.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    path, rows, faults = Path(path), [], []
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and {"target", "run", "env"} <= set(row):
+            rows.append(row | {"at": f"{path.name}:{number}"})
+        elif line and not isinstance(row, dict):
+            faults.append(f"{path}, line {number} is not a row: cut off or damaged, left out")
+    return rows, faults
+
+
+def problem(row: Row) -> tuple[Any, ...]:
+    """What a row measured, without who did it and when."""
+    keys = PROBLEM.get(row["target"], ("preset", "batch", "steps", "processes"))
+    return row["target"], *(row.get(key) for key in keys)
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the last run of each problem; those of one run stay together."""
+    last: dict[tuple[Any, ...], str] = {}
+    for row in rows:
+        last[problem(row)] = max(row["run"], last.get(problem(row), ""))
+    return [row for row in rows if row["run"] == last[problem(row)]]
+
+
+def _git(*arguments: str) -> str:
+    try:
+        command = ("git", "-C", str(Path(__file__).parent), *arguments)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,33 @@
+"""The suites by name: what each runs, briefly and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from .export import bench_export
+from .fresh import bench_memory, bench_scaling, bench_startup
+from .kernels import bench_kernels
+from .rows import Row
+from .sampling import bench_sampling
+from .solvers import bench_solvers
+from .training import bench_training
+
+
+class Suite(NamedTuple):
+    """What yields the rows, and the arguments of `--quick`: a minute or less on two cores."""
+
+    run: Callable[..., Iterator[Row]]
+    quick: dict[str, Any]
+
+
+SUITES = {
+    "kernels": Suite(bench_kernels, {"rounds": 3, "large": False, "compiled": False}),
+    "sampling": Suite(bench_sampling, {"steps": [10], "batches": [1], "rounds": 5, "compiled": False, "half": False}),
+    "training": Suite(bench_training, {"steps": 1, "rounds": 3, "compiled": False}),
+    "export": Suite(bench_export, {"steps": 10, "batches": [1], "rounds": 3, "compiled": False}),
+    "memory": Suite(bench_memory, {"steps": 2, "batches": [1], "compiled": False}),
+    "startup": Suite(bench_startup, {"steps": 10, "rounds": 1, "compiled": False}),
+    "scaling": Suite(bench_scaling, {"steps": 10, "batch": 4, "seconds": 4.0, "compiled": False}),
+    "solvers": Suite(bench_solvers, {"batch": 1, "steps": [5, 10, 20], "rounds": 1}),
+}

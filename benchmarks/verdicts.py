@@ -1,0 +1,101 @@
+"""Is it faster? Two result sets of one machine, provider by provider: FAST, SLOW, SAME or AMBIGUOUS, by interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .rows import Row, latest, machine_id, problem
+
+CONFIDENCE = 0.95
+NOTABLE = 0.02  # a difference below which nothing is called faster or slower
+ALIKE = 0.05  # the intervals of what is the same lie within this of one another
+
+
+class Verdict(NamedTuple):
+    """What became of one provider on one problem; `factor` is after over before, of the medians."""
+
+    verdict: str
+    reason: str
+    provider: str
+    problem: str
+    factor: float | None
+
+
+def interval(raw: Sequence[float]) -> tuple[float, float]:
+    """The confidence interval of the median by order statistics, at least 95 %; all of fewer than six values, which cannot reach it.
+
+    The k-th smallest and k-th largest of n values enclose the median with probability 1 - 2·P(Binomial(n, 1/2) < k).
+    Source: David & Nagaraja, Order Statistics, section 7.1.
+    """
+    values, n, below = sorted(raw), len(raw), 0.0
+    k = 0
+    for i in range(n // 2):
+        below += math.comb(n, i) / 2**n
+        if 1 - 2 * below < CONFIDENCE:
+            break
+        k = i
+    return values[k], values[n - 1 - k]
+
+
+def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Verdict]:
+    """A verdict for each provider that either set has, by the last run of each problem.
+
+    FAST and SLOW: the intervals do not meet, the medians differ by 2 % or more, and so they do in cycles where both rows have
+    clocks. SAME: all of either interval lies within 5 % of the other. AMBIGUOUS: anything else, and rows of different machines.
+    WRONG: no parity, or failed. GONE, NEW: in one set only.
+    """
+    old, new = ({(*problem(r), r["provider"]): r for r in latest(rows)} for rows in (before, after))
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if not any(r and ("raw_s" in r or "failed" in r) for r in (a, b)):
+            continue  # absent in both
+        verdict, reason, factor = _judge(a, b)
+        found.append(Verdict(verdict, reason, key[-1], " ".join(str(k) for k in key[:-1] if k is not None), factor))
+    return found
+
+
+def _judge(a: Row | None, b: Row | None) -> tuple[str, str, float | None]:
+    if b is not None and "failed" in b:
+        return "WRONG", b["failed"], None
+    if b is not None and b.get("parity") and not b["parity"]["ok"] and not b.get("approximate"):
+        return "WRONG", f"differs from {b['parity']['against']} by {b['parity']['error']:.1e}", None
+    if b is None or "absent" in b or "raw_s" not in b:
+        return "GONE", b["absent"] if b and "absent" in b else "no row", None
+    if a is None or "raw_s" not in a:
+        return "NEW", "no figure before", None
+    factor = b["median_s"] / a["median_s"]
+    if machine_id(a["env"]) != machine_id(b["env"]):
+        return "AMBIGUOUS", f"another machine: {machine_id(a['env'])} before, {machine_id(b['env'])} now", factor
+    verdict = _verdict(interval(a["raw_s"]), interval(b["raw_s"]), factor)
+    if verdict in ("FAST", "SLOW") and a.get("clock_mhz") and b.get("clock_mhz"):
+        clocks = [min(r["clock_mhz"]) for r in (a, b)]
+        before, after = ([s * mhz for s in interval(r["raw_s"])] for r, mhz in zip((a, b), clocks, strict=True))
+        if _verdict(before, after, factor * clocks[1] / clocks[0]) != verdict:
+            return "AMBIGUOUS", "in seconds, but not in cycles of the clock", factor
+    few = min(a["n"], b["n"]) < 6
+    return verdict, "few samples: n below 6" if few and verdict in ("FAST", "SLOW") else "", factor
+
+
+def _verdict(a: Sequence[float], b: Sequence[float], factor: float) -> str:
+    if b[1] < a[0] and factor < 1 - NOTABLE:
+        return "FAST"
+    if b[0] > a[1] and factor > 1 + NOTABLE:
+        return "SLOW"
+    return "SAME" if max(b[1] / a[0], a[1] / b[0]) <= 1 + ALIKE else "AMBIGUOUS"
+
+
+def bad(verdicts: Sequence[Verdict]) -> bool:
+    """Whether the exit code should say so: something is slower, wrong, gone, or of another machine."""
+    return any(v.verdict in ("SLOW", "WRONG", "GONE") or v.reason.startswith("another machine") for v in verdicts)
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """A Markdown table, a line for each verdict."""
+    lines = ["| verdict | problem | provider | after / before | |", "|---|---|---|---:|---|"]
+    lines += [
+        f"| {v.verdict} | {v.problem} | {v.provider} | {'' if v.factor is None else f'{v.factor:.3f}'} | {v.reason} |" for v in verdicts
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,152 @@
+"""The harness: order, warm-up, parity, failures, and what is remarked on a figure."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from sbldm_fast.benchmarks.harness import (
+    Absent,
+    Case,
+    cache_bytes,
+    failures,
+    interleaved,
+    measure,
+    relative,
+    summary,
+    turns,
+)
+
+CPU = torch.device("cpu")
+
+
+def case(value: float = 1.0, against: str | None = "a", tolerance: float = 1e-3, plain: str | None = None) -> Case:
+    return Case(lambda: lambda: torch.tensor([value]), against, tolerance, plain)
+
+
+def run(cases: dict[str, Case], **options: Any) -> dict[str, dict[str, Any]]:
+    return {row["provider"]: row for row in measure(cases, **({"rounds": 2, "base": "a", "device": CPU} | options))}
+
+
+def test_every_other_round_runs_backwards() -> None:
+    assert "".join(turns("abc", 3)) == "abccbaabc"
+    order: list[str] = []
+    calls: dict[str, Callable[[], object]] = {name: lambda name=name: order.append(name) for name in "ab"}  # type: ignore[misc]  # mypy cannot type a default in a lambda
+    assert [len(v) for v in interleaved(calls, 3, CPU).values()] == [3, 3]
+    assert "".join(order) == "abbaab"
+
+
+def test_summary_by_hand() -> None:
+    s = summary([3.0, 1.0, 2.0, 5.0, 4.0])
+    assert (s["median_s"], s["p10_s"], s["p90_s"], s["iqr_s"], s["n"]) == (3.0, pytest.approx(1.4), pytest.approx(4.6), 2.0, 5)
+    assert s["raw_s"] == [3.0, 1.0, 2.0, 5.0, 4.0]
+
+
+def test_a_row_is_complete() -> None:
+    row = run({"a": case()}, rounds=3)["a"]
+    assert row["n"] == len(row["raw_s"]) == 3
+    assert row["parity"] == {"against": "a", "error": 0.0, "allowed": 1e-3, "ok": True, "sha256": row["parity"]["sha256"]}
+    assert len(row["parity"]["sha256"]) == 16
+    assert row["speedup"] == {"over": "a", "factor": 1.0}
+    assert row["first_call_s"] >= row["compile_s"] >= 0
+    assert row["peak_bytes"] is None, "this process is everybody's"
+    json.dumps(row)
+
+
+def test_no_parity_no_speedup() -> None:
+    rows = run({"a": case(), "near": case(1.0005), "far": case(1.002), "nan": case(math.nan), "alone": case(against=None)})
+    assert rows["near"]["speedup"]["over"] == "a"
+    for name in ("far", "nan"):
+        assert not rows[name]["parity"]["ok"]
+        assert rows[name]["speedup"] is None
+    assert rows["alone"]["parity"] is None
+    assert rows["alone"]["speedup"] is None
+    assert failures(list(rows.values())) == [
+        "far: differs from a by 2.0e-03, allowed is 1.0e-03",
+        "nan: differs from a by inf, allowed is 1.0e-03",
+    ]
+    assert failures([rows["far"] | {"approximate": True}]) == []
+
+
+def test_twice_what_the_plain_one_loses_is_allowed() -> None:
+    rows = run({"a": case(), "plain": case(1.01, plain="plain"), "ours": case(1.02, plain="plain"), "worse": case(1.03, plain="plain")})
+    assert rows["ours"]["parity"]["allowed"] == pytest.approx(0.021, rel=1e-3)
+    assert [rows[name]["parity"]["ok"] for name in ("plain", "ours", "worse")] == [True, True, False]
+
+
+def test_nobody_is_right_beside_a_reference_that_failed() -> None:
+    def fails() -> Any:
+        raise RuntimeError("boom")
+
+    rows = run({"a": Case(fails, "a", 1.0), "ours": case(plain="a")})
+    assert rows["a"]["failed"] == "RuntimeError: boom"
+    assert not rows["ours"]["parity"]["ok"]
+    assert rows["ours"]["speedup"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory\nTried to"), {"failed": "OutOfMemoryError: CUDA out of memory"}),
+        (Absent("needs CUDA"), {"absent": "needs CUDA"}),
+        (ModuleNotFoundError("No module named 'x'"), {"absent": "not installed (No module named 'x')"}),
+        (RuntimeError(), {"failed": "RuntimeError: RuntimeError"}),
+    ],
+)
+@pytest.mark.parametrize("when", ["building", "first", "later"])
+def test_one_that_raises_is_a_row_and_the_others_go_on(error: Exception, says: dict[str, str], when: str) -> None:
+    calls = []
+
+    def call() -> torch.Tensor:
+        calls.append(1)
+        if when == "first" or len(calls) > 3:
+            raise error
+        return torch.ones(1)
+
+    def build() -> Callable[[], torch.Tensor]:
+        if when == "building":
+            raise error
+        return call
+
+    rows = run({"a": case(), "b": Case(build, "a", 0.0), "c": case()}, rounds=4)
+    assert {k: v for k, v in rows["b"].items() if k not in ("provider", "dtype")} == says
+    assert list(rows) == ["a", "b", "c"]
+    assert [rows[name]["n"] for name in "ac"] == [4, 4]
+    assert len(failures(list(rows.values()))) == ("failed" in says)
+
+
+def test_spread_is_remarked() -> None:
+    times = iter([0.0, 0.0, 0.02, 0.0, 0.02, 0.0, 0.02, 0.0])
+
+    def call() -> torch.Tensor:
+        time.sleep(0.01 + next(times))
+        return torch.ones(1)
+
+    rows = run({"a": Case(lambda: call, "a", 0.0)}, rounds=6)
+    assert rows["a"]["remarks"][0].startswith("spread ")
+
+
+def test_short_calls_are_bundled_and_timed_cold() -> None:
+    count = []
+
+    def call() -> torch.Tensor:
+        count.append(1)
+        return torch.ones(1)
+
+    row = run({"a": Case(lambda: call, "a", 0.0)}, bundle=True, cold=True, rounds=3)["a"]
+    assert len(count) > 3 * 100
+    assert row["median_s"] < 1e-3
+    assert row["cold"]["n"] == 3
+    assert row["cold"]["median_s"] >= row["p10_s"], "with its caches written over nothing is faster"
+    assert cache_bytes(CPU) >= 2**20
+
+
+def test_relative_by_hand() -> None:
+    assert relative(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
+    assert relative(torch.zeros(0), torch.zeros(0)) == 0.0
+    assert relative(torch.tensor([math.inf]), torch.tensor([1.0])) == math.inf

@@ -1,0 +1,84 @@
+"""Rows: only ever added, whole or named as damaged, and the last run of each problem."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sbldm_fast.benchmarks.rows import append, head, latest, machine, machine_id, machine_name, problem, read_rows, source
+
+
+def row(run: str = "1", **what: Any) -> dict[str, Any]:
+    return {"target": "sampling", "run": run, "preset": "p", "batch": 1, "steps": 2, "provider": "a", "env": {}} | what
+
+
+def test_results_are_only_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "m" / "r.jsonl"
+    append(path, [row(provider=p, x=1) for p in "ab"])
+    append(path, [row("2", x=2)])
+    rows, faults = read_rows(path)
+    assert [r["x"] for r in rows] == [1, 1, 2]
+    assert [r["at"] for r in rows] == ["r.jsonl:1", "r.jsonl:2", "r.jsonl:3"]
+    assert [r["x"] for r in latest(rows)] == [2]
+    assert not faults
+
+
+def test_a_line_that_was_cut_off_is_named_and_stays_alone(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    append(path, [row(x=1), row(x=2)])
+    whole = path.read_bytes()
+    for cut in (1, 10, len(whole) // 2 - 5):
+        path.write_bytes(whole[:-cut])
+        append(path, [row(x=3)])
+        rows, faults = read_rows(path)
+        assert [r["x"] for r in rows] == ([1, 2, 3] if cut == 1 else [1, 3])
+        assert faults == ([] if cut == 1 else [f"{path}, line 2 is not a row: cut off or damaged, left out"])
+
+
+@pytest.mark.parametrize("text", ["[1]\n", "3\n", '"target"\n', "\x00\x01\n", "{\n"])
+def test_what_is_no_row_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(text)
+    assert read_rows(path)[0] == []
+    assert len(read_rows(path)[1]) == 1
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.jsonl cannot be read: No such file"):
+        read_rows(tmp_path / "none.jsonl")
+
+
+def test_a_log_of_training_beside_rows_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "demo-training.jsonl"
+    path.write_text('{"stage": "vae", "step": 50}\n')
+    assert read_rows(path) == ([], [])
+
+
+def test_problems_are_told_apart() -> None:
+    rows = [row(batch=1), row("2", batch=8), row("3", batch=8), row("4", batch=8, steps=9), row("5", target="export")]
+    assert [r["run"] for r in latest(rows)] == ["1", "3", "4", "5"]
+    kernels = [row(target="kernels", op="x", shape="1", layout="nchw", dtype=d) for d in ("float32", "float16")]
+    assert len({problem(r) for r in kernels}) == 2
+
+
+def test_a_row_says_where_it_is_from() -> None:
+    env = head("sampling", steps=3)["env"]
+    assert env["packages"]["torch"]
+    assert env["source"] == source()
+    assert len(source()) == 12
+    assert env["gpu"] or env["no_gpu"]
+
+
+def test_machine_names_are_folder_names() -> None:
+    info = machine()
+    assert machine_name(info).replace("-", "").isalnum()
+    assert machine_name({"gpu": "NVIDIA H200", "cpu": "", "cores": 1}) == "nvidia-h200"
+    assert machine_name({"gpu": None, "cpu": "Intel(R) Xeon(R) Processor", "cores": 2}) == "intel-xeon-processor-2-cores"
+
+
+def test_machines_of_one_name_are_told_apart() -> None:
+    env = {"gpu": None, "cpu": "AMD EPYC", "cores": 2, "threads": 2, "cpu_capability": "AVX2"}
+    assert machine_id(env) == "AMD EPYC, 2 cores, 2 threads, AVX2"
+    assert machine_id(env | {"cpu_model": "26/2/1"}) != machine_id(env)
+    assert machine_id(env | {"gpu": "NVIDIA H200"}).startswith("NVIDIA H200, AMD")
