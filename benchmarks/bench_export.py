@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from .export import export_cases
 from .harness import Case
-from .providers import Problem
-
-folder = tempfile.TemporaryDirectory()  # as long as the session: sessions of ONNX Runtime read from it
+from .providers import Problem, exported
 
 
 def pytest_cases(device: torch.device) -> dict[str, dict[str, Case]]:
-    return {"demo 10 steps": export_cases(Problem("demo", 10, 1, device), Path(folder.name), compiled=False)}
+    problem = Problem("demo", 10, 1, device)
+    return {"demo 10 steps": {p.name: p.case(problem) for p in exported(device, compiled=False)}}
 
 
 def test_export(timed: Callable[[], None]) -> None:

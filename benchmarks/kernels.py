@@ -113,7 +113,7 @@ def _where_it_runs(call: Callable[[], Any], device: torch.device) -> Callable[[]
 
 
 def ceilings(device: torch.device, rounds: int) -> Iterator[Row]:
-    """What this machine can do at most: bytes/s of a large copy, operations/s of a matrix product, seconds of the smallest operation."""
+    """What this machine can do at most: bytes/s of a large copy, operations/s of matrix product and convolution, smallest operations/s."""
     on_gpu = device.type == "cuda"
     side, small = 4096 if on_gpu else 1536, torch.zeros(1, device=device)
     source = torch.ones(2**28 if on_gpu else 2**26, dtype=torch.uint8, device=device)
@@ -125,6 +125,14 @@ def ceilings(device: torch.device, rounds: int) -> Iterator[Row]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16) if on_gpu else (torch.float32, torch.bfloat16):
         a = torch.ones(side, side, device=device, dtype=dtype)
         calls[f"matmul {str(dtype)[6:]}"] = (partial(torch.matmul, a, a), 2.0 * side**3, "operations/s")
+        # of a width that no model here has; on a processor another library than matmul's
+        x, w = (
+            torch.ones(64 if on_gpu else 8, 256, 32, 32, device=device, dtype=dtype),
+            torch.ones(256, 256, 3, 3, device=device, dtype=dtype),
+        )
+        x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+        operations = 2.0 * 9 * 256 * x.numel()
+        calls[f"convolution {str(dtype)[6:]}"] = (partial(torch.conv2d, x, w, padding=1), operations, "operations/s")
     found = {name: Case(lambda call=call: call, None, 0.0) for name, (call, _, _) in calls.items()}  # type: ignore[misc]  # mypy cannot type a default in a lambda
     common = head("kernels", op="ceilings", shape="", layout="", device=str(device))
     for row in measure(found, rounds=rounds, base="", device=device, bundle=True):

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from sbldm_fast.export import ORTSampler, export
 from sbldm_fast.kernels import backend, philox_normal
 from sbldm_fast.kernels._backend import obstacle
 from torch import Tensor, nn
@@ -77,17 +79,22 @@ class Problem:
         return model.to(self.device).eval(), scheduler
 
     @cached_property
-    def onnx(self) -> tuple[str, tempfile.TemporaryDirectory[str]]:
-        """diffusers' UNet as an ONNX file, and the folder that holds it as long as this is kept."""
-        folder = tempfile.TemporaryDirectory()
+    def folder(self) -> tempfile.TemporaryDirectory[str]:
+        """Where graphs are written, as long as the problem is kept."""
+        return tempfile.TemporaryDirectory()
+
+    @cached_property
+    def onnx(self) -> str:
+        """diffusers' UNet as an ONNX file."""
+        path = f"{self.folder.name}/unet.onnx"
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the exporter's notices are not about the model
             t = torch.full((len(self.noise),), 1, device=self.device)
             names: dict[str, Any] = {"input_names": ["x", "t"], "output_names": ["m"]}
             program = torch.onnx.export(self.diffusers[0], (self.noise, t), dynamo=True, verbose=False, **names)
             assert program is not None  # the exporter gives None only for dynamo=False
-            program.save(f"{folder.name}/unet.onnx")
-        return f"{folder.name}/unet.onnx", folder
+            program.save(path)
+        return path
 
 
 def stepped(model: Callable[[Tensor, Tensor], Tensor], scheduler: Any, steps: int, noise: Tensor) -> Tensor:
@@ -125,6 +132,11 @@ class Provider:
         return None
 
     @property
+    def approximate(self) -> bool:
+        """Whether it computes something else by design: no speed-up, and no failure."""
+        return False
+
+    @property
     def plain(self) -> str | None:
         """The plain loop in the same precision, whose error is allowed twice."""
         return None
@@ -135,7 +147,7 @@ class Provider:
 
     def case(self, p: Problem) -> Case:
         """The provider on a problem, for the harness."""
-        return Case(lambda: self.build(p), self.against, TOLERANCE, self.plain, dtype=str(self.dtype)[6:])
+        return Case(lambda: self.build(p), self.against, TOLERANCE, self.plain, dtype=str(self.dtype)[6:], approximate=self.approximate)
 
     @property
     def suffix(self) -> str:
@@ -299,7 +311,7 @@ class Runtime(Provider):
 
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
-            session = onnxruntime.InferenceSession(p.onnx[0], options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(p.onnx, options, providers=["CPUExecutionProvider"])
 
             def call(inputs: dict[str, Any]) -> Any:
                 return session.run(None, inputs)[0]
@@ -309,7 +321,7 @@ class Runtime(Provider):
             hint = "f32" if self.dtype == FLOAT else "bf16"
             config = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
             core = openvino.Core()
-            request = core.compile_model(core.read_model(p.onnx[0]), "CPU", config).create_infer_request()
+            request = core.compile_model(core.read_model(p.onnx), "CPU", config).create_infer_request()
 
             def call(inputs: dict[str, Any]) -> Any:
                 return request.infer(inputs)["m"].copy()
@@ -318,6 +330,55 @@ class Runtime(Provider):
             return torch.from_numpy(call({"x": x.numpy(), "t": t.expand(len(x)).numpy()}))
 
         return lambda: stepped(predict, p.diffusers[1], p.steps, p.noise)
+
+
+@dataclass(frozen=True)
+class Exported(Provider):
+    """`ORTSampler`: our UNet, solver and (mode `sampler`) loop in one exported graph."""
+
+    mode: str = "sampler"
+    precision: Literal["fp32", "int8"] = "fp32"
+    cuda: bool = False
+    cuda_graph: bool = False
+    fuse: bool = False
+
+    needs = ("onnxruntime",)
+    against = plain = "reference"
+
+    @property
+    def name(self) -> str:
+        how = " graph" * self.cuda_graph + " fused" * self.fuse + " int8" * self.approximate
+        return f"ORTSampler {self.mode} {'CUDA' if self.cuda else 'CPU'}{how}"
+
+    @property
+    def approximate(self) -> bool:
+        return self.precision == "int8"
+
+    def build(self, p: Problem) -> Output:
+        import onnxruntime
+
+        wanted = "CUDAExecutionProvider" if self.cuda else "CPUExecutionProvider"
+        if wanted not in onnxruntime.get_available_providers() or (self.cuda and p.device.type != "cuda"):
+            raise Absent(f"this ONNX Runtime has no {wanted} here")
+        unet, scheduler = p.ours
+        _, channels, height, width = p.noise.shape
+        folder = Path(p.folder.name) / self.precision
+        if not folder.exists():
+            shape = (channels, height, width)
+            export(unet, folder, dtype=self.precision, scheduler=scheduler, steps=p.steps, shape=shape, batch=len(p.noise))
+        sampler = ORTSampler(folder, mode=self.mode, providers=[wanted], cuda_graph=self.cuda_graph, fuse=self.fuse)
+        start = p.noise.cpu()
+        return lambda: torch.from_numpy(sampler(noise=start))
+
+
+def exported(device: torch.device, compiled: bool = True) -> Iterator[Provider]:
+    """The ways of ONNX Runtime, beside our own."""
+    graphs = ["step-graph", "loop-graph"] * (device.type == "cuda")
+    yield Reference()
+    yield from (Ours(mode=mode) for mode in ["eager", *["compile"] * compiled, *graphs])
+    yield from (Exported(mode="step"), Exported(), Exported(mode="step", precision="int8"))
+    yield from (Exported(mode="step", cuda=True), Exported(mode="step", cuda=True, cuda_graph=True))
+    yield from (Exported(mode="step", cuda=True, fuse=True), Exported(cuda=True))
 
 
 def providers(device: torch.device, dtypes: Sequence[torch.dtype], compiled: bool = True) -> Iterator[Provider]:
@@ -339,6 +400,8 @@ def providers(device: torch.device, dtypes: Sequence[torch.dtype], compiled: boo
         yield from (Diffusers(dtype, way) for way in ways if compiled)
         yield DiffusersUnderOurs(dtype, mode="loop-graph" if graphs else "compile" if compiled else "eager")
         if compiled and not graphs:
+            if dtype == FLOAT:
+                yield Exported()
             yield from (Runtime(dtype, library=library) for library in ("ONNX Runtime", "OpenVINO")[dtype != FLOAT :])
     yield Monai()
     if compiled:

@@ -18,12 +18,13 @@ BASE = "diffusers"
 
 def bench_sampling(
     *, preset_name: str = "paper", steps: Sequence[int] = (50,), batches: Sequence[int] = (1, 8), rounds: int = 5, compiled: bool = True,
-    half: bool = True, energy: bool = True, who: Sequence[Provider] | None = None, say: Callable[[str], None] = lambda _: None,
+    half: bool = True, energy: bool = True, who: Sequence[Provider] | None = None, target: str = "sampling", base: str = BASE,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:  # fmt: skip
     """One row for each provider, batch and number of steps: seconds for `batch` latents of DDIM, noise to latent.
 
     The providers are those of `providers` (or `who`), in float32 and, with `half`, the machine's native half precision; without
-    `compiled` those that compile nothing. The speed-up is over eager float32 diffusers. TF32 is off, so that float32 means float32.
+    `compiled` those that compile nothing. The speed-up is over `base`, eager float32 diffusers. TF32 is off, so that float32 means float32.
 
     Raises:
         ValueError: steps, batches or rounds below 1.
@@ -38,11 +39,11 @@ def bench_sampling(
         for count, batch in ((s, b) for s in steps for b in batches):
             torch.compiler.reset()  # Dynamo counts versions of a function over the whole process; each problem starts afresh
             problem = Problem(preset_name, count, batch, device)
-            common = head("sampling", preset=preset_name, steps=count, batch=batch, shape=list(problem.noise.shape), device=str(device))
+            common = head(target, preset=preset_name, steps=count, batch=batch, shape=list(problem.noise.shape), device=str(device))
             cases = {p.name: p.case(problem) for p in who}
             works = {p.name: {"work": step_work(preset_name, batch, p.dtype)} for p in who if type(p) is Ours}
             say(f"{count} steps, batch {batch}")
-            for row in measure(cases, rounds=rounds, base=BASE, device=device, energy=energy, say=say):
+            for row in measure(cases, rounds=rounds, base=base, device=device, energy=energy, say=say):
                 yield common | row | per_image(row, count, batch) | (works.get(row["provider"], {}) if "median_s" in row else {})
     finally:
         torch.backends.cudnn.allow_tf32 = tf32

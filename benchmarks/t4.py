@@ -69,7 +69,11 @@ def measured_ceilings(rows: Sequence[Row]) -> Ceilings | None:
     found = {r["provider"]: r["rate"] for r in rows if r.get("op") == "ceilings" and "rate" in r}
     if not {"copy", "launch", "matmul float32"} <= set(found):
         return None
-    flops = {name.removeprefix("matmul "): rate for name, rate in found.items() if name.startswith("matmul ")}
+    flops: dict[str, float] = {}
+    for name, rate in found.items():
+        kind, _, dtype = name.partition(" ")
+        if kind in ("matmul", "convolution"):
+            flops[dtype] = max(rate, flops.get(dtype, 0.0))
     return Ceilings((found["copy"], found["copy"]), flops, 1 / found["launch"])
 
 

@@ -9,19 +9,28 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from sbldm_fast.files import whole_file
 
 from .rows import Row, latest, read_rows
 
+Cell = str | tuple[str, Row]  # a text, or a figure with the row that it is from
 
-def markdown(header: str, rows: Sequence[Sequence[object]]) -> list[str]:
-    """The lines of a table; columns after one that is called `|` are numbers."""
-    words, numbers = header.split(" || ")
-    columns = [*words.split(" | "), *numbers.split(" | ")]
-    rule = "---|" * len(words.split(" | ")) + "---:|" * len(numbers.split(" | "))
-    return [f"| {' | '.join(columns)} |", f"|{rule}", *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)]
+
+class Table(NamedTuple):
+    """A table before it is Markdown or HTML: columns of words, columns of figures, and what stands below."""
+
+    words: Sequence[str]
+    figures: Sequence[str]
+    body: Sequence[Sequence[Cell]]
+    notes: Sequence[str] = ()
+
+    def markdown(self) -> str:
+        """The table as GitHub renders it."""
+        lines = [f"| {' | '.join((*self.words, *self.figures))} |", f"|{'---|' * len(self.words)}{'---:|' * len(self.figures)}"]
+        lines += [f"| {' | '.join(c if isinstance(c, str) else c[0] for c in row)} |" for row in self.body]
+        return "\n".join([*lines, *(line for note in self.notes for line in ("", note))])
 
 
 def missing(row: Row) -> str:
@@ -37,7 +46,7 @@ def speedup(row: Row) -> str:
 
 
 def below(rows: Sequence[Row], what: str) -> list[str]:
-    """The lines below a table: what was timed, where, with what; and who has no figure, and why."""
+    """What stands below a table: what was timed, where, with what; and who has no figure, and why."""
     row = next((r for r in rows if not missing(r)), rows[0])
     e = row["env"]
     where = e["gpu"] or f"{e['cpu']}, {e['threads']} threads, {e['cpu_capability']}"
@@ -50,7 +59,7 @@ def below(rows: Sequence[Row], what: str) -> list[str]:
         if missing(r):
             reasons.setdefault(missing(r), {})[r["provider"]] = None
     absent = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
-    return ["", text[0].upper() + text[1:] + (f" Without a figure: {absent}." if absent else "")]
+    return [text[0].upper() + text[1:] + (f" Without a figure: {absent}." if absent else "")]
 
 
 def _steps(rows: Sequence[Row]) -> str:
@@ -58,84 +67,91 @@ def _steps(rows: Sequence[Row]) -> str:
     return f"{' and '.join(map(str, counts))} step{'s' if counts != [1] else ''}"
 
 
-def sampling_table(rows: Sequence[Row]) -> str:
+def sampling_table(rows: Sequence[Row]) -> Table:
     """A line per provider, a column of latency and of speed-up per batch and number of steps."""
     sets = sorted({(r["steps"], r["batch"]) for r in rows})
     over = next((r["speedup"]["over"] for r in rows if r.get("speedup")), "its reference")
     several = len({steps for steps, _ in sets}) > 1
     titles = [f"batch {b}{f', {s} steps' if several else ''}" for s, b in sets]
-    found = {(r["provider"], r["steps"], r["batch"]): [f"{r['ms_per_step']:.2f}", speedup(r)] for r in rows if not missing(r)}
+    found: dict[tuple[str, int, int], list[Cell]] = {
+        (r["provider"], r["steps"], r["batch"]): [(f"{r['ms_per_step']:.2f}", r), speedup(r)] for r in rows if not missing(r)
+    }
     names = dict.fromkeys(name for name, _, _ in found)
-    body = [[name, *(cell for s, b in sets for cell in found.get((name, s, b), ["", ""]))] for name in names]
-    lines = markdown(f"provider || {' | '.join(f'{t}: ms/step | × {over}' for t in titles)}", body)
-    return "\n".join(lines + below(rows, f"DDIM, {_steps(rows)}"))
+    body: list[list[Cell]] = [[name, *(cell for s, b in sets for cell in found.get((name, s, b), ["", ""]))] for name in names]
+    columns = [column for title in titles for column in (f"{title}: ms/step", f"× {over}")]
+    return Table(["provider"], columns, body, below(rows, f"DDIM, {_steps(rows)}"))
 
 
-def training_table(rows: Sequence[Row]) -> str:
+def training_table(rows: Sequence[Row]) -> Table:
     """A line per provider."""
-    body = [
-        [r["provider"], f"{r['ms_per_step']:.1f}", f"{r['items_per_s']:.0f}", f"{r['minutes_per_100k_steps']:.0f}", speedup(r),
+    body: list[list[Cell]] = [
+        [r["provider"], (f"{r['ms_per_step']:.1f}", r), f"{r['items_per_s']:.0f}", f"{r['minutes_per_100k_steps']:.0f}", speedup(r),
          f"{r['parity']['error']:.1e}"]
         for r in rows if not missing(r)
     ]  # fmt: skip
-    header = "provider || ms/step | items/s | minutes of 100,000 steps | × plain PyTorch float32 | loss differs by"
-    return "\n".join(markdown(header, body) + below(rows, f"batch {rows[0]['batch']}, {_steps(rows)} a run"))
+    columns = ["ms/step", "items/s", "minutes of 100,000 steps", "× plain PyTorch float32", "loss differs by"]
+    return Table(["provider"], columns, body, below(rows, f"batch {rows[0]['batch']}, {_steps(rows)} a run"))
 
 
-def kernels_table(rows: Sequence[Row]) -> str:
+def kernels_table(rows: Sequence[Row]) -> Table:
     """A line for each op, problem and provider; the machine's ceilings first."""
-    body = []
+    body: list[list[Cell]] = []
     for r in (r for r in rows if not missing(r)):
-        case = [r["op"], f"{r['shape']} {r['layout']} {r['dtype']}".strip(), r["provider"], f"{1e6 * r['median_s']:.1f}"]
+        line: list[Cell] = [r["op"], f"{r['shape']} {r['layout']} {r['dtype']}".strip(), r["provider"], (f"{1e6 * r['median_s']:.1f}", r)]
         if r["op"] == "ceilings":
-            body.append([*case, "", f"{r['rate']:.3g} {r['unit']}", "", ""])
+            body.append([*line, "", f"{r['rate']:.3g} {r['unit']}", "", ""])
             continue
         cold = f"{1e6 * r['cold']['median_s']:.1f}" if "cold" in r else ""
-        body.append([*case, cold, f"{r['gb_s']:.1f}", f"{r['of_copy']:.0%}" if r["of_copy"] else "", speedup(r)])
-    return "\n".join(markdown("op | problem | provider || µs | µs, cold | GB/s | of copy | × eager", body) + below(rows, "each op"))
+        of_copy = f"{r['of_copy']:.0%}" if r.get("of_copy") else ""
+        body.append([*line, cold, f"{r['gb_s']:.1f}", of_copy, speedup(r)])
+    return Table(["op", "problem", "provider"], ["µs", "µs, cold", "GB/s", "of copy", "× eager"], body, below(rows, "each op"))
 
 
-def startup_table(rows: Sequence[Row]) -> str:
+def startup_table(rows: Sequence[Row]) -> Table:
     """A line per provider: seconds to the first image, and what they are made of."""
-    body = []
+    body: list[list[Cell]] = []
     for r in (r for r in rows if not missing(r)):
-        seconds = r["median_s"], *(r["parts"][key] for key in ("import_s", "build_s", "run_s")), r["cold_cache_s"]
-        body.append([r["provider"], *(f"{s:.1f}" for s in seconds)])
-    header = "provider || first image, s | importing | building | sampling and decoding | first process of all"
-    return "\n".join(markdown(header, body) + below(rows, f"{_steps(rows)}, fresh processes"))
+        parts = *(r["parts"][key] for key in ("import_s", "build_s", "run_s")), r["cold_cache_s"]
+        body.append([r["provider"], (f"{r['median_s']:.1f}", r), *(f"{s:.1f}" for s in parts)])
+    columns = ["first image, s", "importing", "building", "sampling and decoding", "first process of all"]
+    return Table(["provider"], columns, body, below(rows, f"{_steps(rows)}, fresh processes"))
 
 
-def memory_table(rows: Sequence[Row]) -> str:
+def memory_table(rows: Sequence[Row]) -> Table:
     """A line per provider, a column per batch."""
     batches = sorted({r["batch"] for r in rows})
-    found = {(r["provider"], r["batch"]): f"{r['peak_bytes'] / 2**20:.0f}" for r in rows if not missing(r)}
-    body = [[name, *(found.get((name, b), "") for b in batches)] for name in dict.fromkeys(name for name, _ in found)]
+    found: dict[tuple[str, int], Cell] = {
+        (r["provider"], r["batch"]): (f"{r['peak_bytes'] / 2**20:.0f}", r) for r in rows if not missing(r)
+    }
+    body: list[list[Cell]] = [[name, *(found.get((name, b), "") for b in batches)] for name in dict.fromkeys(name for name, _ in found)]
     of = "tensors" if rows[0]["device"] == "cuda" else "the process beyond its imports"
-    return "\n".join(markdown(f"provider || {' | '.join(f'batch {b}: MiB' for b in batches)}", body) + below(rows, f"peak of {of}"))
+    return Table(["provider"], [f"batch {b}: MiB" for b in batches], body, below(rows, f"peak of {of}"))
 
 
-def scaling_table(rows: Sequence[Row]) -> str:
-    """Cost per image by number of images, and rate by number of processes."""
+def scaling_table(rows: Sequence[Row]) -> Table:
+    """Cost per image by number of images; of several processes the rate."""
     costs = [r for r in rows if "cost" in r]
-    lines = []
-    if costs:
-        counts = " | ".join(f"{c['images']} images" for c in costs[0]["cost"])
-        body = [[r["provider"], *(f"{c['ms_per_image']:.0f}{'*' if c['extrapolated'] else ''}" for c in r["cost"])] for r in costs]
-        lines = markdown(f"ms an image, all costs || {counts}", body)
-        lines += ["", "*: beyond what was made in the time, by the median batch.", ""]
-    rates = [[r["provider"], r["processes"], f"{r['images_per_s']:.2f}"] for r in rows if "images_per_s" in r]
-    return "\n".join(lines + markdown("provider || processes | images/s", rates) + below(rows, f"batch {rows[0]['batch']}, {_steps(rows)}"))
+    counts = [c["images"] for c in costs[0]["cost"]] if costs else []
+    body: list[list[Cell]] = [
+        [r["provider"], *((f"{c['ms_per_image']:.0f}{'*' if c['extrapolated'] else ''}", r) for c in r["cost"]), ""] for r in costs
+    ]
+    for r in (r for r in rows if "images_per_s" in r):
+        name = f"{r['provider']}, {r['processes']} process{'es' if r['processes'] > 1 else ''}"
+        body.append([name, *[""] * len(counts), (f"{r['images_per_s']:.2f}", r)])
+    star = "*: beyond what was made in the time, by the median batch."
+    columns = [f"{n} image{'s' if n > 1 else ''}: ms each" for n in counts]
+    return Table(["provider"], [*columns, "images/s"], body, [*below(rows, f"batch {rows[0]['batch']}, {_steps(rows)}"), star])
 
 
-def solvers_table(rows: Sequence[Row]) -> str:
+def solvers_table(rows: Sequence[Row]) -> Table:
     """A line per solver and number of steps; on the front nobody is both faster and nearer."""
     front = pareto(rows)
-    body = [
-        [r["solver"], r["steps"], f"{r['rms']:.4f}", f"{r['ms_per_image']:.0f}", "front" if r["provider"] in front else ""]
+    body: list[list[Cell]] = [
+        [r["solver"], str(r["steps"]), (f"{r['rms']:.4f}", r), f"{r['ms_per_image']:.0f}", "front" if r["provider"] in front else ""]
         for r in rows if not missing(r)
     ]  # fmt: skip
-    lines = markdown("solver || steps | RMS error | ms/image | ", body)
-    return "\n".join(lines + below(rows, f"batch {rows[0]['batch']}, against DDIM with 1000 steps"))
+    note = below(rows, f"batch {rows[0]['batch']}, against DDIM with 1000 steps")
+    return Table(["solver"], ["steps", "RMS error", "ms/image", "Pareto"], body, note)
 
 
 def pareto(rows: Sequence[Row]) -> set[str]:
@@ -148,7 +164,7 @@ def headline(rows: Sequence[Row]) -> str:
     """The answer in a sentence, of the smallest batch: our fastest mode beside diffusers and beside the fastest peer."""
     batch = min(r["batch"] for r in rows)
     ok = [r for r in rows if r["batch"] == batch and "median_s" in r and r["parity"]["ok"]]
-    own = min((r for r in ok if r["provider"].startswith("FastSampler")), key=lambda r: float(r["median_s"]))
+    own = min((r for r in ok if r["provider"].startswith(("FastSampler", "ORTSampler"))), key=lambda r: float(r["median_s"]))
     eager = next(r for r in ok if r["provider"] == "diffusers")
     peer = min(
         (r for r in ok if r["provider"].startswith(("diffusers", "MONAI")) and "FastSampler" not in r["provider"]),
@@ -164,7 +180,7 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def render(readme: str | Path) -> str:
-    """The text of `readme`, each block `<!-- KIND: FILE -->` ... `<!-- end KIND -->` rendered from FILE beside it.
+    """The text of `readme`, each block `<!-- SUITE: FILE -->` ... `<!-- end SUITE -->` (or headline) rendered from FILE beside it.
 
     Raises:
         ValueError: a file with a line that is not a row.
@@ -172,21 +188,21 @@ def render(readme: str | Path) -> str:
     readme = Path(readme)
 
     def block(match: re.Match[str]) -> str:
-        rows, faults = read_rows(readme.parent / match[2])
+        kind, file = match.groups()
+        rows, faults = read_rows(readme.parent / file)
         if faults:
             raise ValueError(faults[0])
-        return f"<!-- {match[1]}: {match[2]} -->\n{BLOCKS[match[1]](latest(rows))}\n<!-- end {match[1]} -->"
+        made = headline(latest(rows)) if kind == "headline" else TABLES[kind](latest(rows)).markdown()
+        return f"<!-- {kind}: {file} -->\n{made}\n<!-- end {kind} -->"
 
-    kinds = "|".join(BLOCKS)
+    kinds = "|".join([*TABLES, "headline"])
     return re.sub(rf"<!-- ({kinds}): (\S+) -->.*?<!-- end \1 -->", block, readme.read_text(), flags=re.DOTALL)
 
 
-Table = Callable[[Sequence[Row]], str]
-TABLES: dict[str, Table] = {
+TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "kernels": kernels_table, "sampling": sampling_table, "training": training_table, "export": sampling_table, "memory": memory_table,
     "startup": startup_table, "scaling": scaling_table, "solvers": solvers_table,
 }  # fmt: skip
-BLOCKS: dict[str, Any] = TABLES | {"latency": sampling_table, "headline": headline}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from .harness import approximate
 from .rows import Row, latest, machine_id, problem
 
 CONFIDENCE = 0.95
@@ -60,7 +61,7 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Verdict]:
 def _judge(a: Row | None, b: Row | None) -> tuple[str, str, float | None]:
     if b is not None and "failed" in b:
         return "WRONG", b["failed"], None
-    if b is not None and b.get("parity") and not b["parity"]["ok"] and not b.get("approximate"):
+    if b is not None and b.get("parity") and not b["parity"]["ok"] and not approximate(b):
         return "WRONG", f"differs from {b['parity']['against']} by {b['parity']['error']:.1e}", None
     if b is None or "absent" in b or "raw_s" not in b:
         return "GONE", b["absent"] if b and "absent" in b else "no row", None

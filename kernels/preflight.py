@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import importlib
 import inspect
 import json
@@ -102,6 +103,7 @@ class Report:
     load: int = 0
     f64: int = 0
     warps: int = 0
+    cubin: int = 0
     fault: str = ""
 
 
@@ -216,9 +218,11 @@ def _describe(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attr
 
 def compile_one(s: Specialisation, dtype: str, sm: int) -> Report:
     """Compile for one architecture and read the binary."""
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    knobs.compilation.disable_line_info = True  # the size of a cubin should not depend on where this file lies
     report = Report(s.name, s.kernel, dtype, sm)
     try:
         source = ASTSource(getattr(importlib.import_module(s.module), s.kernel), s.signature, s.constants, s.attributes)
@@ -232,6 +236,7 @@ def compile_one(s: Specialisation, dtype: str, sm: int) -> Report:
     report.shared = built.metadata.shared
     report.f64 = len(re.findall(r"\.f64", ptx))
     report.load = max((int(n or 1) * int(bits) // 8 for n, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[a-z](\d+) ", ptx)), default=0)
+    report.cubin = len(built.asm["cubin"])
     report.warps = _resident_warps(sm, report.registers, report.shared, s.num_warps)
     report.fault = _fault(report, s.wide)
     return report
@@ -255,7 +260,7 @@ def budgets() -> dict[str, dict[str, int]]:
 
 def _fault(r: Report, wide: bool) -> str:
     budget, got = budgets().get(r.kernel, budgets()["default"]), asdict(r)
-    over = [f"{k} {got[k]} > {budget[k]}" for k in ("registers", "spilled", "shared", "f64") if got[k] > budget[k]]
+    over = [f"{k} {got[k]} > {budget[k]}" for k in ("registers", "spilled", "shared", "f64", "cubin") if got[k] > budget[k]]
     under = [f"{k} {got[k]} < {budget[k]}" for k in ("load",) * wide + ("warps",) if got[k] < budget[k]]
     return ", ".join(over + under)
 
@@ -274,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sm", default=",".join(map(str, ARCHITECTURES)), help="architectures, e.g. 75 or 75,80 (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object per kernel instead of the table")
     parser.add_argument("--worst", action="store_true", help="one line for each kernel and architecture: the worst figure in each column")
+    parser.epilog = "benchmarks/gate.jsonl, which the report shows, is the output of --worst --json"
     options = parser.parse_args(argv)
     if not HAS_TRITON:
         print("preflight: triton is not installed, nothing can be compiled", file=sys.stderr)
@@ -292,18 +298,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dtype != torch.bfloat16 or sm >= 80
     ]
     reports = []
+    show = _json if options.json else _line
     if not options.json:
-        print(f"{'kernel':24} {'launch':40} {'dtype':5} {'sm':>3} {'regs':>4} {'spill':>5} {'shared':>6} {'load':>4} {'.f64':>4} warps/SM")
+        columns = f"{'regs':>4} {'spill':>5} {'shared':>6} {'load':>4} {'.f64':>4} warps/SM cubin"
+        print(f"{'kernel':24} {'launch':40} {'dtype':5} {'sm':>3} {columns}")
     with ProcessPoolExecutor() as pool:
         for r in pool.map(compile_one, *zip(*jobs, strict=True), chunksize=4):
             reports.append(r)
-            if options.json:
-                print(json.dumps(asdict(r)), flush=True)
-            elif not options.worst or r.fault:
-                print(_line(r), flush=True)
+            if r.fault or not options.worst:
+                print(show(r), flush=True)
     if options.worst:
         for kernel, sm in dict.fromkeys((r.kernel, r.sm) for r in reports):
-            print(_line(_worst([r for r in reports if (r.kernel, r.sm) == (kernel, sm)])))
+            print(show(_worst([r for r in reports if (r.kernel, r.sm) == (kernel, sm)])))
     failures = sum(bool(r.fault) for r in reports)
     print(f"{len(jobs)} kernels compiled for sm {options.sm}, {failures} failed; compiled, not run", file=sys.stderr)
     return 1 if failures else 0
@@ -311,15 +317,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _line(r: Report) -> str:
     kernel = r.kernel.strip("_").removesuffix("_kernel")
-    line = (
-        f"{kernel:24} {r.name:40} {r.dtype:5} {r.sm:>3} {r.registers:>4} {r.spilled:>5} {r.shared:>6} {r.load:>3}B {r.f64:>4} {r.warps:>8}"
-    )
+    figures = f"{r.registers:>4} {r.spilled:>5} {r.shared:>6} {r.load:>3}B {r.f64:>4} {r.warps:>8} {r.cubin:>5}"
+    line = f"{kernel:24} {r.name:40} {r.dtype:5} {r.sm:>3} {figures}"
     return line + (f"  FAIL: {r.fault}" if r.fault else "")
+
+
+def _json(r: Report) -> str:
+    return json.dumps(asdict(r) | {"source": sources()})
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of the kernels' files: what was compiled."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def _worst(reports: Sequence[Report]) -> Report:
     r = reports[0]
-    top = {key: max(getattr(r, key) for r in reports) for key in ("registers", "spilled", "shared", "f64")}
+    top = {key: max(getattr(r, key) for r in reports) for key in ("registers", "spilled", "shared", "f64", "cubin")}
     low = {key: min(getattr(r, key) for r in reports) for key in ("load", "warps")}
     return Report(f"worst of {len(reports)}", r.kernel, "all", r.sm, **top, **low)
 

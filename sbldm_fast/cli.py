@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import os
@@ -343,7 +344,7 @@ def bench(
             append(file, [row])
             rows.append(row)
         wrong += failures(rows)
-        print("\n".join(json.dumps(row) for row in rows) if as_json else TABLES[suite.value](rows))
+        print("\n".join(json.dumps(row) for row in rows) if as_json else TABLES[suite.value](rows).markdown())
         _say(f"{len(rows)} rows appended to {file}; sbldm-fast report {file.parent} shows them")
     for line in wrong:
         print(f"FAILED {line}", file=sys.stderr)
@@ -388,6 +389,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write results as one HTML page that needs nothing else. Example: sbldm-fast report results -o report.html"""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("report: it draws with matplotlib, which is not installed: pip install 'sbldm_fast[bench]'")
     from sbldm_fast.benchmarks.report import write_report
 
     done = write_report(results or [Path("results")], out)
@@ -426,7 +429,7 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.
     who = [p for p in providers(images.device, [FLOAT]) if p == Reference() or type(p) in (Ours, Diffusers)]
     rows = list(measure(steps=(50,), batches=(1,), rounds=3, who=who, energy=False, say=_say))
     append(out / "latency.jsonl", rows)
-    table = sampling_table(rows)
+    table = sampling_table(rows).markdown()
     with whole_file(out / "latency.md") as aside:
         aside.write_text(table + "\n")
     print(table)

@@ -46,7 +46,7 @@ def test_rows_are_complete_and_gated(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (r["parity"] is None) == (r["provider"] == "copy")
         assert r["speedup"] is None if r["provider"] == "copy" else r["parity"]["ok"]
     json.dumps(rows)
-    assert "Without a figure: ours (Triton has no cpu target" in kernels_table(ceilings + rows)
+    assert "Without a figure: ours (Triton has no cpu target" in kernels_table(ceilings + rows).markdown()
 
 
 def test_a_provider_that_is_wrong_gets_no_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_a_provider_that_is_wrong_gets_no_speedup(monkeypatch: pytest.MonkeyPatc
     row = next(r for r in bench_kernels(["ddim_step"], rounds=1, compiled=False) if r["provider"] == "wrong")
     assert not row["parity"]["ok"]
     assert row["speedup"] is None
-    assert "no parity" in kernels_table([row])
+    assert "no parity" in kernels_table([row]).markdown()
 
 
 def test_bad_arguments() -> None:

@@ -39,7 +39,7 @@ def test_rows_are_complete_and_gated() -> None:
     own = next(r for r in rows if r["provider"] == "FastSampler eager float32")
     assert own["work"]["launches"] > 100
     assert own["work"]["flops"] > 1e8
-    assert "Without a figure: FastSampler step-graph float32, FastSampler loop-graph float32" in sampling_table(rows)
+    assert "Without a figure: FastSampler step-graph float32, FastSampler loop-graph float32" in sampling_table(rows).markdown()
 
 
 def test_other_weights_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_other_weights_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = [r for r in rows if "FastSampler" in r["provider"]]
     assert wrong
     assert not any(r["parity"]["ok"] or r["speedup"] for r in wrong)
-    assert "no parity" in sampling_table(rows)
+    assert "no parity" in sampling_table(rows).markdown()
     assert [line.split(":")[0] for line in failures(rows)] == [r["provider"] for r in wrong]
 
 
@@ -72,7 +72,7 @@ def test_an_absent_peer_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -
     absent = {r["provider"]: r["absent"] for r in rows if "absent" in r}
     assert absent["diffusers"].startswith("not installed (import of diffusers halted")
     assert all(r["speedup"] is None for r in rows if "median_s" in r)
-    assert "diffusers, diffusers under FastSampler eager (not installed" in sampling_table(rows)
+    assert "diffusers, diffusers under FastSampler eager (not installed" in sampling_table(rows).markdown()
     assert not failures(rows)
 
 

@@ -46,6 +46,8 @@ def test_the_models_error_is_of_the_machine_that_was_measured() -> None:
     ]
     assert measured_ceilings(rows[:2]) is None
     assert measured_ceilings(rows) == Ceilings((1e9, 1e9), {"float32": 1e12}, 1e-6)
+    faster = [*rows, ceiling | {"provider": "convolution float32", "rate": 2e12}, ceiling | {"provider": "matmul float16", "rate": 3e12}]
+    assert measured_ceilings(faster) == Ceilings((1e9, 1e9), {"float32": 2e12, "float16": 3e12}, 1e-6)
     op = {"target": "kernels", "op": "x", "shape": "1", "layout": "nchw", "dtype": "float32", "moved": 9e5, "again": 1e5, "flops": 1,
           "launches": 1, "provider": "ours", "median_s": 2e-3, "env": ENV}  # fmt: skip
     (found,) = errors([*rows, op, op | {"provider": "eager"}])

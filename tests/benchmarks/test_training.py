@@ -26,7 +26,7 @@ def test_providers_have_the_loss_of_the_plain_loop() -> None:
     assert row["items_per_s"] == pytest.approx(4 / row["median_s"])
     assert row["minutes_per_100k_steps"] == pytest.approx(row["median_s"] * 1e5 / 60)
     assert row["n"] == len(row["raw_s"]) == 2
-    assert f"| {PLAIN} |" in training_table(list(got.values()))
+    assert f"| {PLAIN} |" in training_table(list(got.values())).markdown()
 
 
 def test_another_loss_has_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ def test_another_loss_has_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     row = next(row for row in rows() if row["provider"] == "sbldm_fast float32")
     assert not row["parity"]["ok"]
     assert row["speedup"] is None
-    assert "| no parity |" in training_table([row])
+    assert "| no parity |" in training_table([row]).markdown()
 
 
 def test_a_provider_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_a_provider_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None
     got = {row["provider"]: row for row in rows()}
     assert got["sbldm_fast float32"]["failed"] == "OutOfMemoryError: out of memory"
     assert got[PLAIN]["speedup"]["factor"] == 1
-    assert "out of memory" in training_table(list(got.values()))
+    assert "out of memory" in training_table(list(got.values())).markdown()
 
 
 def test_bad_arguments_are_named() -> None:

@@ -1,0 +1,225 @@
+"""The pictures of the report: SVG drawn by matplotlib, in colours that the page's theme decides, each mark linked to its row.
+
+python -m sbldm_fast.benchmarks.charts ROWS benchmarks/waterfall.svg     the README's picture; a test fails when they differ
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sbldm_fast.files import whole_file
+
+from .rows import Row, latest, read_rows
+from .t4 import Ceilings
+from .table import missing, pareto
+
+INK, GRID, OURS, PEER, FAINT = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"  # stand-ins for the page's variables
+THEME = {INK: "currentColor", GRID: "var(--grid)", OURS: "var(--ours)", PEER: "var(--peer)", FAINT: "var(--faint)"}
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": GRID, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK,
+    "ytick.color": INK, "grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+}  # fmt: skip
+MARKS = "osD^vP*X<>hd"
+Link = Callable[[Row], str]
+
+# from the textbook's loop to one graph: what each stage is called, and the provider that is it
+WATERFALL = (
+    ("eager, step by step", "reference{half}"),
+    ("+ channels_last", "reference channels_last"),
+    ("+ torch.compile", "reference channels_last{half} torch.compile"),
+    ("+ fused norms", "reference channels_last{half} torch.compile fused norms"),
+    ("+ time hoisted, solver fused", "FastSampler compile {dtype}"),
+    ("+ step graph", "FastSampler step-graph+compile {dtype}"),
+    ("+ loop graph", "FastSampler loop-graph+compile {dtype}"),
+)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a provider is of this library."""
+    return name.startswith(("FastSampler", "ours", "sbldm_fast", "ORTSampler"))
+
+
+def waterfall(rows: Sequence[Row], dtype: str, link: Link) -> str | None:
+    """ms an image, stage by stage, of the smallest batch and the most steps; a stage that this machine lacks says why."""
+    chosen = [r for r in rows if (r["batch"], -r["steps"]) == min((r["batch"], -r["steps"]) for r in rows)]
+    by_name = {r["provider"]: r for r in chosen}
+    half = "" if dtype == "float32" else f" {dtype}"
+    stages = [(label, by_name.get(name.format(half=half, dtype=dtype))) for label, name in WATERFALL]
+    stages = [(label, r) for label, r in stages if r is not None]
+    if sum("median_s" in r for _, r in stages if r) < 2:
+        return None
+    peers = [
+        r for r in chosen if "median_s" in r and r["provider"].startswith(("diffusers", "MONAI")) and "FastSampler" not in r["provider"]
+    ]
+    peers = [r for r in peers if r["dtype"] == dtype]
+    if peers:
+        best = min(peers, key=lambda r: float(r["median_s"]))
+        stages.append((f"fastest peer: {best['provider']}", best))
+    fig, ax = _figure(0.34 * len(stages) + 0.7)
+    first = next(r for _, r in stages if r and "median_s" in r)
+    longest = max(1e3 * max(r["p90_s"], r["median_s"]) / r["batch"] for _, r in stages if r and "median_s" in r)
+    for i, (_, r) in enumerate(stages):
+        assert r is not None  # filtered above
+        if missing(r):
+            ax.text(0, i, f" not here: {missing(r).split(' (')[0]}", va="center", color=FAINT, fontsize=8)
+            continue
+        bar = ax.barh(i, r["ms_per_image"], color=OURS if r["provider"].startswith(("reference", "FastSampler")) else PEER, height=0.62)[0]
+        bar.set_url(link(r))
+        ax.plot([1e3 * r["p10_s"] / r["batch"], 1e3 * r["p90_s"] / r["batch"]], [i, i], color=INK, lw=1)
+        ax.text(longest * 1.03, i, f"{r['ms_per_image']:.0f} ms  {first['median_s'] / r['median_s']:.2f}×", va="center", ha="left")
+    ax.set_yticks(range(len(stages)), [label for label, _ in stages])
+    ax.invert_yaxis()
+    ax.set_xlim(0, longest * 1.4)
+    ax.set_xlabel(f"ms an image, {dtype}; line: p10 to p90")
+    return _svg(fig, "waterfall" + dtype)
+
+
+def by_batch(rows: Sequence[Row], link: Link) -> str | None:
+    """Latency of a batch and images/s against the batch, of what people would choose: our modes and the peers' fast ones."""
+    steps = max(r["steps"] for r in rows)
+    found: dict[str, list[Row]] = {}
+    for r in sorted((r for r in rows if "median_s" in r and r["steps"] == steps), key=lambda r: int(r["batch"])):
+        found.setdefault(r["provider"], []).append(r)
+    slow = ("reference", "diffusers under", "MONAI bf")
+    lines = {n: rs for n, rs in found.items() if len(rs) > 1 and not n.startswith(slow) and n != "MONAI" and "eager" not in n}
+    if not lines:
+        return None
+    fig, (left, right) = _figure(3.4, 2)
+    for mark, (name, rs) in zip(MARKS * 2, lines.items(), strict=False):
+        for ax, key in ((left, "median_s"), (right, "images_per_s")):
+            y = [1e3 * r["median_s"] if key == "median_s" else r["batch"] / r["median_s"] for r in rs]
+            _points(ax, [r["batch"] for r in rs], y, rs, link, mark, OURS if is_ours(name) else PEER, name, line=True)
+    for ax, what in ((left, "ms a batch"), (right, "images/s")):
+        ax.set(xscale="log", xlabel="batch", ylabel=what)
+        ax.set_ylim(bottom=0)
+        ax.set_xticks(sorted({r["batch"] for rs in lines.values() for r in rs}), minor=False)
+        ax.get_xaxis().set_major_formatter(mpl.ticker.ScalarFormatter())
+        ax.minorticks_off()
+        ax.grid(lw=0.5)
+    _legend(fig, left, 2)
+    return _svg(fig, "batch")
+
+
+def roofline_chart(rows: Sequence[Row], on: Ceilings, link: Link) -> str | None:
+    """Operations/s against operations per byte of our ops and steps, below the ceilings that were measured here."""
+    points: dict[str, list[tuple[float, float, Row]]] = {}
+    for r in rows:
+        if "median_s" not in r:
+            continue
+        if r["target"] == "kernels" and r.get("flops") and r["provider"] in ("ours", "reference"):
+            points.setdefault(f"ops, {r['provider']}", []).append((r["flops"] / r["moved"], r["flops"] / r["median_s"], r))
+        elif r["target"] == "sampling" and "work" in r:
+            work, took = r["work"], r["median_s"] / r["steps"]
+            points.setdefault("a step of FastSampler", []).append((work["flops"] / work["bytes"], work["flops"] / took, r))
+    if not points:
+        return None
+    fig, ax = _figure(3.6)
+    low, high = 0.05, max(300.0, *(x for found in points.values() for x, _, _ in found))
+    for name, rate in on.flops.items():
+        ridge = rate / on.bandwidth[0]
+        ax.plot([low, ridge, high], [low * on.bandwidth[0], rate, rate], color=INK, lw=1, ls="-" if name == "float32" else "--")
+        ax.text(high, rate * 1.12, f"{name} {rate / 1e12:.2g} Tflop/s", ha="right", fontsize=8)
+    ax.text(low * 1.1, low * on.bandwidth[0] * 2.4, f"copy {on.bandwidth[0] / 1e9:.3g} GB/s", rotation=32, fontsize=8)
+    for mark, (name, found) in zip(MARKS, points.items(), strict=False):
+        color = PEER if "reference" in name else OURS
+        _points(ax, [x for x, _, _ in found], [y for _, y, _ in found], [r for _, _, r in found], link, mark, color, name)
+    ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations/s")
+    ax.grid(lw=0.5)
+    _legend(fig, ax, 3)
+    return _svg(fig, "roofline")
+
+
+def pareto_chart(rows: Sequence[Row], link: Link) -> str | None:
+    """Error against time of each solver; steps beside the points, and who is on the front filled."""
+    rows = [r for r in rows if "rms" in r]
+    if not rows:
+        return None
+    front = pareto(rows)
+    fig, ax = _figure(3.4)
+    for mark, solver in zip(MARKS, dict.fromkeys(r["solver"] for r in rows), strict=False):
+        of = sorted((r for r in rows if r["solver"] == solver), key=lambda r: int(r["steps"]))
+        ax.plot([r["ms_per_image"] for r in of], [r["rms"] for r in of], color=PEER, lw=0.7)
+        for r in of:
+            _points(
+                ax, [r["ms_per_image"]], [r["rms"]], [r], link, mark, OURS if r["provider"] in front else PEER, solver if r is of[0] else ""
+            )
+            ax.annotate(str(r["steps"]), (r["ms_per_image"], r["rms"]), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    ax.set(xscale="log", yscale="log", xlabel="ms an image", ylabel="RMS difference from DDIM, 1000 steps")
+    ax.grid(lw=0.5)
+    _legend(fig, ax, 3)
+    return _svg(fig, "pareto")
+
+
+def cost_chart(rows: Sequence[Row], link: Link) -> str | None:
+    """Cost of an image against how many are made, start of the process and compiling included; hollow: extrapolated."""
+    costs = [r for r in rows if "cost" in r]
+    if not costs:
+        return None
+    fig, ax = _figure(3.2)
+    for mark, r in zip(MARKS, costs, strict=False):
+        color = OURS if is_ours(r["provider"]) else PEER
+        ax.plot([c["images"] for c in r["cost"]], [c["ms_per_image"] for c in r["cost"]], color=color, lw=0.8)
+        for c in r["cost"]:
+            label = r["provider"] if c is r["cost"][0] else ""
+            _points(ax, [c["images"]], [c["ms_per_image"]], [r], link, mark, color, label, hollow=c["extrapolated"])
+    ax.set(xscale="log", yscale="log", xlabel="images", ylabel="ms an image, everything included")
+    ax.grid(lw=0.5)
+    _legend(fig, ax, 2)
+    return _svg(fig, "cost")
+
+
+def _figure(height: float, columns: int = 1) -> tuple[Figure, Any]:
+    mpl.rcParams.update(STYLE)  # type: ignore[arg-type]  # its stub wants each key as a literal
+    fig = Figure(figsize=(5.2, height), layout="constrained")
+    return fig, fig.subplots(1, columns)
+
+
+def _points(
+    ax: Axes, x: Sequence[float], y: Sequence[float], rows: Iterable[Row], link: Link, mark: str, color: str, label: str,
+    line: bool = False, hollow: bool = False,
+) -> None:  # fmt: skip
+    if line:
+        ax.plot(x, y, color=color, lw=0.8)
+    drawn = ax.scatter(x, y, s=22, marker=mark, facecolors="none" if hollow else color, edgecolors=color, label=label or None, zorder=3)
+    drawn.set_urls([link(r) for r in rows])
+
+
+def _legend(fig: Figure, ax: Axes, columns: int) -> None:
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8, handletextpad=0.2)
+
+
+def _svg(fig: Figure, salt: str) -> str:
+    out = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": salt}):
+        fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text))
+    for stand_in, value in THEME.items():
+        text = text.replace(stand_in, value)
+    return text
+
+
+def standalone(rows: Path) -> str:
+    """The float32 waterfall of a row file as a picture of its own, in the colours of light and dark pages."""
+    svg = waterfall(latest(read_rows(rows)[0]), "float32", lambda _: "")
+    assert svg is not None, f"{rows} holds no waterfall"
+    light = "--grid:#d9dde3;--ours:#0b7a75;--peer:#9aa3b2;--faint:#6b7484;color:#1c2430"
+    dark = "--grid:#39424f;--ours:#3fc1b0;--peer:#7b8698;--faint:#98a2b3;color:#e4e7ec"
+    style = f"<style>svg{{{light}}}text{{fill:currentColor}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+    return re.sub(r"(<svg[^>]*>)", rf"\1{style}", svg, count=1)
+
+
+if __name__ == "__main__":
+    picture = standalone(Path(sys.argv[1]))
+    with whole_file(sys.argv[2]) as aside:
+        aside.write_text(picture)

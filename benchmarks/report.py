@@ -1,0 +1,173 @@
+"""One HTML page from rows: needs no network, opens on a phone, and links every figure to the row that it is from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jinja2
+import torch
+
+from sbldm_fast.files import whole_file
+
+from .charts import by_batch, cost_chart, is_ours, pareto_chart, roofline_chart, waterfall
+from .harness import failures
+from .rows import Row, latest, machine_id, read_rows
+from .t4 import SOURCES, errors, measured_ceilings, step
+from .table import TABLES, Table, headline
+
+GATE = Path(__file__).with_name("gate.jsonl")
+TITLES = {
+    "sampling": (
+        "Sampling",
+        "Noise to latent, ms/step of the whole batch; × is over eager float32 diffusers, for what agreed with its reference.",
+    ),
+    "training": ("Training", "A step of the UNet, the same maths in every loop."),
+    "export": ("Export", "The same UNet in ONNX Runtime. int8 is approximate by design and has no speed-up."),
+    "startup": ("First image of a fresh process", "From its start to a decoded image; compiled code is cached, but for the last column."),
+    "memory": ("Memory", "The peak of a process of its own that samples and decodes one batch."),
+    "energy": ("Energy", "NVML's counter over two seconds or more of each provider; above idle: less what the board takes doing nothing."),
+    "scaling": ("Scaling", "What n images cost, importing and compiling included; and images/s of processes that share the machine."),
+    "solvers": ("Steps and error", "Bundled weights; the difference of images in [-1, 1] from the converged ones of the same noise."),
+    "kernels": ("Kernels", "Each op beside PyTorch, torch.compile and a copy of its bytes; cold: after the caches were written over."),
+}
+
+
+def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Write the page of the row files, or folders of them, `paths` to `out`.
+
+    Returns:
+        How many rows, of which machines, and `faults`: lines that were no rows, providers that failed or were wrong.
+
+    Raises:
+        ValueError: a path that cannot be read, or no row in any of them.
+    """
+    rows: list[Row] = []
+    faults: list[str] = []
+    for path in paths:
+        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+            found, more = read_rows(file)
+            rows += [row | {"at": f"{file.parent.name}/{row['at']}"} for row in found if row["target"] in TABLES]
+            faults += more
+    if not rows:
+        raise ValueError(f"no rows in {', '.join(map(str, paths))}; sbldm-fast bench sampling --quick makes some")
+    machines: dict[str, list[Row]] = {}
+    for row in rows:
+        machines.setdefault(machine_id(row["env"]), []).append(row)
+    shown = {name: latest(of) for name, of in sorted(machines.items(), key=lambda item: max(r["run"] for r in item[1]), reverse=True)}
+    ids = {row["at"]: f"r{i}" for i, row in enumerate(r for of in shown.values() for r in of)}
+
+    def link(row: Row) -> str:
+        return f"#{ids[row['at']]}"
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html.jinja").render(
+        machines=[_machine(name, of, link) for name, of in shown.items()], faults=faults, link=link, t4=_t4(shown),
+        ours=lambda line: any(isinstance(cell, str) and is_ours(cell) for cell in line), date=datetime.now(UTC).date().isoformat(),
+        rows=[(ids[r["at"]], _title(r), json.dumps(r, indent=1)) for of in shown.values() for r in of],
+    )  # fmt: skip
+    with whole_file(out) as aside:
+        aside.write_text(page)
+    for of in shown.values():
+        faults += failures(of)
+    return {"out": str(out), "rows": len(ids), "machines": list(shown), "faults": faults}
+
+
+def _machine(name: str, rows: Sequence[Row], link: Any) -> dict[str, Any]:
+    of = {target: [r for r in rows if r["target"] == target] for target in TABLES}
+    charts = []
+    if sampling := of["sampling"]:
+        for dtype in dict.fromkeys(r["dtype"] for r in sampling if "dtype" in r):
+            charts.append(
+                ("What each stage is worth: the smallest batch, from a textbook's loop to ours.", waterfall(sampling, dtype, link))
+            )
+        charts.append(("Latency and throughput against the batch.", by_batch(sampling, link)))
+    if on := measured_ceilings(of["kernels"]):
+        charts.append(("Roofline with the ceilings measured on this machine.", roofline_chart([*of["kernels"], *sampling], on, link)))
+    charts.append(("Steps against error: nothing is both faster and nearer than a coloured point.", pareto_chart(of["solvers"], link)))
+    charts.append(("What an image costs by how many are made; hollow: extrapolated.", cost_chart(of["scaling"], link)))
+    tables = [(*TITLES[target], TABLES[target](found)) for target in TITLES if (found := of.get(target, []))]
+    if energy := energy_table(sampling):
+        tables.insert(len(tables) - 1, (*TITLES["energy"], energy))
+    last = max(rows, key=lambda r: str(r["run"]))
+    drawn = [(caption, _own_ids(svg, f"{name} {i}")) for i, (caption, svg) in enumerate(charts) if svg]
+    return {
+        "name": name, "headline": _headline(sampling), "charts": drawn, "tables": tables,
+        "failures": failures(rows), "env": json.dumps(last["env"], indent=1), "runs": len({r["run"] for r in rows}), "last": last["run"],
+    }  # fmt: skip
+
+
+def _own_ids(svg: str, picture: str) -> str:
+    """The picture with names that no other picture of the page has; links to rows stay."""
+    prefix = hashlib.sha256(picture.encode()).hexdigest()[:6]
+    for own in set(re.findall(r'\bid="([^"]+)"', svg)):
+        svg = re.sub(rf'(\bid="|"#|\(#){re.escape(own)}(?=["\)])', rf"\g<1>{prefix}-{own}", svg)
+    return svg
+
+
+def _headline(rows: Sequence[Row]) -> str:
+    try:
+        return headline(rows).replace("*", "").replace("`", "")
+    except (ValueError, StopIteration):  # no peer, or none of ours, in these rows
+        return ""
+
+
+def energy_table(rows: Sequence[Row]) -> Table | None:
+    """Joules an image of each provider that NVML counted, or None."""
+    body: list[list[Any]] = []
+    for r in (r for r in rows if r.get("energy")):
+        joules, above = (r["energy"][key] / r["batch"] for key in ("joules", "joules_above_idle"))
+        body.append([r["provider"], (f"{joules:.2f}", r), f"{above:.2f}", f"{r['energy']['idle_watts']:.0f}"])
+    return Table(["provider"], ["J an image", "above idle", "idle, W"], body) if body else None
+
+
+def _t4(shown: dict[str, list[Row]]) -> dict[str, Any]:
+    measured = [name for name in shown if "T4" in name]
+    gate = [json.loads(line) for line in GATE.read_text().splitlines()]
+    keys = ("registers", "spilled", "shared", "load", "f64", "warps", "cubin")
+    lines = [[r["kernel"].strip("_"), r["name"], *(str(r[key]) for key in keys)] for r in gate if r["sm"] == 75]
+    steps = []
+    for dtype in (torch.float32, torch.float16):
+        for batch in (1, 4, 16, 64):
+            p, work = step(batch, dtype)
+            figures = (
+                f"{work['bytes'] / 1e6:.0f}",
+                f"{work['flops'] / 1e9:.2f}",
+                str(work["launches"]),
+                f"{1e3 * p.fast:.2f} to {1e3 * p.slow:.2f}",
+            )
+            steps.append([f"batch {batch}, {str(dtype)[6:]}", *figures, p.bound])
+    wrong: list[list[Any]] = []
+    for name, rows in shown.items():
+        found = errors(rows)
+        for what, of in (
+            ("ops", [e for e in found if e.row["target"] == "kernels"]),
+            ("steps", [e for e in found if e.row["target"] == "sampling"]),
+        ):
+            if of:
+                best, worst = min(of, key=lambda e: e.factor), max(of, key=lambda e: e.factor)
+                span = [(f"{best.factor:.2f}", best.row), f"{median(e.factor for e in of):.2f}", (f"{worst.factor:.2f}", worst.row)]
+                wrong.append([name, what, str(len(of)), *span, worst.what])
+    return {
+        "measured": ", ".join(measured) or "Nothing: no row of a T4 exists yet. benchmarks/kaggle_t4.ipynb makes one on a hosted T4.",
+        "gate": Table(["kernel", "launches of the presets"], [key.replace("f64", ".f64") for key in keys], lines),
+        "gate_note": "Compiled for sm 75 by Triton and ptxas without a GPU; the worst of each column over all launches of the presets, "
+        "loads and sizes in bytes, warps an SM. Compiled, not run.",
+        "steps": Table(["a step of preset paper"], ["MB", "Gflop", "launches", "predicted ms", "most of it"], steps),
+        "sources": SOURCES,
+        "errors": Table(["machine", "of"], ["n", "least", "median", "most", "which"], wrong),
+    }  # fmt: skip
+
+
+def _title(r: Row) -> str:
+    what = " ".join(str(r[key]) for key in ("target", "op", "shape", "dtype", "provider") if r.get(key))
+    size = f", batch {r['batch']}, {r.get('steps')} steps" if "batch" in r else ""
+    return f"{r['at']}: {what}{size}"

@@ -1,0 +1,69 @@
+"""The README is its rows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from sbldm_fast.benchmarks.charts import standalone
+from sbldm_fast.benchmarks.table import Table, headline, render
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_readme_is_its_rows() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert "<!-- headline: benchmarks/results/" in text[: text.index("\n## ")], "the first screen has figures"
+    assert "<!-- sampling: benchmarks/results/" in text
+    assert render(ROOT / "README.md") == text
+
+
+def test_the_readmes_picture_is_its_rows() -> None:
+    """Words and figures; where matplotlib puts a line is its own affair."""
+    rows = re.search(r"<!-- headline: (\S+) -->", (ROOT / "README.md").read_text())
+    assert rows is not None
+    drawn, kept = (
+        re.findall(r"<text[^>]*>([^<]+)</text>", text)
+        for text in (standalone(ROOT / rows[1]), (ROOT / "benchmarks/waterfall.svg").read_text())
+    )
+    assert drawn == kept
+    assert any(text.endswith("×") for text in kept)
+
+
+@pytest.mark.parametrize("figure", ["| reference |", " ms an image**"])
+def test_a_changed_figure_in_the_readme_is_found(tmp_path: Path, figure: str) -> None:
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    text = (ROOT / "README.md").read_text()
+    changed = text.replace(figure, f"{figure} 0.01 |", 1)
+    assert changed != text
+    (tmp_path / "README.md").write_text(changed)
+    assert render(tmp_path / "README.md") == text
+
+
+def test_a_damaged_row_file_is_not_rendered(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"target": "samp')
+    (tmp_path / "README.md").write_text("<!-- sampling: r.jsonl -->\n<!-- end sampling -->")
+    with pytest.raises(ValueError, match="line 1 is not a row"):
+        render(tmp_path / "README.md")
+
+
+def test_markdown_by_hand() -> None:
+    table = Table(["a"], ["b"], [["x", ("1", {})], ["y", "2"]], ["below"])
+    assert table.markdown() == "| a | b |\n|---|---:|\n| x | 1 |\n| y | 2 |\n\nbelow"
+
+
+def test_the_headline_by_hand() -> None:
+    row = {"batch": 1, "steps": 50, "parity": {"ok": True}, "env": {"gpu": "NVIDIA T4"}}
+    rows = [
+        row | {"provider": "FastSampler compile float32", "median_s": 0.5, "ms_per_image": 500.0},
+        row | {"provider": "FastSampler wrong", "median_s": 0.1, "ms_per_image": 100.0, "parity": {"ok": False}},
+        row | {"provider": "diffusers", "median_s": 2.0, "ms_per_image": 2000.0},
+        row | {"provider": "diffusers torch.compile", "median_s": 0.75, "ms_per_image": 750.0},
+        row | {"provider": "diffusers under FastSampler compile", "median_s": 0.6, "ms_per_image": 600.0},
+    ]
+    assert headline(rows) == (
+        "**500 ms an image** with `FastSampler compile float32`: 4.00 times as fast as diffusers' own loop (2000 ms) and 1.50 times "
+        "as fast as the fastest peer (diffusers torch.compile, 750 ms); 50 DDIM steps, batch 1, NVIDIA T4."
+    )
