@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from sbldm_fast.training.loop import amp_dtype
-
 from .counts import step_work
 from .harness import measure
-from .providers import FLOAT, Ours, Problem, Provider, providers
+from .providers import FLOAT, Ours, Problem, Provider, native_half, providers
 from .rows import Row, head
 
 BASE = "diffusers"
@@ -32,7 +30,7 @@ def bench_sampling(
     if min(rounds, *steps, *batches) < 1:
         raise ValueError(f"steps, batch, rounds: got {list(steps)}, {list(batches)}, {rounds}, allowed is 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    native = amp_dtype("auto", device) if half else None
+    native = native_half(device) if half else None
     who = list(who or providers(device, [FLOAT, native] if native else [FLOAT], compiled))
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:

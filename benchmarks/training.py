@@ -20,11 +20,13 @@ from sbldm_fast.training.loop import Step
 from sbldm_fast.training.stages import unet_loss
 
 from .harness import Case, Output, measure
+from .providers import native_half
 from .rows import Row, head
 
 # relative, of each loss of the warm-up: float32; in half precision what one of its numbers is rounded by
 TOLERANCE = {"off": 1e-4, "fp16": 2.0**-11, "bf16": 2.0**-8}
 CHECKED = 5  # steps of the warm-up; three of them warm a graph up
+HALF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 NAMES = {"off": "float32", "fp16": "float16", "bf16": "bfloat16"}
 PLAIN = "plain PyTorch float32"
 
@@ -63,9 +65,9 @@ def training_cases(preset_name: str, batch: int, steps: int, device: torch.devic
     weights = UNet2D(config).to(device)
     latents = torch.randn(CHECKED * batch, config.in_channels, config.sample_size, config.sample_size, device=device)
     order = torch.arange(CHECKED * batch, device=device).roll(1).split(batch)
-    half = _half(device)
+    half = native_half(device)
     cases: dict[str, Case] = {}
-    for dtype in ("off", *([half] if half else [])):
+    for dtype in ("off", *([HALF[half]] if half else [])):
         for through in ("", " torch.compile") if compiled else ("",):
             for who, make in (("plain PyTorch", _plain), ("sbldm_fast", _ours)):
                 loop = Loop(make, weights, latents, p.scheduler, dtype, bool(through), order, steps)
@@ -101,12 +103,6 @@ class Loop:
             self.step(number, self.order[number % len(self.order)])
             found.append(torch.tensor(self.losses()))
         return found
-
-
-def _half(device: torch.device) -> str | None:
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
 
 
 def _ours(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str, compiled: bool, batch: int) -> Any:
