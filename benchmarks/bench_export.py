@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from .harness import Case
-from .providers import Problem, exported
+from .problem import Problem
+from .providers import exported
 
 
 def pytest_cases(device: torch.device) -> dict[str, dict[str, Case]]:

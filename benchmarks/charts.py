@@ -20,7 +20,7 @@ from sbldm_fast.files import whole_file
 
 from .rows import Row, latest, read_rows
 from .t4 import Ceilings
-from .table import missing, pareto
+from .table import groups, missing, pareto
 
 INK, GRID, OURS, PEER, FAINT = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"  # stand-ins for the page's variables
 THEME = {INK: "currentColor", GRID: "var(--grid)", OURS: "var(--ours)", PEER: "var(--peer)", FAINT: "var(--faint)"}
@@ -49,11 +49,13 @@ def is_ours(name: str) -> bool:
 
 
 def waterfall(rows: Sequence[Row], dtype: str, link: Link) -> str | None:
-    """ms an image, stage by stage, of the smallest batch and the most steps; a stage that this machine lacks says why."""
-    chosen = [r for r in rows if (r["batch"], -r["steps"]) == min((r["batch"], -r["steps"]) for r in rows)]
+    """ms an image, stage by stage, of the smallest batch; a stage that this machine lacks says why."""
+    chosen = [r for r in rows if r["batch"] == min(r["batch"] for r in rows)]
     by_name = {r["provider"]: r for r in chosen}
     half = "" if dtype == "float32" else f" {dtype}"
-    stages = [(label, by_name.get(name.format(half=half, dtype=dtype))) for label, name in WATERFALL]
+    # a model in half precision is channels_last from the start
+    chain = [stage for stage in WATERFALL if not (half and stage[0] == "+ channels_last")]
+    stages = [(label, by_name.get(name.format(half=half, dtype=dtype))) for label, name in chain]
     stages = [(label, r) for label, r in stages if r is not None]
     if sum("median_s" in r for _, r in stages if r) < 2:
         return None
@@ -85,9 +87,8 @@ def waterfall(rows: Sequence[Row], dtype: str, link: Link) -> str | None:
 
 def by_batch(rows: Sequence[Row], link: Link) -> str | None:
     """Latency of a batch and images/s against the batch, of what people would choose: our modes and the peers' fast ones."""
-    steps = max(r["steps"] for r in rows)
     found: dict[str, list[Row]] = {}
-    for r in sorted((r for r in rows if "median_s" in r and r["steps"] == steps), key=lambda r: int(r["batch"])):
+    for r in sorted((r for r in rows if "median_s" in r), key=lambda r: int(r["batch"])):
         found.setdefault(r["provider"], []).append(r)
     slow = ("reference", "diffusers under", "MONAI bf")
     lines = {n: rs for n, rs in found.items() if len(rs) > 1 and not n.startswith(slow) and n != "MONAI" and "eager" not in n}
@@ -211,7 +212,7 @@ def _svg(fig: Figure, salt: str) -> str:
 
 def standalone(rows: Path) -> str:
     """The float32 waterfall of a row file as a picture of its own, in the colours of light and dark pages."""
-    svg = waterfall(latest(read_rows(rows)[0]), "float32", lambda _: "")
+    svg = waterfall(groups(latest(read_rows(rows)[0]))[0], "float32", lambda _: "")
     assert svg is not None, f"{rows} holds no waterfall"
     light = "--grid:#d9dde3;--ours:#0b7a75;--peer:#9aa3b2;--faint:#6b7484;color:#1c2430"
     dark = "--grid:#39424f;--ours:#3fc1b0;--peer:#7b8698;--faint:#98a2b3;color:#e4e7ec"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from .harness import Absent, Case, relative, tensors
+from .harness import Absent, Case, failures, host, parity, wait
 from .kernels import cases
 
 
@@ -36,24 +36,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def timed(benchmark: Any, group_of_cases: dict[str, Case], provider: str) -> Callable[[], None]:
     """Times the case, after its result was compared with that of the case it is held against."""
 
-    def result(case: Case) -> tuple[Any, list[torch.Tensor]]:
-        call = case.build()
-        return call, [t.detach().float().cpu().clone() for t in tensors((case.check or call)())]
-
     def run() -> None:
         case = group_of_cases[provider]
         torch.compiler.reset()
+        results = {}
         try:
-            call, got = result(case)
+            call = case.build()
+            results[provider] = host((case.check or call)())
         except (Absent, ImportError) as why:
             pytest.skip(f"{provider}: {why}")
-        if case.against not in (None, provider):
-            wanted = result(group_of_cases[case.against])[1]
-            error = max(relative(a, b) for a, b in zip(got, wanted, strict=True))
-            plain = group_of_cases.get(case.plain or "")
-            lost = max(relative(a, b) for a, b in zip(result(plain)[1], wanted, strict=True)) if plain else 0.0
-            assert error <= case.tolerance + 2 * lost, f"{provider} differs from {case.against} by {error:.1e}: no figure"
+        for other in {name for name in (case.against, case.plain) if name and name != provider}:
+            theirs = group_of_cases[other]
+            built = theirs.build()
+            results[other] = host((theirs.check or built)())
+        found = parity(case, results, results, provider)
+        row = {"provider": provider, "parity": found, "approximate": case.approximate}
+        assert not failures([row]), f"{failures([row])}: no figure"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         benchmark.extra_info["provider"] = provider
-        benchmark(call)
+
+        def waited() -> None:
+            call()
+            wait(device)
+
+        benchmark(waited)
 
     return run

@@ -12,7 +12,7 @@ from .sampling import bench_sampling
 
 
 def bench_export(
-    *, preset_name: str = "paper", steps: Sequence[int] = (50,), batches: Sequence[int] = (1, 8), rounds: int = 5, compiled: bool = True,
+    *, preset_name: str = "paper", steps: Sequence[int] = (50,), batches: Sequence[int] = (1, 8), rounds: int = 7, compiled: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:  # fmt: skip
     """One row for each provider, batch and number of steps: seconds for `batch` latents of DDIM, noise to latent, float32.

@@ -9,11 +9,12 @@ import importlib
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from .harness import summary, turns
 from .rows import Row, head
@@ -28,6 +29,7 @@ def bench_startup(
     """One row for each provider: seconds from the start of a process to its first decoded image, and what they went into.
 
     Compiled providers find what an earlier process has compiled; `cold_cache_s` is the first time of this run, which may have compiled.
+    Every process imports this library, the peers' too, beside its own; the imports are a part of their own.
 
     Raises:
         ValueError: steps or rounds below 1.
@@ -71,7 +73,7 @@ def bench_memory(
 
 
 def bench_scaling(
-    *, preset_name: str = "paper", steps: int = 50, batch: int = 16, processes: Sequence[int] = (1, 2), seconds: float = 20.0,
+    *, preset_name: str = "paper", steps: int = 50, batch: int = 16, processes: Sequence[int] = (), seconds: float = 20.0,
     compiled: bool = True, say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:  # fmt: skip
     """Cost against the number of images, and images/s against the number of processes; each process works for `seconds`.
@@ -83,18 +85,20 @@ def bench_scaling(
     Raises:
         ValueError: steps, batch, processes or seconds below 1.
     """
+    import torch
+
+    processes = processes or (1, torch.cuda.device_count() or 2)
     _positive(steps=steps, batch=batch, processes=min(processes), seconds=seconds)
     names, device = _names(compiled)
     names = [n for n in names if "FastSampler" in n or n == "diffusers"]
     common = head("scaling", preset=preset_name, steps=steps, batch=batch, device=device)
     for name in names:
         say(f"{seconds:.0f} s of images: {name}")
-        one, many = _child(name, preset_name, steps, 1), _child(name, preset_name, steps, batch, seconds)
+        one = _child(name, preset_name, steps, 1)
+        many = _child(name, preset_name, steps, batch, seconds) if "first_s" in one else one
         ends = many.pop("ends", None)
-        yield common | {"processes": 1} | many | ({"cost": cost(one["first_s"], ends, batch)} if ends and "first_s" in one else {})
-    import torch
-
-    for number in processes:
+        yield common | {"processes": 1} | many | ({"cost": cost(one["first_s"], ends, batch)} if many is not one and ends else {})
+    for number in dict.fromkeys(processes):
         if number > (torch.cuda.device_count() or os.cpu_count() or 1):
             yield common | {"processes": number, "provider": "torchrun", "absent": "more processes than devices"}
             continue
@@ -128,7 +132,8 @@ def _names(compiled: bool) -> tuple[list[str], str]:
     import torch
 
     if torch.cuda.is_available():
-        return ["FastSampler loop-graph float32", "FastSampler eager float32", "diffusers"] + ["diffusers torch.compile"] * compiled, "cuda"
+        names = ["FastSampler loop-graph float32", "FastSampler eager float32", "diffusers", "MONAI"]
+        return names + ["diffusers torch.compile"] * compiled, "cuda"
     names = ["FastSampler eager float32", "diffusers", "MONAI"]
     return (["FastSampler compile float32", *names, "diffusers torch.compile"] if compiled else names), "cpu"
 
@@ -162,16 +167,18 @@ def main(job: Row) -> Row:
     from sbldm_fast.training.loop import Ranks, torchrun
 
     from .harness import wait, why_not
-    from .providers import FLOAT, Problem, providers
+    from .problem import Problem
+    from .providers import FLOAT, providers
 
     with torchrun() as device, torch.no_grad():
         ranks = Ranks.of_torchrun()
         who = next(p for p in providers(device, [FLOAT]) if p.name == job["provider"])
+        torch.backends.cudnn.allow_tf32 = False
         try:
             for module in who.needs:
                 importlib.import_module(module)
             imported = time.time()
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before = _peak(device)
             problem = Problem(job["preset"], job["steps"], job["batch"], device)
             torch.manual_seed(0)
             vae = AutoencoderKL(preset(job["preset"]).vae).to(device).eval()
@@ -191,21 +198,27 @@ def main(job: Row) -> Row:
             ends.append(time.time() - job["started"])
             made += job["batch"]
         # all processes' images over the time of the slowest
-        totals = torch.tensor([float(made), 0.0], dtype=torch.float64)
+        total = torch.tensor(float(made), dtype=torch.float64)
         slowest = torch.tensor(time.time() - begun, dtype=torch.float64)
         if ranks.size > 1:
-            torch.distributed.all_reduce(totals)
+            torch.distributed.all_reduce(total)
             torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
-        peak = (
-            torch.cuda.max_memory_allocated(device)
-            if device.type == "cuda"
-            else 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-        )
+        peak = _peak(device) - before
     return {
         "provider": who.name, "first_s": ends[0], "import_s": imported - job["started"], "build_s": built - imported,
-        "run_s": ends[0] - (built - job["started"]), "peak_bytes": peak, "ends": ends, "images": int(totals[0]),
+        "run_s": ends[0] - (built - job["started"]), "peak_bytes": peak, "ends": ends, "images": int(total),
         "together_s": float(slowest), "rank": ranks.rank,
     }  # fmt: skip
+
+
+def _peak(device: Any) -> int:
+    """Bytes: of tensors at their most on CUDA, elsewhere of this process at its most (a parent's peak is not in VmHWM)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].split()[0])
 
 
 if __name__ == "__main__":

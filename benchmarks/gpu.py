@@ -1,11 +1,15 @@
 """The benchmark of `make gpu`: every suite on the CUDA device, in the order of what is asked first, within a time.
 
-Each suite is a process of its own, so that one that dies takes nothing with it. Rows are written as they are made. What a run had no
-time for, or did not finish, the next one does: `gpu.jsonl` beside the rows records what was finished with these sources.
+Each line of the plan is a process of its own, so that one that dies takes nothing with it. The rows of a problem are written when it is
+done. What a run had no time for, the next one does: `gpu.jsonl` beside the rows records what this machine has finished with these sources.
+What torch.compile had made until it was cut off is in its cache then. Not run on CUDA yet.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,22 +18,25 @@ from pathlib import Path
 import torch
 
 from .kernels import OPS
-from .rows import Row, append, head, machine, machine_name, read_rows, source
+from .rows import Row, append, head, machine, machine_id, machine_name, read_rows
 
 MINUTES = 6.0  # of the 8 that `make gpu` may take; parity takes the rest
 PLAN = (
     "sampling --batch 1 --rounds 10 --no-compile",
-    *(f"kernels --op {op} --no-large --rounds 5" for op in OPS),
+    "kernels --op ceilings --rounds 10",
+    "kernels --op group_norm_silu --no-large --rounds 6",
+    "kernels " + " ".join(f"--op {op}" for op in OPS[1:]) + " --no-large --rounds 6",
     "sampling --batch 16 --rounds 10 --no-compile",
-    "training --steps 20 --no-compile",
-    "solvers --rounds 3",
+    "training --steps 20 --rounds 6 --no-compile",
+    "solvers --rounds 6",
     "startup --rounds 2 --no-compile",
     "memory --no-compile",
     "scaling --seconds 8 --no-compile",
-    "export --batch 1 --rounds 5 --no-compile",
+    "export --batch 1 --rounds 6 --no-compile",
+    "sampling --batch 1 --rounds 10 --no-half",
     "sampling --batch 1 --rounds 10",
-    *(f"kernels --op {op} --rounds 5" for op in OPS),
-    "training --steps 20",
+    *(f"kernels --op {op} --rounds 6" for op in OPS),
+    "training --steps 20 --rounds 6",
 )
 
 
@@ -43,30 +50,43 @@ def main(results: str = "benchmarks/results", minutes: float = MINUTES) -> int:
 
 
 def run_plan(plan: tuple[str, ...], folder: Path, deadline: float) -> int:
-    """The lines of `plan` that `folder` does not record as done, until `deadline`."""
-    done = {r["line"] for r in _record(folder) if r["source"] == source()}
-    failed, left = [], []
-    for line in (line for line in plan if line not in done):
-        suite = line.split()[0]
+    """The lines of `plan` that `folder` does not record as finished on this machine with these sources, until `deadline`.
+
+    A line that ended in failure is finished and goes on failing; one that was killed is run again.
+    """
+    here = machine()
+    finished = {r["line"]: r["code"] for r in _record(folder) if _same(r["env"], here)}
+    left = []
+    for line in (line for line in plan if finished.get(line, -1) < 0):
         rest = deadline - time.monotonic()
-        if rest <= 0:
+        code = _run(line, folder, rest) if rest > 0 else None
+        if code is None:
             left.append(line)
             continue
-        print(f"\n$ sbldm-fast bench {line}", flush=True)
-        start = time.monotonic()
-        command = [sys.executable, "-m", "sbldm_fast", "bench", *line.split(), "-o", str(folder / f"{suite}.jsonl")]
-        try:
-            code = subprocess.run(command, timeout=rest, check=False).returncode
-        except subprocess.TimeoutExpired:
-            left.append(line)
-            continue
-        append(folder / "gpu.jsonl", [head("gpu", line=line, code=code, seconds=round(time.monotonic() - start, 1), source=source())])
-        failed += [line] if code else []
+        finished[line] = code
+        append(folder / "gpu.jsonl", [head("gpu", line=line, code=code)])
+    failed = [line for line in plan if finished.get(line)]
     print(f"\nrows in {folder}; {len(plan) - len(left)} of {len(plan)} parts done")
     for why, lines in (("failed, or without parity", failed), ("no time, the same command goes on", left)):
         for line in lines:
             print(f"{why}: {line}")
     return 1 if failed or left else 0
+
+
+def _run(line: str, folder: Path, seconds: float) -> int | None:
+    """The exit code of a line, or None when its time was over; what it had started goes with it."""
+    print(f"\n$ sbldm-fast bench {line}", flush=True)
+    command = [sys.executable, "-m", "sbldm_fast", "bench", *line.split(), "-o", str(folder / f"{line.split()[0]}.jsonl")]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            return process.wait(None if math.isinf(seconds) else seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None
+
+
+def _same(a: Row, b: Row) -> bool:
+    return all(of(a) == of(b) for of in (machine_id, lambda e: e["source"], lambda e: e["packages"]["torch"]))
 
 
 def _record(folder: Path) -> list[Row]:

@@ -21,6 +21,9 @@ SPREAD = 0.10  # interquartile range beside the median above which a figure is m
 SETTLE = 0.1  # seconds before each sample on a CPU: the threads of ONNX Runtime go on spinning and would slow whoever comes next
 SAMPLE_SECONDS = 2e-3  # short calls are bundled until a sample lasts this long
 
+AHEAD = 2_000_000  # cycles that the GPU waits before a cold call
+LOST = 0.02  # relative: more than this no precision may lose, whatever the plain implementation loses
+
 Output = Callable[[], Any]
 
 
@@ -54,74 +57,102 @@ def measure(
     """A row for each case: warmed up one after the other, then timed in turns, every other round backwards, so that drift favours nobody.
 
     A row has the seconds (raw, median, p10, p90, interquartile range, n), `build_s`, `first_call_s` and `compile_s` (the first call
-    beyond the median), `peak_bytes` on CUDA, `parity`, `speedup` over the case `base` (None without parity), `remarks`, with `cold` the
-    seconds of single calls after the caches were flushed, and with `energy` the joules of a call where NVML counts them. `bundle`:
-    calls of less than 2 ms are timed several at a time. A case that cannot run is a row with `absent` or `failed`, and why; a failure
-    ends nothing but its own case.
+    beyond the median), on CUDA `peak_bytes` of the second call beyond what was there, `parity` of the first and the last call, `speedup`
+    over the case `base` (None without parity), `remarks`, with `cold` the seconds of single calls after the caches were flushed, and with
+    `energy` the joules of a call where NVML counts them. `bundle`: calls of less than 2 ms are timed several at a time, from Python, one
+    after the other. A case that cannot run is a row with `absent` or `failed`, and why; a failure ends nothing but its own case. TF32 is
+    off, so that float32 means float32.
     """
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        return _measure(cases, rounds, base, device, bundle, cold, energy, say)
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def _measure(
+    cases: Mapping[str, Case], rounds: int, base: str, device: torch.device, bundle: bool, cold: bool, energy: bool,
+    say: Callable[[str], None],
+) -> list[Row]:  # fmt: skip
     gpu = Gpu() if device.type == "cuda" else None
-    runs: dict[str, Output] = {}
-    built: dict[str, Row] = {}
+    calls: dict[str, Output] = {}
+    rows: dict[str, Row] = {}
     results: dict[str, list[Tensor]] = {}
-    lost: list[Row] = []
+    times: dict[str, int] = {}
+    clocks: list[int] = []
+    others = 0
 
     def drop(name: str, error: BaseException) -> None:
-        lost.append({"provider": name, "dtype": cases[name].dtype} | why_not(error))
-        runs.pop(name, None)
+        rows[name] = {"provider": name, "dtype": cases[name].dtype} | why_not(error)
+        calls.pop(name, None)
+
+    def look() -> None:
+        nonlocal others
+        if gpu:
+            clocks.extend([clock] if (clock := gpu.clock()) else [])
+            others = max(others, gpu.others() or 0)
 
     for name, case in cases.items():
         say(f"warming up: {name}")
+        row: Row = {"provider": name, "dtype": case.dtype}
+        rows[name] = row
         try:
-            before, start = allocated(device), time.perf_counter()
+            start = time.perf_counter()
             call = case.build()
             middle = time.perf_counter()
-            results[name] = [t.detach().float().cpu().clone() for t in tensors((case.check or call)())]
+            result = (case.check or call)()
             wait(device)
-            built[name] = {"build_s": middle - start, "first_call_s": time.perf_counter() - middle}
+            row |= {"build_s": middle - start, "first_call_s": time.perf_counter() - middle}
+            results[name] = host(result) if case.against else []
+            before = allocated(device)
             call()
-            built[name]["peak_bytes"] = allocated(device, peak=True) - before if device.type == "cuda" else None
-            times = max(1, round(SAMPLE_SECONDS / min(_seconds(call, device) for _ in range(3)))) if bundle else 1
-            runs[name] = _several(call, times) if times > 1 else call
-            built[name]["times"] = times
+            row["peak_bytes"] = allocated(device, peak=True) - before if device.type == "cuda" else None
+            times[name] = max(1, round(SAMPLE_SECONDS / min(_seconds(call, device)[0] for _ in range(3)))) if bundle else 1
+            calls[name] = call
         except Exception as error:  # one provider's failure is its row, not the end of the others
             drop(name, error)
-    say(f"timing: {rounds} rounds of {len(runs)} providers")
-    clocks: list[int] = []
-    others = 0
-    raw: dict[str, list[float]] = {name: [] for name in runs}
-    for i, name in enumerate(turns(list(runs), rounds)):
-        if name not in runs:
+        if not clocks:
+            look()  # before the board is warm
+    say(f"timing: {rounds} rounds of {len(calls)} providers")
+    raw: dict[str, list[float]] = {name: [] for name in calls}
+    last: dict[str, Any] = {}
+    for i, name in enumerate(turns(list(calls), rounds)):
+        if name not in calls:  # dropped meanwhile
             continue
         time.sleep(SETTLE if device.type == "cpu" and not bundle else 0.0)
         try:
-            raw[name].append(_seconds(runs[name], device) / built[name]["times"])
+            seconds, last[name] = _seconds(_several(calls[name], times[name]), device)
+            raw[name].append(seconds / times[name])
         except Exception as error:  # likewise: memory may run out late
             drop(name, error)
-        if gpu and i % len(raw) == 0:
-            clocks += [clock] if (clock := gpu.clock()) else []
-            others = max(others, gpu.others() or 0)
-    flushed = _cold({name: run for name, run in runs.items() if built[name]["times"] > 1}, rounds, device) if cold else {}
+        if i % len(raw) == 0:
+            look()
+    look()
     idle = gpu.idle_watts() if gpu and energy else None
-    rows = []
-    for name, run in runs.items():
-        case, s = cases[name], summary(raw[name])
-        row = s | {"provider": name, "dtype": case.dtype, "compile_s": max(0.0, built[name]["first_call_s"] - s["median_s"])}
-        row |= {key: built[name][key] for key in ("build_s", "first_call_s", "peak_bytes")}
-        row["parity"] = _parity(name, cases, results)
-        if case.approximate:
-            row["approximate"] = True
-        factor = summary(raw[base])["median_s"] / s["median_s"] if base in runs and row["parity"] and row["parity"]["ok"] else None
-        row["speedup"] = {"over": base, "factor": factor} if factor else None
-        row["remarks"] = _remarks(s, clocks, others)
+    median = {name: summary(raw[name])["median_s"] for name in calls}
+    for name in list(calls):
+        case, found, s = cases[name], rows[name], summary(raw[name])
+        found |= s | {"remarks": _remarks(s, clocks, others)}
+        found["compile_s"] = None if case.check else max(0.0, found["first_call_s"] - s["median_s"])
         if clocks:
-            row["clock_mhz"] = [clocks[0], min(clocks), clocks[-1]]
-        if name in flushed:
-            row["cold"] = summary(flushed[name])
-        if gpu and energy:
-            row["energy"] = gpu.energy(run, idle)
-        rows.append(row)
-    order = list(cases)
-    return sorted(rows + lost, key=lambda row: order.index(row["provider"]))
+            found["clock_mhz"] = {"start": clocks[0], "median": sorted(clocks)[len(clocks) // 2], "least": min(clocks)}
+        if case.approximate:
+            found["approximate"] = True
+        try:
+            # what drifted since the first call has no parity either; a bundle's state may go on from call to call, a curve is a check's own
+            drifted = host(last[name]) if case.against and not case.check and not bundle else results[name]
+            found["parity"] = parity(case, results | {name: results[name] + drifted}, results, name)
+            if found["parity"] and found["parity"]["ok"] and base in median:
+                found["speedup"] = {"over": base, "factor": median[base] / s["median_s"]}
+            else:
+                found["speedup"] = None
+            if cold:
+                found["cold"] = summary(_cold(calls[name], rounds, device))
+            if gpu and energy:
+                found["energy"] = gpu.energy(calls[name], idle)
+        except Exception as error:  # likewise
+            drop(name, error)
+    return list(rows.values())
 
 
 def why_not(error: BaseException) -> Row:
@@ -143,7 +174,7 @@ def interleaved(calls: Mapping[str, Output], rounds: int, device: torch.device) 
     """Seconds of each call, `rounds` times, in turns."""
     raw: dict[str, list[float]] = {name: [] for name in calls}
     for name in turns(calls, rounds):
-        raw[name].append(_seconds(calls[name], device))
+        raw[name].append(_seconds(calls[name], device)[0])
     return raw
 
 
@@ -156,11 +187,15 @@ def summary(raw: Sequence[float]) -> Row:
 
 def failures(rows: Sequence[Row]) -> list[str]:
     """Who failed or was wrong: what the exit code tells."""
-    return [f"{r['provider']}: {r['failed']}" for r in rows if "failed" in r] + [
-        f"{r['provider']}: differs from {r['parity']['against']} by {r['parity']['error']:.1e}, allowed is {r['parity']['allowed']:.1e}"
-        for r in rows
-        if r.get("parity") and not r["parity"]["ok"] and not approximate(r)
-    ]  # fmt: skip
+    wrong = [r for r in rows if r.get("parity") and not r["parity"]["ok"] and not approximate(r)]
+    return [f"{r['provider']}: {r['failed']}" for r in rows if "failed" in r] + [f"{r['provider']}: {difference(r)}" for r in wrong]
+
+
+def difference(row: Row) -> str:
+    """How far a provider is from what it must equal; an error of None is one that is not finite, or of another shape."""
+    p = row["parity"]
+    off = "beyond measure" if p["error"] is None else f"by {p['error']:.1e}"
+    return f"differs from {p['against']} {off}, allowed is {p['allowed']:.1e}"
 
 
 def approximate(row: Row) -> bool:
@@ -168,17 +203,40 @@ def approximate(row: Row) -> bool:
     return bool(row.get("approximate", "int8" in row["provider"]))
 
 
-def tensors(out: Any) -> list[Tensor]:
-    """The tensors of a result: one, or several."""
-    return [out] if isinstance(out, Tensor) else list(out)
+def host(out: Any) -> list[Tensor]:
+    """The tensors of a result, one or several, as float32 on the processor, copied."""
+    return [t.detach().float().cpu().clone() for t in ([out] if isinstance(out, Tensor) else out)]
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    """The largest difference relative to the largest value of b; what is not finite is infinitely wrong."""
-    if not a.numel():
-        return 0.0
-    error = float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
-    return error if math.isfinite(error) else math.inf
+def relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The largest difference relative to the largest value of b; infinite for another shape or number, and where it is not finite."""
+    if [t.shape for t in a] != [t.shape for t in b]:
+        return math.inf
+    errors = [float((x - y).abs().max() / y.abs().max().clamp(min=1e-30)) for x, y in zip(a, b, strict=True) if x.numel()]
+    return max((e if math.isfinite(e) else math.inf for e in errors), default=0.0)
+
+
+def parity(case: Case, got: Mapping[str, Sequence[Tensor]], wanted: Mapping[str, Sequence[Tensor]], name: str) -> Row | None:
+    """Whether `name`'s result is that of the case it is held against; `got` may hold several results of it, one after the other."""
+    if case.against is None:
+        return None
+    right = wanted.get(case.against, [])
+
+    def off(results: Sequence[Tensor]) -> float:
+        several = [results[i : i + len(right)] for i in range(0, len(results), len(right))] if right else []
+        return max((relative(one, right) for one in several), default=math.inf)
+
+    error, plain = off(got[name]), off(wanted.get(case.plain or "", []))
+    # a plain implementation that failed allows nothing more, and none allows more than LOST
+    allowed = case.tolerance + (min(2 * plain, LOST) if math.isfinite(plain) else 0.0)
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in wanted[name])).hexdigest()[:16]
+    return {
+        "against": case.against,
+        "error": error if math.isfinite(error) else None,
+        "allowed": allowed,
+        "ok": error <= allowed,
+        "sha256": digest,
+    }
 
 
 def wait(device: torch.device) -> None:
@@ -197,38 +255,39 @@ def allocated(device: torch.device, peak: bool = False) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def _seconds(call: Output, device: torch.device) -> float:
+def _seconds(call: Output, device: torch.device) -> tuple[float, Any]:
     wait(device)
     start = time.perf_counter()
-    call()
+    out = call()
     wait(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, out
 
 
 def _several(call: Output, times: int) -> Output:
-    def run() -> None:
-        for _ in range(times):
+    def run() -> Any:
+        for _ in range(times - 1):
             call()
+        return call()
 
-    run.call = call  # type: ignore[attr-defined]  # the single call, for the cold measurement
     return run
 
 
-def _cold(runs: Mapping[str, Any], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of single calls, each after the last level of cache was written over; on CUDA between events on the stream."""
+def _cold(call: Output, rounds: int, device: torch.device) -> list[float]:
+    """Seconds of single calls, each after the last level of cache was written over; on CUDA between events on a busy stream."""
     flush = torch.empty(2 * cache_bytes(device), dtype=torch.uint8, device=device)
-    raw: dict[str, list[float]] = {name: [] for name in runs}
-    for name in turns(runs, rounds):
+    raw = []
+    for _ in range(rounds):
         flush.zero_()
         if device.type != "cuda":
-            raw[name].append(_seconds(runs[name].call, device))
+            raw.append(_seconds(call, device)[0])
             continue
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(AHEAD)  # the processor runs ahead meanwhile, so that its launches are not in the time
         start.record()
-        runs[name].call()
+        call()
         end.record()
         end.synchronize()
-        raw[name].append(start.elapsed_time(end) / 1e3)
+        raw.append(start.elapsed_time(end) / 1e3)
     return raw
 
 
@@ -238,25 +297,6 @@ def cache_bytes(device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     return int(size.read_text().strip().removesuffix("K")) * 1024 if size.exists() else 64 * 2**20
-
-
-def _parity(name: str, cases: Mapping[str, Case], results: Mapping[str, list[Tensor]]) -> Row | None:
-    case = cases[name]
-    if case.against is None:
-        return None
-
-    wanted = results.get(case.against)
-
-    def off(who: str) -> float:
-        if who not in results or wanted is None:
-            return math.inf
-        return max(relative(a, b) for a, b in zip(results[who], wanted, strict=True))
-
-    error, plain = off(name), off(case.plain or "")
-    # a plain implementation that failed allows nothing more
-    allowed = case.tolerance + (2 * plain if math.isfinite(plain) else 0.0)
-    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in results[name])).hexdigest()[:16]
-    return {"against": case.against, "error": error, "allowed": allowed, "ok": error <= allowed, "sha256": digest}
 
 
 def _remarks(s: Row, clocks: Sequence[int], others: int) -> list[str]:

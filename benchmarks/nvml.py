@@ -27,14 +27,14 @@ class Gpu:
         except ImportError:
             self.obstacle = "nvidia-ml-py is not installed"
         except Exception as error:  # NVML's errors, and PyTorch's without CUDA: whatever it is, it is the reason
-            self.obstacle = str(error).strip().splitlines()[0] or type(error).__name__
+            self.obstacle = (str(error).strip() or type(error).__name__).splitlines()[0]
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         if self.obstacle:
             return None
         try:
             return getattr(self.nvml, name)(self.handle, *arguments)
-        except self.nvml.NVMLError:  # hosted GPUs withhold some of it
+        except (self.nvml.NVMLError, AttributeError):  # hosted GPUs withhold some of it, and old versions of the library
             return None
 
     def clock(self) -> int | None:
@@ -62,12 +62,13 @@ class Gpu:
             return {"obstacle": self.obstacle}
         power = self._ask("nvmlDeviceGetEnforcedPowerLimit")
         return {
-            "driver": self.nvml.nvmlSystemGetDriverVersion(),
+            "driver": driver.decode() if isinstance(driver := self.nvml.nvmlSystemGetDriverVersion(), bytes) else driver,
             "clock_mhz": self.clock(),
             "memory_clock_mhz": self._ask("nvmlDeviceGetClockInfo", 2),  # NVML_CLOCK_MEM
             "power_limit_w": None if power is None else power / 1e3,
             "temperature_c": self._ask("nvmlDeviceGetTemperature", 0),
-            "throttle_reasons": self._ask("nvmlDeviceGetCurrentClocksEventReasons"),
+            "throttle_reasons": self._ask("nvmlDeviceGetCurrentClocksEventReasons")
+            or self._ask("nvmlDeviceGetCurrentClocksThrottleReasons"),
             "other_processes": self.others(),
         }
 

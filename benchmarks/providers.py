@@ -7,113 +7,26 @@ from __future__ import annotations
 
 import copy
 import importlib
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from sbldm_fast.export import ORTSampler, export
-from sbldm_fast.kernels import backend, philox_normal
+from sbldm_fast.kernels import backend
 from sbldm_fast.kernels._backend import obstacle
 from torch import Tensor, nn
 
-from sbldm_fast import DDIMScheduler, FastSampler, UNet2D, preset
+from sbldm_fast import FastSampler
 from sbldm_fast.sampling.loop import compilation
 
 from .harness import Absent, Case, Output
+from .problem import Problem, stepped
 
 TOLERANCE = 1e-4  # float32, relative to the largest value, after all steps
 FLOAT = torch.float32
-
-
-class Problem:
-    """What is sampled: noise, steps, and each library's UNet of the preset's widths with its DDIM scheduler on the preset's betas."""
-
-    def __init__(self, preset_name: str, steps: int, batch: int, device: torch.device) -> None:
-        self.preset, self.steps, self.device = preset(preset_name), steps, device
-        c = self.preset.unet
-        self.noise = philox_normal((batch, c.in_channels, c.sample_size, c.sample_size), 0, device=device)
-        self.attends = [c.sample_size >> i in c.attention_resolutions for i in range(len(c.block_out_channels))]
-
-    @cached_property
-    def ours(self) -> tuple[UNet2D, DDIMScheduler]:
-        """Our reference UNet and scheduler."""
-        torch.manual_seed(0)
-        return UNet2D(self.preset.unet).to(self.device).eval(), DDIMScheduler.from_config(self.preset.scheduler)
-
-    @cached_property
-    def diffusers(self) -> tuple[nn.Module, Any]:
-        """diffusers' UNet2DModel and DDIMScheduler."""
-        import diffusers
-
-        c, own = self.preset.unet, DDIMScheduler.from_config(self.preset.scheduler)
-        torch.manual_seed(0)
-        model = diffusers.UNet2DModel(
-            sample_size=c.sample_size, in_channels=c.in_channels, out_channels=c.out_channels, layers_per_block=c.layers_per_block,
-            block_out_channels=c.block_out_channels, norm_num_groups=c.norm_num_groups, attention_head_dim=c.attention_head_dim,
-            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in self.attends),
-            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(self.attends)),
-        )  # fmt: skip
-        config = {"clip_sample": own.config.clip_sample, "prediction_type": own.config.prediction_type}
-        return model.to(self.device).eval(), diffusers.DDIMScheduler(trained_betas=own.betas.numpy(), **config)
-
-    @cached_property
-    def monai(self) -> tuple[nn.Module, Any]:
-        """MONAI's DiffusionModelUNet and DDIMScheduler."""
-        networks, schedulers = (importlib.import_module(f"monai.networks.{name}") for name in ("nets", "schedulers"))
-        c, own = self.preset.unet, DDIMScheduler.from_config(self.preset.scheduler)
-        torch.manual_seed(0)
-        model = networks.DiffusionModelUNet(
-            spatial_dims=2, in_channels=c.in_channels, out_channels=c.out_channels, channels=c.block_out_channels,
-            num_res_blocks=c.layers_per_block, attention_levels=self.attends, norm_num_groups=c.norm_num_groups,
-            num_head_channels=[c.attention_head_dim] * len(self.attends),
-        )  # fmt: skip
-        scheduler = schedulers.DDIMScheduler(prediction_type=own.config.prediction_type, clip_sample=own.config.clip_sample)
-        scheduler.alphas_cumprod = own.alphas_cumprod.clone()  # it has no argument for betas of one's own
-        scheduler.final_alpha_cumprod = torch.tensor(1.0)
-        return model.to(self.device).eval(), scheduler
-
-    @cached_property
-    def folder(self) -> tempfile.TemporaryDirectory[str]:
-        """Where graphs are written, as long as the problem is kept."""
-        return tempfile.TemporaryDirectory()
-
-    @cached_property
-    def onnx(self) -> str:
-        """diffusers' UNet as an ONNX file."""
-        path = f"{self.folder.name}/unet.onnx"
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # the exporter's notices are not about the model
-            t = torch.full((len(self.noise),), 1, device=self.device)
-            names: dict[str, Any] = {"input_names": ["x", "t"], "output_names": ["m"]}
-            program = torch.onnx.export(self.diffusers[0], (self.noise, t), dynamo=True, verbose=False, **names)
-            assert program is not None  # the exporter gives None only for dynamo=False
-            program.save(path)
-        return path
-
-
-def native_half(device: torch.device) -> torch.dtype | None:
-    """The half precision that the device computes in, not one that it emulates; None on a processor without."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else None
-
-
-def stepped(model: Callable[[Tensor, Tensor], Tensor], scheduler: Any, steps: int, noise: Tensor) -> Tensor:
-    """The textbook loop: the model, then `scheduler.step`, for each timestep. diffusers' objects and MONAI's."""
-    scheduler.set_timesteps(steps, device=noise.device)
-    x: Tensor = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    scale = getattr(scheduler, "scale_model_input", lambda x, _: x)
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            out = scheduler.step(model(scale(x, t), t), t, x)
-            x = out[0] if isinstance(out, tuple) else out.prev_sample
-    return x
 
 
 @dataclass(frozen=True)
@@ -287,7 +200,11 @@ class Monai(Provider):
     def name(self) -> str:
         return f"MONAI{self.suffix}"
 
-    against = plain = "MONAI"
+    against = "MONAI"
+
+    @property
+    def plain(self) -> str:
+        return Monai(self.dtype).name
 
     def build(self, p: Problem) -> Output:
         return self.loop(*p.monai, p, lambda model, x, t: model(x, t.reshape(1).expand(len(x)).to(x.device)))
@@ -362,6 +279,7 @@ class Exported(Provider):
         return self.precision == "int8"
 
     def build(self, p: Problem) -> Output:
+        importlib.import_module("onnx")
         import onnxruntime
 
         wanted = "CUDAExecutionProvider" if self.cuda else "CPUExecutionProvider"
@@ -373,7 +291,8 @@ class Exported(Provider):
         if not folder.exists():
             shape = (channels, height, width)
             export(unet, folder, dtype=self.precision, scheduler=scheduler, steps=p.steps, shape=shape, batch=len(p.noise))
-        sampler = ORTSampler(folder, mode=self.mode, providers=[wanted], cuda_graph=self.cuda_graph, fuse=self.fuse)
+        options: dict[str, str] = {"use_tf32": "0"} if self.cuda else {}
+        sampler = ORTSampler(folder, mode=self.mode, providers=[(wanted, options)], cuda_graph=self.cuda_graph, fuse=self.fuse)
         start = p.noise.cpu()
         return lambda: torch.from_numpy(sampler(noise=start))
 
@@ -403,13 +322,13 @@ def providers(device: torch.device, dtypes: Sequence[torch.dtype], compiled: boo
         modes = ["compile"] * compiled + ["step-graph", "loop-graph"] + ["step-graph+compile", "loop-graph+compile"] * (compiled and graphs)
         yield from (Ours(dtype, mode=mode) for mode in modes)
         yield Diffusers(dtype)
-        ways = ("default", "reduce-overhead", "max-autotune") if graphs else ("default",)
+        ways = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs") if graphs else ("default",)
         yield from (Diffusers(dtype, way) for way in ways if compiled)
         yield DiffusersUnderOurs(dtype, mode="loop-graph" if graphs else "compile" if compiled else "eager")
         if compiled and not graphs:
             if dtype == FLOAT:
                 yield Exported()
             yield from (Runtime(dtype, library=library) for library in ("ONNX Runtime", "OpenVINO")[dtype != FLOAT :])
-    yield Monai()
-    if compiled:
-        yield Monai(compiled="default")
+        yield Monai(dtype)
+        if compiled:
+            yield Monai(dtype, "default")

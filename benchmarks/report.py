@@ -12,15 +12,14 @@ from statistics import median
 from typing import Any
 
 import jinja2
-import torch
 
 from sbldm_fast.files import whole_file
 
 from .charts import by_batch, cost_chart, is_ours, pareto_chart, roofline_chart, waterfall
 from .harness import failures
 from .rows import Row, latest, machine_id, read_rows
-from .t4 import SOURCES, errors, measured_ceilings, step
-from .table import TABLES, Table, headline
+from .t4 import SOURCES, errors, measured_ceilings, steps_table
+from .table import TABLES, Table, groups, headline
 
 GATE = Path(__file__).with_name("gate.jsonl")
 TITLES = {
@@ -53,7 +52,10 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     for path in paths:
         for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
             found, more = read_rows(file)
-            rows += [row | {"at": f"{file.parent.name}/{row['at']}"} for row in found if row["target"] in TABLES]
+            rows += [
+                row | {"at": f"{file.parent.name}/{row['at']}", "id": f"r{len(rows) + i}"}
+                for i, row in enumerate(r for r in found if r["target"] in TABLES)
+            ]
             faults += more
     if not rows:
         raise ValueError(f"no rows in {', '.join(map(str, paths))}; sbldm-fast bench sampling --quick makes some")
@@ -61,10 +63,10 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     for row in rows:
         machines.setdefault(machine_id(row["env"]), []).append(row)
     shown = {name: latest(of) for name, of in sorted(machines.items(), key=lambda item: max(r["run"] for r in item[1]), reverse=True)}
-    ids = {row["at"]: f"r{i}" for i, row in enumerate(r for of in shown.values() for r in of)}
+    linked = [row for of in shown.values() for row in of]
 
     def link(row: Row) -> str:
-        return f"#{ids[row['at']]}"
+        return f"#{row['id']}"
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
@@ -72,19 +74,20 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     page = environment.get_template("report.html.jinja").render(
         machines=[_machine(name, of, link) for name, of in shown.items()], faults=faults, link=link, t4=_t4(shown),
         ours=lambda line: any(isinstance(cell, str) and is_ours(cell) for cell in line), date=datetime.now(UTC).date().isoformat(),
-        rows=[(ids[r["at"]], _title(r), json.dumps(r, indent=1)) for of in shown.values() for r in of],
+        rows=[(r["id"], _title(r), json.dumps({k: v for k, v in r.items() if k != "id"}, indent=1)) for r in linked],
     )  # fmt: skip
     with whole_file(out) as aside:
         aside.write_text(page)
     for of in shown.values():
         faults += failures(of)
-    return {"out": str(out), "rows": len(ids), "machines": list(shown), "faults": faults}
+    return {"out": str(out), "rows": len(linked), "machines": list(shown), "faults": faults}
 
 
 def _machine(name: str, rows: Sequence[Row], link: Any) -> dict[str, Any]:
     of = {target: [r for r in rows if r["target"] == target] for target in TABLES}
     charts = []
-    if sampling := of["sampling"]:
+    sampling = groups(of["sampling"])[0] if of["sampling"] else []
+    if sampling:
         for dtype in dict.fromkeys(r["dtype"] for r in sampling if "dtype" in r):
             charts.append(
                 ("What each stage is worth: the smallest batch, from a textbook's loop to ours.", waterfall(sampling, dtype, link))
@@ -94,7 +97,7 @@ def _machine(name: str, rows: Sequence[Row], link: Any) -> dict[str, Any]:
         charts.append(("Roofline with the ceilings measured on this machine.", roofline_chart([*of["kernels"], *sampling], on, link)))
     charts.append(("Steps against error: nothing is both faster and nearer than a coloured point.", pareto_chart(of["solvers"], link)))
     charts.append(("What an image costs by how many are made; hollow: extrapolated.", cost_chart(of["scaling"], link)))
-    tables = [(*TITLES[target], TABLES[target](found)) for target in TITLES if (found := of.get(target, []))]
+    tables = [(*TITLES[target], TABLES[target](group)) for target in TITLES for group in groups(of.get(target, []))]
     if energy := energy_table(sampling):
         tables.insert(len(tables) - 1, (*TITLES["energy"], energy))
     last = max(rows, key=lambda r: str(r["run"]))
@@ -134,17 +137,6 @@ def _t4(shown: dict[str, list[Row]]) -> dict[str, Any]:
     gate = [json.loads(line) for line in GATE.read_text().splitlines()]
     keys = ("registers", "spilled", "shared", "load", "f64", "warps", "cubin")
     lines = [[r["kernel"].strip("_"), r["name"], *(str(r[key]) for key in keys)] for r in gate if r["sm"] == 75]
-    steps = []
-    for dtype in (torch.float32, torch.float16):
-        for batch in (1, 4, 16, 64):
-            p, work = step(batch, dtype)
-            figures = (
-                f"{work['bytes'] / 1e6:.0f}",
-                f"{work['flops'] / 1e9:.2f}",
-                str(work["launches"]),
-                f"{1e3 * p.fast:.2f} to {1e3 * p.slow:.2f}",
-            )
-            steps.append([f"batch {batch}, {str(dtype)[6:]}", *figures, p.bound])
     wrong: list[list[Any]] = []
     for name, rows in shown.items():
         found = errors(rows)
@@ -161,7 +153,7 @@ def _t4(shown: dict[str, list[Row]]) -> dict[str, Any]:
         "gate": Table(["kernel", "launches of the presets"], [key.replace("f64", ".f64") for key in keys], lines),
         "gate_note": "Compiled for sm 75 by Triton and ptxas without a GPU; the worst of each column over all launches of the presets, "
         "loads and sizes in bytes, warps an SM. Compiled, not run.",
-        "steps": Table(["a step of preset paper"], ["MB", "Gflop", "launches", "predicted ms", "most of it"], steps),
+        "steps": steps_table(),
         "sources": SOURCES,
         "errors": Table(["machine", "of"], ["n", "least", "median", "most", "which"], wrong),
     }  # fmt: skip

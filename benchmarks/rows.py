@@ -30,7 +30,8 @@ def head(target: str, **what: Any) -> Row:
 def machine() -> Row:
     """The environment block of a row: machine, versions, commit, sources, and of a GPU what NVML tells."""
     info = environment()
-    info["commit"] = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", ".", ":!results") else "")
+    changed = _git("status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results")
+    info["commit"] = _git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     info["source"] = source()
     info["load"] = round(os.getloadavg()[0], 2)  # of the last minute: what else ran, and what this run has done before
     if info["gpu"]:
@@ -44,8 +45,9 @@ def source() -> str:
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     names = ("kernels", "sbldm_fast", "export", "benchmarks") if (root / "pyproject.toml").exists() else (".",)
-    for path in sorted((p for n in names for p in (root / n).rglob("*.py")), key=lambda p: p.relative_to(root).as_posix()):
-        digest.update(path.read_bytes())
+    files = {p.relative_to(root).as_posix().removeprefix("sbldm_fast/"): p for n in names for p in (root / n).rglob("*.py")}
+    for name in sorted(files):  # an installed package has its folders side by side
+        digest.update(name.encode() + files[name].read_bytes())
     return digest.hexdigest()[:12]
 
 

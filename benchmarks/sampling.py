@@ -8,21 +8,22 @@ import torch
 
 from .counts import step_work
 from .harness import measure
-from .providers import FLOAT, Ours, Problem, Provider, native_half, providers
+from .problem import Problem, native_half
+from .providers import FLOAT, Ours, Provider, providers
 from .rows import Row, head
 
 BASE = "diffusers"
 
 
 def bench_sampling(
-    *, preset_name: str = "paper", steps: Sequence[int] = (50,), batches: Sequence[int] = (1, 8), rounds: int = 5, compiled: bool = True,
+    *, preset_name: str = "paper", steps: Sequence[int] = (50,), batches: Sequence[int] = (1, 8), rounds: int = 7, compiled: bool = True,
     half: bool = True, energy: bool = True, who: Sequence[Provider] | None = None, target: str = "sampling", base: str = BASE,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:  # fmt: skip
     """One row for each provider, batch and number of steps: seconds for `batch` latents of DDIM, noise to latent.
 
     The providers are those of `providers` (or `who`), in float32 and, with `half`, the machine's native half precision; without
-    `compiled` those that compile nothing. The speed-up is over `base`, eager float32 diffusers. TF32 is off, so that float32 means float32.
+    `compiled` those that compile nothing. The speed-up is over `base`, eager float32 diffusers.
 
     Raises:
         ValueError: steps, batches or rounds below 1.
@@ -32,19 +33,17 @@ def bench_sampling(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     native = native_half(device) if half else None
     who = list(who or providers(device, [FLOAT, native] if native else [FLOAT], compiled))
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        for count, batch in ((s, b) for s in steps for b in batches):
-            torch.compiler.reset()  # Dynamo counts versions of a function over the whole process; each problem starts afresh
-            problem = Problem(preset_name, count, batch, device)
-            common = head(target, preset=preset_name, steps=count, batch=batch, shape=list(problem.noise.shape), device=str(device))
-            cases = {p.name: p.case(problem) for p in who}
-            works = {p.name: {"work": step_work(preset_name, batch, p.dtype)} for p in who if type(p) is Ours}
-            say(f"{count} steps, batch {batch}")
-            for row in measure(cases, rounds=rounds, base=base, device=device, energy=energy, say=say):
-                yield common | row | per_image(row, count, batch) | (works.get(row["provider"], {}) if "median_s" in row else {})
-    finally:
-        torch.backends.cudnn.allow_tf32 = tf32
+    for count, batch in ((s, b) for s in steps for b in batches):
+        torch.compiler.reset()  # Dynamo counts versions of a function over the whole process; each problem starts afresh
+        problem = Problem(preset_name, count, batch, device)
+        common = head(target, preset=preset_name, steps=count, batch=batch, shape=list(problem.noise.shape), device=str(device))
+        cases = {p.name: p.case(problem) for p in who}
+        works = {p.name: {"work": step_work(preset_name, batch, p.dtype)} for p in who if type(p) is Ours}
+        say(f"{count} steps, batch {batch}")
+        rows = measure(cases, rounds=rounds, base=base, device=device, energy=energy, say=say)
+        common["parameters"] = problem.parameters()
+        for row in rows:
+            yield common | row | per_image(row, count, batch) | (works.get(row["provider"], {}) if "median_s" in row else {})
 
 
 def per_image(row: Row, steps: int, batch: int) -> Row:

@@ -22,12 +22,12 @@ class Suite(NamedTuple):
 
 
 SUITES = {
-    "kernels": Suite(bench_kernels, {"rounds": 3, "large": False, "compiled": False}),
-    "sampling": Suite(bench_sampling, {"steps": [10], "batches": [1], "rounds": 5, "compiled": False, "half": False}),
-    "training": Suite(bench_training, {"steps": 1, "rounds": 3, "compiled": False}),
-    "export": Suite(bench_export, {"steps": 10, "batches": [1], "rounds": 3, "compiled": False}),
+    "kernels": Suite(bench_kernels, {"rounds": 6, "large": False, "compiled": False}),
+    "sampling": Suite(bench_sampling, {"steps": [10], "batches": [1], "rounds": 6, "compiled": False, "half": False}),
+    "training": Suite(bench_training, {"steps": 1, "rounds": 6, "compiled": False}),
+    "export": Suite(bench_export, {"steps": 10, "batches": [1], "rounds": 6, "compiled": False}),
     "memory": Suite(bench_memory, {"steps": 2, "batches": [1], "compiled": False}),
     "startup": Suite(bench_startup, {"steps": 10, "rounds": 1, "compiled": False}),
     "scaling": Suite(bench_scaling, {"steps": 10, "batch": 4, "seconds": 4.0, "compiled": False}),
-    "solvers": Suite(bench_solvers, {"batch": 1, "steps": [5, 10, 20], "rounds": 1}),
+    "solvers": Suite(bench_solvers, {"batch": 1, "steps": [5, 10, 20], "rounds": 6}),
 }

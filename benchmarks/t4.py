@@ -13,6 +13,7 @@ import torch
 from .counts import count
 from .kernels import OPS, problems
 from .rows import Row
+from .table import Table
 
 
 class Ceilings(NamedTuple):
@@ -105,6 +106,17 @@ def errors(rows: Sequence[Row]) -> list[Error]:
     return found
 
 
+def steps_table() -> Table:
+    """The model of a step of preset `paper` on a T4."""
+    body = []
+    for dtype in (torch.float32, torch.float16):
+        for batch in (1, 4, 16, 64):
+            p, work = step(batch, dtype)
+            figures = f"{work['bytes'] / 1e6:.0f}", f"{work['flops'] / 1e9:.2f}", str(work["launches"]), _span(p, 1e3, 2), p.bound
+            body.append([f"batch {batch}, {str(dtype)[6:]}", *figures])
+    return Table(["a step of preset paper"], ["MB", "Gflop", "launches", "predicted ms", "most of it"], body)
+
+
 def roofline() -> str:
     """The model of each op and of a step on a T4 as Markdown. A model, not a measurement."""
     lines = [
@@ -114,14 +126,8 @@ def roofline() -> str:
         "The basis of `frequency_loss`, 0.05 MB at 16x16 and 0.8 MB at 32x32, is read by every image and taken to come from the L2 cache.",
         "How far the same model is from machines that were measured is in the report (`sbldm-fast report`).",
         "Rendered by `python -m sbldm_fast.benchmarks.t4`.\n",
-        "| a step of preset `paper` | MB | Gflop | launches | predicted ms | most of it |",
-        "|---|---:|---:|---:|---:|---|",
+        steps_table().markdown(),
     ]
-    for dtype in (torch.float32, torch.float16):
-        for batch in (1, 4, 16, 64):
-            p, work = step(batch, dtype)
-            figures = f"{work['bytes'] / 1e6:.0f} | {work['flops'] / 1e9:.2f} | {work['launches']} | {_span(p, 1e3, 2)} | {p.bound}"
-            lines.append(f"| batch {batch}, {str(dtype)[6:]} | {figures} |")
     lines += ["\n| op | problem | MB | Mflop | launches | predicted µs | bound by |", "|---|---|---:|---:|---:|---:|---|"]
     for op in OPS:
         for c in problems(op, torch.device("meta"), large=True):

@@ -9,12 +9,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sbldm_fast.files import whole_file
 
 from .rows import Row, latest, read_rows
 
+MARK = "†"
 Cell = str | tuple[str, Row]  # a text, or a figure with the row that it is from
 
 
@@ -38,6 +39,20 @@ def missing(row: Row) -> str:
     return f"failed: {row['failed']}" if "failed" in row else str(row.get("absent", ""))
 
 
+def groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows that belong into one table: of one preset and number of steps, the largest first; ops and solvers stay together."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for r in rows:
+        found.setdefault((r.get("preset"), 0 if r["target"] == "solvers" else r.get("steps", 0)), []).append(r)
+    order = ["paper", "template"]
+    return [found[key] for key in sorted(found, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), -k[1]))]
+
+
+def figure(text: str, row: Row) -> Cell:
+    """A figure with its row, marked where the row has a remark on it."""
+    return f"{text}{MARK if row.get('remarks') else ''}", row
+
+
 def speedup(row: Row) -> str:
     """The factor, or why there is none."""
     if row.get("speedup"):
@@ -50,7 +65,9 @@ def below(rows: Sequence[Row], what: str) -> list[str]:
     row = next((r for r in rows if not missing(r)), rows[0])
     e = row["env"]
     where = e["gpu"] or f"{e['cpu']}, {e['threads']} threads, {e['cpu_capability']}"
-    versions = ", ".join(f"{p} {v}" for p, v in e["packages"].items() if p in ("torch", "triton", "diffusers", "onnxruntime"))
+    versions = ", ".join(
+        f"{p} {v}" for p, v in e["packages"].items() if p in ("torch", "triton", "diffusers", "monai", "onnxruntime", "openvino")
+    )
     n = f", median of {row['n']} interleaved runs" if "n" in row else ""
     preset = f"Preset `{row['preset']}`, " if "preset" in row else ""
     text = f"{preset}{what}{n}; {where}; {versions}; commit {e['commit'] or e.get('source')}, {row['run'][:10]}."
@@ -59,7 +76,12 @@ def below(rows: Sequence[Row], what: str) -> list[str]:
         if missing(r):
             reasons.setdefault(missing(r), {})[r["provider"]] = None
     absent = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
-    return [text[0].upper() + text[1:] + (f" Without a figure: {absent}." if absent else "")]
+    notes = [text[0].upper() + text[1:] + (f" Without a figure: {absent}." if absent else "")]
+    if remarks := sorted({text for r in rows for text in r.get("remarks", []) if not text.startswith("spread")}):
+        notes.append(f"{MARK}: {'; '.join(remarks)}, or an interquartile range of more than a tenth.")
+    elif any(r.get("remarks") for r in rows):
+        notes.append(f"{MARK}: an interquartile range of more than a tenth.")
+    return notes
 
 
 def _steps(rows: Sequence[Row]) -> str:
@@ -68,25 +90,27 @@ def _steps(rows: Sequence[Row]) -> str:
 
 
 def sampling_table(rows: Sequence[Row]) -> Table:
-    """A line per provider, a column of latency and of speed-up per batch and number of steps."""
-    sets = sorted({(r["steps"], r["batch"]) for r in rows})
+    """A line per provider, a column of latency and of speed-up per batch; rows of one preset and number of steps."""
+    batches = sorted({r["batch"] for r in rows})
     over = next((r["speedup"]["over"] for r in rows if r.get("speedup")), "its reference")
-    several = len({steps for steps, _ in sets}) > 1
-    titles = [f"batch {b}{f', {s} steps' if several else ''}" for s, b in sets]
-    found: dict[tuple[str, int, int], list[Cell]] = {
-        (r["provider"], r["steps"], r["batch"]): [(f"{r['ms_per_step']:.2f}", r), speedup(r)] for r in rows if not missing(r)
+    found: dict[tuple[str, int], list[Cell]] = {
+        (r["provider"], r["batch"]): [figure(f"{r['ms_per_step']:.2f}", r), speedup(r)] for r in rows if not missing(r)
     }
-    names = dict.fromkeys(name for name, _, _ in found)
-    body: list[list[Cell]] = [[name, *(cell for s, b in sets for cell in found.get((name, s, b), ["", ""]))] for name in names]
-    columns = [column for title in titles for column in (f"{title}: ms/step", f"× {over}")]
+    names = dict.fromkeys(name for name, _ in found)
+    body: list[list[Cell]] = [[name, *(cell for b in batches for cell in found.get((name, b), ["", ""]))] for name in names]
+    columns = [column for b in batches for column in (f"batch {b}: ms/step", f"× {over}")]
+    compiling = {r["provider"]: r["compile_s"] for r in rows if r["batch"] == batches[0] and (r.get("compile_s") or 0) > 1}
+    if compiling:
+        columns.append("compiling, s")
+        body = [[*line, f"{compiling[str(line[0])]:.0f}" if line[0] in compiling else ""] for line in body]
     return Table(["provider"], columns, body, below(rows, f"DDIM, {_steps(rows)}"))
 
 
 def training_table(rows: Sequence[Row]) -> Table:
     """A line per provider."""
     body: list[list[Cell]] = [
-        [r["provider"], (f"{r['ms_per_step']:.1f}", r), f"{r['items_per_s']:.0f}", f"{r['minutes_per_100k_steps']:.0f}", speedup(r),
-         f"{r['parity']['error']:.1e}"]
+        [r["provider"], figure(f"{r['ms_per_step']:.1f}", r), f"{r['items_per_s']:.0f}", f"{r['minutes_per_100k_steps']:.0f}", speedup(r),
+         "" if r["parity"]["error"] is None else f"{r['parity']['error']:.1e}"]
         for r in rows if not missing(r)
     ]  # fmt: skip
     columns = ["ms/step", "items/s", "minutes of 100,000 steps", "× plain PyTorch float32", "loss differs by"]
@@ -97,7 +121,12 @@ def kernels_table(rows: Sequence[Row]) -> Table:
     """A line for each op, problem and provider; the machine's ceilings first."""
     body: list[list[Cell]] = []
     for r in (r for r in rows if not missing(r)):
-        line: list[Cell] = [r["op"], f"{r['shape']} {r['layout']} {r['dtype']}".strip(), r["provider"], (f"{1e6 * r['median_s']:.1f}", r)]
+        line: list[Cell] = [
+            r["op"],
+            f"{r['shape']} {r['layout']} {r['dtype']}".strip(),
+            r["provider"],
+            figure(f"{1e6 * r['median_s']:.1f}", r),
+        ]
         if r["op"] == "ceilings":
             body.append([*line, "", f"{r['rate']:.3g} {r['unit']}", "", ""])
             continue
@@ -112,7 +141,7 @@ def startup_table(rows: Sequence[Row]) -> Table:
     body: list[list[Cell]] = []
     for r in (r for r in rows if not missing(r)):
         parts = *(r["parts"][key] for key in ("import_s", "build_s", "run_s")), r["cold_cache_s"]
-        body.append([r["provider"], (f"{r['median_s']:.1f}", r), *(f"{s:.1f}" for s in parts)])
+        body.append([r["provider"], figure(f"{r['median_s']:.1f}", r), *(f"{s:.1f}" for s in parts)])
     columns = ["first image, s", "importing", "building", "sampling and decoding", "first process of all"]
     return Table(["provider"], columns, body, below(rows, f"{_steps(rows)}, fresh processes"))
 
@@ -161,9 +190,9 @@ def pareto(rows: Sequence[Row]) -> set[str]:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """The answer in a sentence, of the smallest batch: our fastest mode beside diffusers and beside the fastest peer."""
+    """The answer in a sentence, in float32, of the smallest batch: our fastest way beside diffusers' own loop and the fastest peer."""
     batch = min(r["batch"] for r in rows)
-    ok = [r for r in rows if r["batch"] == batch and "median_s" in r and r["parity"]["ok"]]
+    ok = [r for r in rows if r["batch"] == batch and "median_s" in r and r["parity"]["ok"] and r["dtype"] == "float32"]
     own = min((r for r in ok if r["provider"].startswith(("FastSampler", "ORTSampler"))), key=lambda r: float(r["median_s"]))
     eager = next(r for r in ok if r["provider"] == "diffusers")
     peer = min(
@@ -175,7 +204,7 @@ def headline(rows: Sequence[Row]) -> str:
     return (
         f"**{own['ms_per_image']:.0f} ms an image** with `{own['provider']}`: {times[0]:.2f} times as fast as diffusers' own loop "
         f"({eager['ms_per_image']:.0f} ms) and {times[1]:.2f} times as fast as the fastest peer ({peer['provider']}, "
-        f"{peer['ms_per_image']:.0f} ms); {own['steps']} DDIM steps, batch {batch}, {where}."
+        f"{peer['ms_per_image']:.0f} ms); {own['steps']} DDIM steps, batch {batch}, float32, {where}."
     )
 
 
@@ -192,7 +221,8 @@ def render(readme: str | Path) -> str:
         rows, faults = read_rows(readme.parent / file)
         if faults:
             raise ValueError(faults[0])
-        made = headline(latest(rows)) if kind == "headline" else TABLES[kind](latest(rows)).markdown()
+        chosen = groups(latest(rows))[0]
+        made = headline(chosen) if kind == "headline" else TABLES[kind](chosen).markdown()
         return f"<!-- {kind}: {file} -->\n{made}\n<!-- end {kind} -->"
 
     kinds = "|".join([*TABLES, "headline"])

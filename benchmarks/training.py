@@ -20,7 +20,7 @@ from sbldm_fast.training.loop import Step
 from sbldm_fast.training.stages import unet_loss
 
 from .harness import Case, Output, measure
-from .providers import native_half
+from .problem import native_half
 from .rows import Row, head
 
 # relative, of each loss of the warm-up: float32; in half precision what one of its numbers is rounded by
@@ -32,7 +32,7 @@ PLAIN = "plain PyTorch float32"
 
 
 def bench_training(
-    *, preset_name: str = "paper", batch: int = 16, steps: int = 5, rounds: int = 5, compiled: bool = True,
+    *, preset_name: str = "paper", batch: int = 16, steps: int = 5, rounds: int = 7, compiled: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:  # fmt: skip
     """One row for each provider: seconds of `steps` steps of batch `batch` on random latents; epsilon, AdamW, clipping, EMA, no dropout.

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .harness import approximate
+from .harness import approximate, difference
 from .rows import Row, latest, machine_id, problem
 
 CONFIDENCE = 0.95
+FEWEST = 6  # samples whose extremes enclose the median with that confidence
 NOTABLE = 0.02  # a difference below which nothing is called faster or slower
 ALIKE = 0.05  # the intervals of what is the same lie within this of one another
 
@@ -25,7 +26,7 @@ class Verdict(NamedTuple):
 
 
 def interval(raw: Sequence[float]) -> tuple[float, float]:
-    """The confidence interval of the median by order statistics, at least 95 %; all of fewer than six values, which cannot reach it.
+    """The confidence interval of the median by order statistics, at least 95 % of six values or more; fewer cannot reach it.
 
     The k-th smallest and k-th largest of n values enclose the median with probability 1 - 2·P(Binomial(n, 1/2) < k).
     Source: David & Nagaraja, Order Statistics, section 7.1.
@@ -44,7 +45,8 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Verdict]:
     """A verdict for each provider that either set has, by the last run of each problem.
 
     FAST and SLOW: the intervals do not meet, the medians differ by 2 % or more, and so they do in cycles where both rows have
-    clocks. SAME: all of either interval lies within 5 % of the other. AMBIGUOUS: anything else, and rows of different machines.
+    clocks. SAME: all of either interval lies within 5 % of the other. AMBIGUOUS: anything else, fewer than six samples, rows that were
+    disturbed, and rows of different machines.
     WRONG: no parity, or failed. GONE, NEW: in one set only.
     """
     old, new = ({(*problem(r), r["provider"]): r for r in latest(rows)} for rows in (before, after))
@@ -62,7 +64,7 @@ def _judge(a: Row | None, b: Row | None) -> tuple[str, str, float | None]:
     if b is not None and "failed" in b:
         return "WRONG", b["failed"], None
     if b is not None and b.get("parity") and not b["parity"]["ok"] and not approximate(b):
-        return "WRONG", f"differs from {b['parity']['against']} by {b['parity']['error']:.1e}", None
+        return "WRONG", difference(b), None
     if b is None or "absent" in b or "raw_s" not in b:
         return "GONE", b["absent"] if b and "absent" in b else "no row", None
     if a is None or "raw_s" not in a:
@@ -70,14 +72,18 @@ def _judge(a: Row | None, b: Row | None) -> tuple[str, str, float | None]:
     factor = b["median_s"] / a["median_s"]
     if machine_id(a["env"]) != machine_id(b["env"]):
         return "AMBIGUOUS", f"another machine: {machine_id(a['env'])} before, {machine_id(b['env'])} now", factor
+    if min(a["n"], b["n"]) < FEWEST:
+        return "AMBIGUOUS", f"n below {FEWEST}", factor
+    for r, when in ((a, "before"), (b, "now")):
+        if disturbed := [text for text in r.get("remarks", []) if not text.startswith("spread")]:
+            return "AMBIGUOUS", f"{when}: {', '.join(disturbed)}", factor
     verdict = _verdict(interval(a["raw_s"]), interval(b["raw_s"]), factor)
     if verdict in ("FAST", "SLOW") and a.get("clock_mhz") and b.get("clock_mhz"):
-        clocks = [min(r["clock_mhz"]) for r in (a, b)]
+        clocks = [r["clock_mhz"]["median"] for r in (a, b)]
         before, after = ([s * mhz for s in interval(r["raw_s"])] for r, mhz in zip((a, b), clocks, strict=True))
         if _verdict(before, after, factor * clocks[1] / clocks[0]) != verdict:
             return "AMBIGUOUS", "in seconds, but not in cycles of the clock", factor
-    few = min(a["n"], b["n"]) < 6
-    return verdict, "few samples: n below 6" if few and verdict in ("FAST", "SLOW") else "", factor
+    return verdict, "", factor
 
 
 def _verdict(a: Sequence[float], b: Sequence[float], factor: float) -> str:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -16,9 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_bench import Json, bench, report, say
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None, help=__doc__)
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Steps = Annotated[int, typer.Option()]
 Scheduler = StrEnum("Scheduler", ["ddim", "ddpm", "dpm", "unipc"])
 Format = StrEnum("Format", ["png", "npy", "nifti"])
@@ -28,7 +26,6 @@ Prediction = StrEnum("Prediction", ["epsilon", "sample", "v_prediction"])
 Dtype = StrEnum("Dtype", ["float32", "float16", "bfloat16"])
 Target = StrEnum("Target", ["ort", "tensorrt"])
 Precision = StrEnum("Precision", ["fp32", "fp16", "int8"])
-Suite = StrEnum("Suite", ["kernels", "sampling", "training", "export", "memory", "startup", "scaling", "solvers"])
 
 
 @app.command()
@@ -51,6 +48,8 @@ def print_doctor(report: dict[str, Any]) -> None:
     print(
         f"machine      {report['gpu'] or report['cpu']}, {report['cores']} cores, {report['threads']} threads, {report['cpu_capability']}"
     )
+    if report["no_gpu"]:
+        print(f"no GPU       {report['no_gpu']}")
     print(f"bf16         {'native' if report['native_bf16'] else 'not native'}")
     print(f"backend      {report['backend']['name']}: {report['backend']['reason']}")
     for op, check in report["parity"].items():
@@ -297,108 +296,8 @@ def _brief(value: Any) -> str:
     return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
-@app.command()
-def bench(
-    suites: Annotated[list[Suite] | None, typer.Argument(help="What to measure.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A minute or less: few steps and rounds, nothing that compiles.")] = False,
-    preset: Annotated[str | None, typer.Option(help="paper, template or demo (default: paper).")] = None,
-    steps: Annotated[str | None, typer.Option(help="Solver or training steps, e.g. 50 or 10,50.")] = None,
-    batch: Annotated[str | None, typer.Option(help="Batch sizes, e.g. 1,8.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Interleaved repetitions.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Of each process of scaling.")] = None,
-    processes: Annotated[str | None, typer.Option(help="Numbers of processes of scaling, e.g. 1,2.")] = None,
-    op: Annotated[list[str] | None, typer.Option(help="An op to time; may be given again (default: all).")] = None,
-    large: Annotated[bool | None, typer.Option("--large/--no-large", help="Also ops on 64 MB and more.")] = None,
-    compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Also through torch.compile, which takes minutes.")
-    ] = None,
-    half: Annotated[bool | None, typer.Option("--half/--no-half", help="Also in the machine's native half precision.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append to (default: results/MACHINE/SUITE.jsonl).")] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None, typer.Option("--compare", help="Two row files, before and after, to judge instead.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure in turns, against peers, gated by parity. Example: sbldm-fast bench sampling --quick
-
-    Rows are written as they are made. Exit code 1: a provider failed, or differs from what it must equal; with --compare: one is slower.
-    """
-    if compare is not None:
-        _compare(*compare, as_json)
-        return
-    if not suites:
-        raise typer.BadParameter(f"got none, allowed are {', '.join(Suite)}, or --compare BEFORE AFTER", param_hint="SUITES")
-    from sbldm_fast.benchmarks.harness import failures
-    from sbldm_fast.benchmarks.rows import append, machine, machine_name
-    from sbldm_fast.benchmarks.suites import SUITES
-    from sbldm_fast.benchmarks.table import TABLES
-
-    given = {"preset_name": preset, "steps": _sizes(steps, "steps"), "batch": _sizes(batch, "batch"), "rounds": rounds, "seconds": seconds,
-             "processes": _sizes(processes, "processes"), "ops": op, "large": large, "compiled": compiled, "half": half}  # fmt: skip
-    wrong = []
-    for suite in suites:
-        run, short = SUITES[suite.value]
-        arguments = (short if quick else {}) | _arguments(run, {k: v for k, v in given.items() if v is not None}, suite.value)
-        file, rows = out or Path("results") / machine_name(machine()) / f"{suite.value}.jsonl", []
-        for row in run(**arguments, say=_say):
-            append(file, [row])
-            rows.append(row)
-        wrong += failures(rows)
-        print("\n".join(json.dumps(row) for row in rows) if as_json else TABLES[suite.value](rows).markdown())
-        _say(f"{len(rows)} rows appended to {file}; sbldm-fast report {file.parent} shows them")
-    for line in wrong:
-        print(f"FAILED {line}", file=sys.stderr)
-    if wrong:
-        raise typer.Exit(1)
-
-
-def _arguments(run: Callable[..., Any], given: dict[str, Any], suite: str) -> dict[str, Any]:
-    """What was typed, as the suite takes it."""
-    known = inspect.signature(run).parameters
-    found: dict[str, Any] = {}
-    for name, value in given.items():
-        key = "batches" if name == "batch" and "batches" in known else name
-        option = {"preset_name": "preset", "ops": "op", "compiled": "compile"}.get(name, name)
-        if key not in known:
-            raise typer.BadParameter(f"got {value}, allowed with suite {suite} is none", param_hint=f"--{option}")
-        single = isinstance(value, list) and not isinstance(known[key].default, tuple)
-        if single and len(value) > 1:
-            raise typer.BadParameter(f"got {value}, allowed with suite {suite} is one number", param_hint=f"--{option}")
-        found[key] = value[0] if single else value
-    return found
-
-
-def _compare(before: Path, after: Path, as_json: bool) -> None:
-    from sbldm_fast.benchmarks.rows import read_rows
-    from sbldm_fast.benchmarks.verdicts import bad, verdict_table
-    from sbldm_fast.benchmarks.verdicts import compare as judge
-
-    (old, faults), (new, more) = read_rows(before), read_rows(after)
-    verdicts = judge(old, new)
-    print(json.dumps([v._asdict() for v in verdicts]) if as_json else verdict_table(verdicts))
-    for line in (*faults, *more):
-        print(line, file=sys.stderr)
-    if bad(verdicts) or faults or more or not verdicts:
-        raise typer.Exit(1)
-
-
-@app.command()
-def report(
-    results: Annotated[list[Path] | None, typer.Argument(help="Row files, or folders of them (default: results).")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The page to write.")] = Path("report.html"),
-    as_json: Json = False,
-) -> None:
-    """Write results as one HTML page that needs nothing else. Example: sbldm-fast report results -o report.html"""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("report: it draws with matplotlib, which is not installed: pip install 'sbldm_fast[bench]'")
-    from sbldm_fast.benchmarks.report import write_report
-
-    done = write_report(results or [Path("results")], out)
-    for line in done["faults"]:
-        print(line, file=sys.stderr)
-    print(json.dumps(done) if as_json else f"{done['rows']} rows of {', '.join(done['machines'])}: {out}")
-    if done["faults"]:
-        raise typer.Exit(1)
+app.command()(bench)
+app.command()(report)
 
 
 @app.command()
@@ -427,7 +326,7 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.
     save_grid(to_uint8(images), out / "samples.png")
     print("3/4 latency of the paper-size UNet against diffusers")
     who = [p for p in providers(images.device, [FLOAT]) if p == Reference() or type(p) in (Ours, Diffusers)]
-    rows = list(measure(steps=(50,), batches=(1,), rounds=3, who=who, energy=False, say=_say))
+    rows = list(measure(steps=(50,), batches=(1,), rounds=3, who=who, energy=False, say=say))
     append(out / "latency.jsonl", rows)
     table = sampling_table(rows).markdown()
     with whole_file(out / "latency.md") as aside:
@@ -447,16 +346,6 @@ def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.
 demo {"finished" if ok else "FAILED"} in {time.monotonic() - start:.0f} s""")
     if not ok:
         raise typer.Exit(1)
-
-
-def _sizes(text: str | None, option: str) -> list[int] | None:
-    if text is not None and not all(b.isdecimal() for b in text.split(",")):
-        raise typer.BadParameter(f"got {text}, allowed are whole numbers with commas between", param_hint=f"--{option}")
-    return None if text is None else [int(b) for b in text.split(",")]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from sbldm_fast.kernels import ddim_step, diffuse, frequency_loss, group_norm_si
 from sbldm_fast.kernels._backend import obstacle, resolve
 from sbldm_fast.training.loop import amp_dtype
 
-PACKAGES = ("torch", "triton", "numpy", "diffusers", "monai", "onnx", "onnxruntime", "openvino", "nibabel", "nilearn")
+PACKAGES = ("torch", "triton", "numpy", "diffusers", "monai", "onnx", "onnxruntime", "openvino", "liger_kernel", "nibabel", "nilearn")
 TOLERANCE = 1e-5
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from sbldm_fast.benchmarks import gpu
 from sbldm_fast.benchmarks.rows import read_rows
 from sbldm_fast.benchmarks.suites import SUITES
 
-from sbldm_fast.cli import Suite, _arguments, bench
+from sbldm_fast.cli_bench import Suite, _arguments, bench
 
 LINE = "sampling --quick --preset demo --steps 1 --rounds 1"
 
@@ -39,25 +38,22 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, capfd: pytest.CaptureFixtur
     record = read_rows(tmp_path / "gpu.jsonl")[0]
     assert [(r["line"], r["code"]) for r in record] == [(LINE, 0), ("sampling --steps 0", 1)]
     assert gpu.run_plan((LINE,), tmp_path, math.inf) == 0
+    assert gpu.run_plan(plan, tmp_path, math.inf) == 1, "what failed goes on failing"
     assert len(read_rows(tmp_path / "sampling.jsonl")[0]) == len(rows), "what is done is not done again"
 
 
-def test_other_sources_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands: list[Any] = []
-
-    real = gpu.subprocess.run
-
-    def run(command: list[str], **options: Any) -> Any:
-        if command[0] != sys.executable:
-            return real(command, **options)
-        commands.append(command)
-        return real(["true"], check=False)
-
-    monkeypatch.setattr(gpu.subprocess, "run", run)
-    for source in ("a", "a", "b"):
-        monkeypatch.setattr(gpu, "source", lambda source=source: source)
-        assert gpu.run_plan((LINE,), tmp_path, math.inf) == 0
-    assert len(commands) == 2
+def test_only_what_this_machine_did_with_these_sources_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    codes = iter([0, 0, -9, 0, 0])
+    monkeypatch.setattr(gpu, "_run", lambda line, *_: ran.append(line) or next(codes))
+    here = gpu.machine()
+    for changed, times in (({}, 1), ({}, 1), ({"source": "b"}, 2), ({"cpu": "another"}, 3), ({"cpu": "another"}, 4)):
+        monkeypatch.setattr(gpu, "machine", lambda changed=changed: here | changed)
+        monkeypatch.setattr(
+            gpu, "head", lambda target, changed=changed, **what: {"target": target, "run": "1", "env": here | changed} | what
+        )
+        gpu.run_plan((LINE,), tmp_path, math.inf)
+        assert len(ran) == times, "one that was killed is run again"
 
 
 def test_a_part_that_takes_too_long_is_left_for_the_next_time(tmp_path: Path) -> None:

@@ -71,6 +71,13 @@ def test_what_it_withholds_is_none(made_up: Any) -> None:
     assert (gpu.clock(), gpu.joules(), gpu.others(), gpu.idle_watts(), gpu.energy(lambda: None, 20.0)) == (None,) * 5
 
 
+def test_an_old_library_tells_less(made_up: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Library, "nvmlSystemGetDriverVersion", lambda self: b"470.1")
+    gpu = made_up(ClockInfo=1500, CurrentClocksEventReasons=None, CurrentClocksThrottleReasons=4)
+    assert gpu.state()["driver"] == "470.1"
+    assert gpu.state()["throttle_reasons"] == 4
+
+
 def test_without_it_the_reason_is_kept(made_up: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert made_up(init="Driver/library version mismatch").state() == {"obstacle": "Driver/library version mismatch"}
     monkeypatch.setitem(sys.modules, "pynvml", None)
@@ -102,9 +109,9 @@ def test_energy_by_hand(made_up: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("clocks", "neighbours", "remarks"),
     [
-        ([1500, 1490, 1480], 0, []),
-        ([1500, 1124, 1500], 0, ["throttled: the clock fell to 75% of its start"]),
-        ([1500, 1500, 1500], 2, ["2 other processes on the GPU"]),
+        ([1500, 1490, 1480, 1480, 1480], 0, []),
+        ([1500, 1124, 1300, 1300, 1300], 0, ["throttled: the clock fell to 75% of its start"]),
+        ([1500, 1500, 1500, 1500, 1500], 2, ["2 other processes on the GPU"]),
     ],
 )
 def test_rows_say_what_disturbed_them(
@@ -117,7 +124,7 @@ def test_rows_say_what_disturbed_them(
         monkeypatch.setattr(harness, name, lambda *_, **__: 0)
     (row,) = measure({"a": Case(lambda: lambda: torch.ones(1), "a", 0.0)}, rounds=3, base="a", device=torch.device("cuda"))
     assert [r for r in row["remarks"] if not r.startswith("spread")] == remarks
-    assert row["clock_mhz"] == [clocks[0], min(clocks), clocks[-1]]
+    assert row["clock_mhz"] == {"start": clocks[0], "median": sorted(clocks)[len(clocks) // 2], "least": min(clocks)}
 
 
 def test_an_old_driver_is_the_reason_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,8 @@ def test_every_link_leads_to_a_row_that_holds_the_figure(page: tuple[Path, dict[
     assert set(links) <= set(ids)
     rows = {i: json.loads(html.unescape(body)) for i, body in re.findall(r'<details id="(r\d+)">.*?<pre>(.*?)</pre>', text, re.DOTALL)}
     assert len(rows) == done["rows"]
-    cells = re.findall(r'<a href="#(r\d+)">([\d.]+)\*?</a>', text)
+    # what the T4's section has is a model's error, which no row holds
+    cells = re.findall(r'<a href="#(r\d+)">([\d.]+)[*†]?</a>', text[: text.index('<section id="t4">')])
     assert len(cells) > 50
     for i, figure in cells:
         r, digits = rows[i], len(figure.partition(".")[2])
@@ -67,8 +68,7 @@ def test_every_link_leads_to_a_row_that_holds_the_figure(page: tuple[Path, dict[
             (r.get("peak_bytes") or 0) / 2**20,
         ]
         held += [c["ms_per_image"] for c in r.get("cost", [])]
-        modelled = r["target"] in ("kernels", "sampling")  # the errors of the model are not in a row
-        assert modelled or any(v is not None and f"{v:.{digits}f}" == figure for v in held), (figure, r["at"])
+        assert any(v is not None and f"{v:.{digits}f}" == figure for v in held), (figure, r["at"])
 
 
 def test_it_has_what_was_measured_and_says_what_was_not(page: tuple[Path, dict[str, Any]]) -> None:

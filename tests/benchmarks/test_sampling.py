@@ -9,7 +9,8 @@ import pytest
 import torch
 from sbldm_fast.benchmarks import providers as module
 from sbldm_fast.benchmarks.harness import failures
-from sbldm_fast.benchmarks.providers import FLOAT, Diffusers, Monai, Ours, Problem, Reference, Runtime, providers
+from sbldm_fast.benchmarks.problem import Problem
+from sbldm_fast.benchmarks.providers import FLOAT, Diffusers, Monai, Ours, Reference, Runtime, providers
 from sbldm_fast.benchmarks.sampling import bench_sampling
 from sbldm_fast.benchmarks.table import sampling_table
 
@@ -22,6 +23,7 @@ def test_rows_are_complete_and_gated() -> None:
     rows = list(bench_sampling(preset_name="demo", steps=(2, 3), batches=(2,), rounds=2, compiled=False))
     assert [r["steps"] for r in rows] == sorted(r["steps"] for r in rows)
     rows = [r for r in rows if r["steps"] == 3]
+    assert {k: round(v / 1e6) for k, v in rows[0]["parameters"].items()} == {"ours": 4, "diffusers": 4, "monai": 4}
     names = [r["provider"] for r in rows]
     assert names[0] == "reference"
     assert len(names) == len(set(names))
@@ -92,6 +94,8 @@ def test_monai_steps_the_betas_of_the_preset() -> None:
     problem = Problem("paper", 5, 1, CPU)
     ours, monai = problem.ours[1], problem.monai[1]
     assert torch.equal(monai.alphas_cumprod, ours.alphas_cumprod)
+    first, second = (problem.monai[0](torch.randn_like(problem.noise), torch.tensor([1])) for _ in range(2))
+    assert (first - second).abs().max() > 1e-3, "its prediction depends on what it is given, or nothing would be compared"
     x, m = torch.randn(2, *problem.noise.shape)
     for s in (ours, monai):
         s.set_timesteps(5)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from sbldm_fast.benchmarks.charts import standalone
-from sbldm_fast.benchmarks.table import Table, headline, render
+from sbldm_fast.benchmarks.table import Table, groups, headline, render, sampling_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,16 +54,47 @@ def test_markdown_by_hand() -> None:
     assert table.markdown() == "| a | b |\n|---|---:|\n| x | 1 |\n| y | 2 |\n\nbelow"
 
 
+def test_presets_and_steps_are_not_mixed() -> None:
+    rows = [{"target": "sampling", "preset": p, "steps": s} for p, s in (("demo", 50), ("paper", 10), ("paper", 50), ("paper", 10))]
+    assert [[(r["preset"], r["steps"]) for r in g] for g in groups(rows)] == [[("paper", 50)], [("paper", 10)] * 2, [("demo", 50)]]
+
+
+def test_figures_with_a_remark_are_marked() -> None:
+    env = {"gpu": "x", "packages": {}, "commit": "c"}
+    row = {
+        "target": "sampling",
+        "preset": "p",
+        "steps": 1,
+        "batch": 1,
+        "run": "2026",
+        "env": env,
+        "n": 2,
+        "median_s": 1.0,
+        "ms_per_step": 1.0,
+    }
+    rows = [
+        row | {"provider": "a", "remarks": ["spread 20%"]},
+        row | {"provider": "b", "remarks": []},
+        row | {"provider": "c", "absent": "gone"},
+    ]
+    text = sampling_table(rows).markdown()
+    assert "| a | 1.00† |" in text
+    assert "| b | 1.00 |" in text
+    assert "†: an interquartile range of more than a tenth." in text
+    assert "Without a figure: c (gone)." in text
+
+
 def test_the_headline_by_hand() -> None:
-    row = {"batch": 1, "steps": 50, "parity": {"ok": True}, "env": {"gpu": "NVIDIA T4"}}
+    row = {"batch": 1, "steps": 50, "dtype": "float32", "parity": {"ok": True}, "env": {"gpu": "NVIDIA T4"}}
     rows = [
         row | {"provider": "FastSampler compile float32", "median_s": 0.5, "ms_per_image": 500.0},
         row | {"provider": "FastSampler wrong", "median_s": 0.1, "ms_per_image": 100.0, "parity": {"ok": False}},
+        row | {"provider": "FastSampler half", "median_s": 0.2, "ms_per_image": 200.0, "dtype": "float16"},
         row | {"provider": "diffusers", "median_s": 2.0, "ms_per_image": 2000.0},
         row | {"provider": "diffusers torch.compile", "median_s": 0.75, "ms_per_image": 750.0},
         row | {"provider": "diffusers under FastSampler compile", "median_s": 0.6, "ms_per_image": 600.0},
     ]
     assert headline(rows) == (
         "**500 ms an image** with `FastSampler compile float32`: 4.00 times as fast as diffusers' own loop (2000 ms) and 1.50 times "
-        "as fast as the fastest peer (diffusers torch.compile, 750 ms); 50 DDIM steps, batch 1, NVIDIA T4."
+        "as fast as the fastest peer (diffusers torch.compile, 750 ms); 50 DDIM steps, batch 1, float32, NVIDIA T4."
     )

@@ -1,0 +1,133 @@
+"""The commands that measure: bench, bench --compare, report."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Suite = StrEnum("Suite", ["kernels", "sampling", "training", "export", "memory", "startup", "scaling", "solvers"])
+
+
+def bench(
+    suites: Annotated[list[Suite] | None, typer.Argument(help="What to measure.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute or less: few steps and rounds, nothing that compiles.")] = False,
+    preset: Annotated[str | None, typer.Option(help="paper, template or demo (default: paper).")] = None,
+    steps: Annotated[str | None, typer.Option(help="Solver or training steps, e.g. 50 or 10,50.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, e.g. 1,8.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Interleaved repetitions.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Of each process of scaling.")] = None,
+    processes: Annotated[str | None, typer.Option(help="Numbers of processes of scaling, e.g. 1,2.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="An op to time; may be given again (default: all).")] = None,
+    large: Annotated[bool | None, typer.Option("--large/--no-large", help="Also ops on 64 MB and more.")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Also through torch.compile, which takes minutes.")
+    ] = None,
+    half: Annotated[bool | None, typer.Option("--half/--no-half", help="Also in the machine's native half precision.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append to (default: results/MACHINE/SUITE.jsonl).")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option("--compare", help="Two row files, before and after, to judge instead.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure in turns, against peers, gated by parity. Example: sbldm-fast bench sampling --quick
+
+    Rows are written as they are made. Exit code 1: a provider failed, or differs from what it must equal; with --compare: one is slower.
+    """
+    if compare is not None:
+        _compare(*compare, as_json)
+        return
+    if not suites:
+        raise typer.BadParameter(f"got none, allowed are {', '.join(Suite)}, or --compare BEFORE AFTER", param_hint="SUITES")
+    from sbldm_fast.benchmarks.harness import failures
+    from sbldm_fast.benchmarks.rows import append, machine, machine_name
+    from sbldm_fast.benchmarks.suites import SUITES
+    from sbldm_fast.benchmarks.table import TABLES, groups
+
+    given = {"preset_name": preset, "steps": _sizes(steps, "steps"), "batch": _sizes(batch, "batch"), "rounds": rounds, "seconds": seconds,
+             "processes": _sizes(processes, "processes"), "ops": op, "large": large, "compiled": compiled, "half": half}  # fmt: skip
+    wrong = []
+    for suite in suites:
+        run, short = SUITES[suite.value]
+        arguments = (short if quick else {}) | _arguments(run, {k: v for k, v in given.items() if v is not None}, suite.value)
+        file, rows = out or Path("results") / machine_name(machine()) / f"{suite.value}.jsonl", []
+        for row in run(**arguments, say=say):
+            append(file, [row])
+            rows.append(row)
+        wrong += failures(rows)
+        tables = [] if as_json else [TABLES[suite.value](group).markdown() for group in groups(rows)]
+        print("\n".join(json.dumps(row) for row in rows) if as_json else "\n\n".join(tables))
+        say(f"{len(rows)} rows appended to {file}; sbldm-fast report {file.parent} shows them")
+    for line in wrong:
+        print(f"FAILED {line}", file=sys.stderr)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _arguments(run: Callable[..., Any], given: dict[str, Any], suite: str) -> dict[str, Any]:
+    """What was typed, as the suite takes it."""
+    known = inspect.signature(run).parameters
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        key = "batches" if name == "batch" and "batches" in known else name
+        option = {"preset_name": "preset", "ops": "op", "compiled": "compile"}.get(name, name)
+        if key not in known:
+            raise typer.BadParameter(f"got {value}, allowed with suite {suite} is none", param_hint=f"--{option}")
+        single = isinstance(value, list) and not isinstance(known[key].default, tuple)
+        if single and len(value) > 1:
+            raise typer.BadParameter(f"got {value}, allowed with suite {suite} is one number", param_hint=f"--{option}")
+        found[key] = value[0] if single else value
+    return found
+
+
+def _compare(before: Path, after: Path, as_json: bool) -> None:
+    from sbldm_fast.benchmarks.rows import read_rows
+    from sbldm_fast.benchmarks.verdicts import bad, verdict_table
+    from sbldm_fast.benchmarks.verdicts import compare as judge
+
+    (old, faults), (new, more) = read_rows(before), read_rows(after)
+    verdicts = judge(old, new)
+    print(json.dumps([v._asdict() for v in verdicts]) if as_json else verdict_table(verdicts))
+    for line in (*faults, *more):
+        print(line, file=sys.stderr)
+    if not verdicts:
+        print("no timed rows to compare", file=sys.stderr)
+    if bad(verdicts) or faults or more or not verdicts:
+        raise typer.Exit(1)
+
+
+def report(
+    results: Annotated[list[Path] | None, typer.Argument(help="Row files, or folders of them (default: results).")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page to write.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Write results as one HTML page that needs nothing else. Example: sbldm-fast report results -o report.html"""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("report: it draws with matplotlib, which is not installed: pip install 'sbldm_fast[bench]'")
+    from sbldm_fast.benchmarks.report import write_report
+
+    done = write_report(results or [Path("results")], out)
+    for line in done["faults"]:
+        print(line, file=sys.stderr)
+    print(json.dumps(done) if as_json else f"{done['rows']} rows of {', '.join(done['machines'])}: {out}")
+    if done["faults"]:
+        raise typer.Exit(1)
+
+
+def _sizes(text: str | None, option: str) -> list[int] | None:
+    if text is not None and not all(b.isdecimal() for b in text.split(",")):
+        raise typer.BadParameter(f"got {text}, allowed are whole numbers with commas between", param_hint=f"--{option}")
+    return None if text is None else [int(b) for b in text.split(",")]
+
+
+def say(text: str) -> None:
+    """Progress, beside what a program may read."""
+    print(text, file=sys.stderr, flush=True)
