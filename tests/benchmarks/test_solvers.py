@@ -9,14 +9,14 @@ from sbldm_fast.benchmarks.table import pareto, solvers_table
 
 
 def test_more_steps_are_nearer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CONVERGED", 100)
-    rows = {r["provider"]: r for r in bench_solvers(batch=1, steps=(5, 20, 100), rounds=1)}
+    monkeypatch.setattr(module, "CONVERGED", 30)
+    rows = {r["provider"]: r for r in bench_solvers(batch=1, steps=(3, 10, 30), rounds=1)}
     assert len(rows) == 9
-    assert rows["ddim 100"]["rms"] < 1e-6, "the converged images themselves"
-    assert rows["ddim 20"]["rms"] < rows["ddim 5"]["rms"]
+    assert rows["ddim 30"]["rms"] < 1e-6, "the converged images themselves"
+    assert rows["ddim 10"]["rms"] < rows["ddim 3"]["rms"]
     assert all(r["median_s"] > 0 for r in rows.values())
     text = solvers_table(list(rows.values())).markdown()
-    assert f"| ddim | 5 | {rows['ddim 5']['rms']:.4f} |" in text
+    assert f"| ddim | 3 | {rows['ddim 3']['rms']:.4f} |" in text
 
 
 def test_the_front_by_hand() -> None:
