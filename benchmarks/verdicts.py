@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median
 from typing import NamedTuple
 
 from .harness import approximate, difference
@@ -45,9 +46,9 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Verdict]:
     """A verdict for each provider that either set has, by the last run of each problem.
 
     FAST and SLOW: the intervals do not meet, the medians differ by 2 % or more, and so they do in cycles where both rows have
-    clocks. SAME: all of either interval lies within 5 % of the other. AMBIGUOUS: anything else, fewer than six samples, rows that were
-    disturbed, and rows of different machines.
-    WRONG: no parity, or failed. GONE, NEW: in one set only.
+    clocks, and beside the base of the same run, sample by sample: what slows a whole machine slows the base as well. SAME: all of
+    either interval lies within 5 % of the other. AMBIGUOUS: anything else, fewer than six samples, rows that were disturbed, and rows
+    of different machines. WRONG: no parity, or failed. GONE, NEW: in one set only.
     """
     old, new = ({(*problem(r), r["provider"]): r for r in latest(rows)} for rows in (before, after))
     found = []
@@ -56,6 +57,8 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Verdict]:
         if not any(r and ("raw_s" in r or "failed" in r) for r in (a, b)):
             continue  # absent in both
         verdict, reason, factor = _judge(a, b)
+        if verdict in ("FAST", "SLOW") and a and b:
+            verdict, reason = _beside(verdict, a, b, *(_base(key, rows) for rows in (old, new)))
         found.append(Verdict(verdict, reason, key[-1], " ".join(str(k) for k in key[:-1] if k is not None), factor))
     return found
 
@@ -84,6 +87,23 @@ def _judge(a: Row | None, b: Row | None) -> tuple[str, str, float | None]:
         if _verdict(before, after, factor * clocks[1] / clocks[0]) != verdict:
             return "AMBIGUOUS", "in seconds, but not in cycles of the clock", factor
     return verdict, "", factor
+
+
+def _base(key: tuple[object, ...], rows: dict[tuple[object, ...], Row]) -> Row | None:
+    """The row that the speed-ups of a row's problem are over."""
+    over = (rows[key].get("speedup") or {}).get("over")
+    found = rows.get((*key[:-1], over))
+    return found if found and "raw_s" in found else None
+
+
+def _beside(verdict: str, a: Row, b: Row, base_a: Row | None, base_b: Row | None) -> tuple[str, str]:
+    """The verdict, if it holds of the samples over those of the base in the same round."""
+    if base_a is None or base_b is None or a["provider"] == base_a["provider"]:
+        return "AMBIGUOUS", "in seconds; nothing beside it tells the machine from the program"
+    ratios = [[s / t for s, t in zip(r["raw_s"], base["raw_s"], strict=False)] for r, base in ((a, base_a), (b, base_b))]
+    if _verdict(interval(ratios[0]), interval(ratios[1]), median(ratios[1]) / median(ratios[0])) != verdict:
+        return "AMBIGUOUS", f"in seconds, but not beside {base_a['provider']} of the same run"
+    return verdict, ""
 
 
 def _verdict(a: Sequence[float], b: Sequence[float], factor: float) -> str:

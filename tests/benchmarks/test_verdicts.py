@@ -17,12 +17,18 @@ ENV = {"gpu": None, "cpu": "c", "cores": 2, "threads": 2, "cpu_capability": "AVX
 
 def row(raw: list[float], **what: Any) -> dict[str, Any]:
     base = {"target": "sampling", "run": "1", "preset": "p", "batch": 1, "steps": 2, "provider": "a", "env": ENV}
-    return base | summary(raw) | {"parity": {"against": "a", "error": 0.0, "ok": True}} | what
+    base |= {"parity": {"against": "a", "error": 0.0, "ok": True}, "speedup": {"over": "base", "factor": 1.0}}
+    return base | summary(raw) | what
+
+
+def beside(r: dict[str, Any], factor: float = 1.0) -> dict[str, Any]:
+    """The base of a row's run: a machine that was slower by `factor`."""
+    return r | summary([factor] * len(r.get("raw_s", [1.0]))) | {"provider": "base", "parity": {"ok": True}}
 
 
 def judge(a: dict[str, Any], b: dict[str, Any]) -> Verdict:
-    (verdict,) = compare([a], [b])
-    return verdict
+    found = compare([a, beside(a)], [b, beside(b)])
+    return next(v for v in found if v.provider == "a")
 
 
 def around(centre: float, width: float, n: int = 11) -> list[float]:
@@ -94,7 +100,8 @@ def test_what_is_wrong_failed_gone_or_new() -> None:
 
 
 def test_the_last_run_counts() -> None:
-    (found,) = compare([row(around(9, 0.1)), row(around(1, 0.01), run="2")], [row(around(2, 0.01))])
+    before, after = row(around(1, 0.01), run="2"), row(around(2, 0.01))
+    found = compare([row(around(9, 0.1)), before, beside(before)], [after, beside(after)])[0]
     assert found[:2] == ("SLOW", "")
     assert "| SLOW | sampling p 1 2 | a | 2.000 |  |" in verdict_table([found])
 
@@ -104,3 +111,14 @@ def test_few_or_disturbed_samples_decide_nothing() -> None:
     throttled = row(around(2, 0.01), remarks=["spread 12%", "throttled: the clock fell to 60% of its start"])
     assert judge(row(around(1, 0.01)), throttled)[:2] == ("AMBIGUOUS", "now: throttled: the clock fell to 60% of its start")
     assert judge(row(around(1, 0.01)), row(around(2, 0.01), remarks=["spread 12%"])).verdict == "SLOW"
+
+
+def test_a_machine_that_was_slower_is_not_a_program_that_is() -> None:
+    before, after = row(around(1, 0.01)), row(around(2, 0.01))
+    verdicts = compare([before, beside(before)], [after, beside(after, 2.0)])
+    assert [v.verdict for v in verdicts] == ["AMBIGUOUS", "AMBIGUOUS"]
+    assert verdicts[0].reason == "in seconds, but not beside base of the same run"
+    assert verdicts[1].reason == "in seconds; nothing beside it tells the machine from the program"
+    assert not bad(verdicts)
+    assert compare([before], [after])[0].verdict == "AMBIGUOUS", "nor can it be told without a base"
+    assert compare([before, beside(before)], [after, beside(after, 1.2)])[0].verdict == "SLOW"

@@ -96,9 +96,15 @@ def test_another_schedule_is_another_pipeline(pipeline: Path, tmp_path: Path) ->
         make(other, tmp_path / "o", 1)
 
 
+def interruptible() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_what_is_finished_survives(pipeline: Path, tmp_path: Path, sent: int) -> None:
-    process = subprocess.Popen(command(pipeline, tmp_path, 4000, "--mode", "eager"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    arguments = command(pipeline, tmp_path, 4000, "--mode", "eager")
+    # who runs the tests in the background has SIGINT ignored, and every process that is started inherits it
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("0*.png"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
