@@ -100,7 +100,8 @@ def sampling_table(rows: Sequence[Row]) -> Table:
     names = dict.fromkeys(name for name, _ in found)
     body: list[list[Cell]] = [[name, *(cell for b in batches for cell in found.get((name, b), ["", ""]))] for name in names]
     columns = [column for b in batches for column in (f"batch {b}: ms/step", f"× {over}")]
-    compiling = {r["provider"]: r["compile_s"] for r in rows if r["batch"] == batches[0] and (r.get("compile_s") or 0) > 1}
+    made = [r for r in rows if r["batch"] == batches[0] and ("compile" in r["provider"] or "graph" in r["provider"])]
+    compiling = {r["provider"]: r["compile_s"] for r in made if (r.get("compile_s") or 0) > 1}
     if compiling:
         columns.append("compiling, s")
         body = [[*line, f"{compiling[str(line[0])]:.0f}" if line[0] in compiling else ""] for line in body]
