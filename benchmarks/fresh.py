@@ -164,7 +164,7 @@ def main(job: Row) -> Row:
     import torch
 
     from sbldm_fast import AutoencoderKL, preset
-    from sbldm_fast.training.loop import Ranks, torchrun
+    from sbldm_fast.training.ranks import Ranks, torchrun
 
     from .harness import wait, why_not
     from .problem import Problem

@@ -40,13 +40,13 @@ PLAN = (
 )
 
 
-def main(results: str = "benchmarks/results", minutes: float = MINUTES) -> int:
+def main(results: str = "benchmarks/results") -> int:
     """Run what is not done yet; 0 if all of it is done and right, 1 if something failed or time ran out, 2 without CUDA."""
     if not torch.cuda.is_available():
         print("make gpu needs a CUDA device, and this PyTorch sees none", file=sys.stderr)
         return 2
     folder = Path(results) / machine_name(machine())
-    return run_plan(PLAN, folder, time.monotonic() + 60 * minutes)
+    return run_plan(PLAN, folder, time.monotonic() + 60 * MINUTES)
 
 
 def run_plan(plan: tuple[str, ...], folder: Path, deadline: float) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,16 +31,16 @@ FLOAT = torch.float32
 
 
 @dataclass(frozen=True)
-class Provider:
+class Provider(ABC):
     """Who samples; `dtype` is the precision of the UNet's arithmetic, `compiled` a mode of torch.compile or None for eager."""
 
     dtype: torch.dtype = FLOAT
     compiled: str | None = None
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """As it is called in the rows."""
-        raise NotImplementedError
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -61,9 +62,9 @@ class Provider:
         """The plain loop in the same precision, whose error is allowed twice."""
         return None
 
+    @abstractmethod
     def build(self, p: Problem) -> Output:
         """The run that is timed: noise to latents."""
-        raise NotImplementedError
 
     def case(self, p: Problem) -> Case:
         """The provider on a problem, for the harness."""
@@ -214,11 +215,11 @@ class Monai(Provider):
 class Runtime(Provider):
     """diffusers' loop with its UNet in ONNX Runtime or OpenVINO on a CPU, with as many threads as PyTorch."""
 
-    library: str = "ONNX Runtime"
+    runtime: str = "ONNX Runtime"
 
     @property
     def name(self) -> str:
-        return f"diffusers {self.library}{self.suffix}"
+        return f"diffusers {self.runtime}{self.suffix}"
 
     against = "diffusers"
 
@@ -230,7 +231,7 @@ class Runtime(Provider):
         if p.device.type != "cpu":
             raise Absent("a runtime for CPUs")
         threads = torch.get_num_threads()
-        if self.library == "ONNX Runtime":
+        if self.runtime == "ONNX Runtime":
             import onnxruntime
 
             options = onnxruntime.SessionOptions()
@@ -328,7 +329,7 @@ def providers(device: torch.device, dtypes: Sequence[torch.dtype], compiled: boo
         if compiled and not graphs:
             if dtype == FLOAT:
                 yield Exported()
-            yield from (Runtime(dtype, library=library) for library in ("ONNX Runtime", "OpenVINO")[dtype != FLOAT :])
+            yield from (Runtime(dtype, runtime=runtime) for runtime in ("ONNX Runtime", "OpenVINO")[dtype != FLOAT :])
         yield Monai(dtype)
         if compiled:
             yield Monai(dtype, "default")

@@ -24,8 +24,9 @@ from sbldm_fast.models.config import Preset, SchedulerConfig
 from sbldm_fast.models.weights import read_tensors, write_tensors
 
 from . import checkpoint
-from .loop import LossOf, Optimisation, Ranks, train
+from .loop import LossOf, Optimisation, train
 from .objective import Objective
+from .ranks import Ranks
 
 KL_WEIGHT = 1e-5
 KL_EPOCHS = 20  # linear anneal

@@ -81,11 +81,11 @@ def test_an_absent_peer_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_runtimes_agree_or_are_absent() -> None:
     problem = Problem("demo", 2, 2, CPU)
     wanted = Diffusers().build(problem)()
-    for library in ("ONNX Runtime", "OpenVINO"):
+    for runtime in ("ONNX Runtime", "OpenVINO"):
         try:
-            got = Runtime(library=library).build(problem)()
+            got = Runtime(runtime=runtime).build(problem)()
         except ImportError:
-            assert library == "OpenVINO", "onnxruntime comes with the extras that tests need"
+            assert runtime == "OpenVINO", "onnxruntime comes with the extras that tests need"
             continue
         assert torch.allclose(got, wanted, atol=1e-4)
 
