@@ -26,4 +26,4 @@ def bench_export(
     """
     who = list(exported(torch.device("cuda" if torch.cuda.is_available() else "cpu"), compiled))
     options = {"preset_name": preset_name, "steps": steps, "batches": batches, "rounds": rounds, "say": say}
-    yield from bench_sampling(**options, who=who, target="export", base="reference", energy=False)  # type: ignore[arg-type]  # as they came
+    yield from bench_sampling(**options, who=who, target="export", base="reference")  # type: ignore[arg-type]  # as they came

@@ -1,98 +1,257 @@
-"""The benchmark of `make gpu`: every suite on the CUDA device, in the order of what is asked first, within a time.
+"""Everything that a GPU can tell in ten minutes, in the order of what matters: python -m sbldm_fast.benchmarks.gpu -o FOLDER
 
-Each line of the plan is a process of its own, so that one that dies takes nothing with it. The rows of a problem are written when it is
-done. What a run had no time for, the next one does: `gpu.jsonl` beside the rows records what this machine has finished with these sources.
-What torch.compile had made until it was cut off is in its cache then. Not run on CUDA yet.
+Plain Python: no make, no install (`PYTHONPATH` of a copied tree is enough), no network; diffusers, MONAI and nilearn are used where they
+are. Each part of the plan is a process of its own with a time of its own, so that one that hangs or dies takes nothing with it: it gets an
+interrupt (SIGINT) and half a minute to write what it has, then it is killed. Rows are written as they come to `rows.jsonl`, which is whole
+whenever the command is killed; what this machine has finished with these sources is not done again by the next call.
+
+FOLDER has at most six files: rows.jsonl, log.txt (what the parts printed), table.md (also printed last), gpu.tar.gz (the three).
 """
 
 from __future__ import annotations
 
-import math
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import importlib.util
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO, Any, NamedTuple
+from xml.etree import ElementTree
 
-import torch
+from .rows import Row, append, machine_id, read_rows
+from .table import gpu_summary
 
-from .kernels import OPS
-from .rows import Row, append, head, machine, machine_id, machine_name, read_rows
-
-MINUTES = 6.0  # of the 8 that `make gpu` may take; parity takes the rest
-PLAN = (
-    "sampling --batch 1 --rounds 10 --no-compile",
-    "kernels --op ceilings --rounds 10",
-    "kernels --op group_norm_silu --no-large --rounds 6",
-    "kernels " + " ".join(f"--op {op}" for op in OPS[1:]) + " --no-large --rounds 6",
-    "sampling --batch 16 --rounds 10 --no-compile",
-    "training --steps 20 --rounds 6 --no-compile",
-    "solvers --rounds 6",
-    "startup --rounds 2 --no-compile",
-    "memory --no-compile",
-    "scaling --seconds 8 --no-compile",
-    "export --batch 1 --rounds 6 --no-compile",
-    "sampling --batch 1 --rounds 10 --no-half",
-    "sampling --batch 1 --rounds 10",
-    *(f"kernels --op {op} --rounds 6" for op in OPS),
-    "training --steps 20 --rounds 6",
-)
+GRACE = 25.0  # seconds that a part has to end after its interrupt
+LAST = 8.0  # seconds for the table and the archive
+MEMORY = 60 * 2**20  # bytes that one sample of the headline wants, all providers together
+WORKERS = max(1, min(14, (os.cpu_count() or 2) - 2))  # of parity: most of a test is compiling, on the processor
+BATCHES = (1, 64, 8, 256)  # of the headline, in the order of what matters
 
 
-def main(results: str = "benchmarks/results") -> int:
-    """Run what is not done yet; 0 if all of it is done and right, 1 if something failed or time ran out, 2 without CUDA."""
-    if not torch.cuda.is_available():
-        print("make gpu needs a CUDA device, and this PyTorch sees none", file=sys.stderr)
-        return 2
-    folder = Path(results) / machine_name(machine())
-    return run_plan(PLAN, folder, time.monotonic() + 60 * MINUTES)
+class Part(NamedTuple):
+    """A process of the plan: a module of this package with its arguments, or pytest, and how long it may take."""
+
+    name: str
+    command: str
+    seconds: float
 
 
-def run_plan(plan: tuple[str, ...], folder: Path, deadline: float) -> int:
-    """The lines of `plan` that `folder` does not record as finished on this machine with these sources, until `deadline`.
+def plan(device: str, batches: Sequence[int] = BATCHES) -> list[Part]:
+    """The parts in the order of what matters; on a CPU tiny ones, to try the command itself."""
+    if device == "cpu":
+        tiny = "bench {} --preset demo --rounds 3 --no-compile"
+        return [
+            Part("checks: ops", "checks ops", 120),
+            Part("checks: loops", "checks graphs --preset demo", 60),
+            *(Part(f"headline: batch {b}", f"{tiny.format('sampling')} --steps 2 --dtype float32 --images --batch {b}", 60) for b in (1, 2)),
+            Part("launches", "launches --preset demo", 60),
+            Part("parity: ops", "pytest tests/kernels/test_philox_normal.py", 60),
+            Part("ops: ceilings", "bench kernels --op ceilings --rounds 3 --seconds 2", 60),
+            Part("training", f"{tiny.format('training')} --batch 2 --steps 1 --dtype float32", 60),
+        ]
+    headline = "bench sampling --no-compile --images --dtype float32,float16,bfloat16"
+    parts = [Part(f"headline: batch {b}", f"{headline} --batch {b} --rounds {20 if b == 1 else 9} --seconds 15", 110) for b in batches]
+    ops = "bench kernels --no-large --no-compile --rounds 7 --seconds 1"
+    others = "--op ddim_step --op solver_step --op frequency_loss --op spectral_mse --op philox_normal --op diffuse"
+    tests, loops = "pytest -m gpu -k 'not compile and not fuzz'", "tests/sbldm_fast/test_sampling.py tests/sbldm_fast/test_training.py"
+    training = "bench training --steps 50 --rounds 5 --seconds 20"
+    return [
+        Part("checks: ops", "checks ops", 60),
+        Part("checks: loops", "checks graphs", 45),
+        Part("launches", "launches", 45),
+        Part("parity: captures", f"{tests} tests/kernels/test_cuda.py", 60),
+        Part("parity: ops", f"{tests} -n {WORKERS} tests/kernels --ignore=tests/kernels/test_cuda.py", 120),
+        *parts[:2],
+        Part("parity: loops", f"{tests} {loops}", 60),
+        *parts[2:],
+        Part("ops: ceilings", "bench kernels --op ceilings --rounds 7 --seconds 3", 45),
+        Part("ops: norm", f"{ops} --op group_norm_silu", 90),
+        Part("ops: others", f"{ops} {others}", 120),
+        Part("training", f"{training} --no-compile --dtype float32,float16,bfloat16", 90),
+        Part("headline: compiled", "bench sampling --batch 1 --dtype float32,float16 --rounds 9 --seconds 15", 400),
+        Part("energy", "bench sampling --batch 64 --no-compile --dtype float32,float16 --rounds 5 --energy", 120),
+        Part("ops: large", f"{ops.replace('--no-large', '--large')} --op group_norm_silu {others}", 300),
+        Part("training: compiled", f"{training} --dtype float16", 300),
+        Part("parity: fuzz", f"pytest -m gpu -n {WORKERS} tests/kernels/test_fuzz.py", 600),
+        Part("parity: compiled", "pytest -m gpu -k compile -n 2 tests/kernels tests/sbldm_fast/test_sampling.py", 300),
+    ]
 
-    A line that ended in failure is finished and goes on failing; one that was killed is run again.
-    """
-    here = machine()
-    finished = {r["line"]: r["code"] for r in _record(folder) if _same(r["env"], here)}
-    left = []
-    for line in (line for line in plan if finished.get(line, -1) < 0):
-        rest = deadline - time.monotonic()
-        code = _run(line, folder, rest) if rest > 0 else None
-        if code is None:
-            left.append(line)
-            continue
-        finished[line] = code
-        append(folder / "gpu.jsonl", [head("gpu", line=line, code=code)])
-    failed = [line for line in plan if finished.get(line)]
-    print(f"\nrows in {folder}; {len(plan) - len(left)} of {len(plan)} parts done")
-    for why, lines in (("failed, or without parity", failed), ("no time, the same command goes on", left)):
-        for line in lines:
-            print(f"{why}: {line}")
-    return 1 if failed or left else 0
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0: all of it is done and right; 1: something failed or time ran out; 2: nothing could be begun."""
+    parser = argparse.ArgumentParser(prog="python -m sbldm_fast.benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results; run again it goes on")
+    parser.add_argument("--minutes", type=float, default=9.0, help="that the whole may take")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the command itself, dry, at tiny sizes")
+    given = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * given.minutes - LAST
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+        with (given.out / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            env = probe(given.device)
+            if given.device == "cuda" and not env["gpu"]:
+                print(f"gpu: --device cuda needs a CUDA device, and this PyTorch sees none: {env['no_gpu']}", file=sys.stderr)
+                return 2
+            return run(given.out, given.device, env, deadline)
+    except BlockingIOError:
+        print(f"gpu: another run is at work in {given.out}; wait for it, or give another folder", file=sys.stderr)
+    except OSError as error:
+        print(f"gpu: {given.out} cannot be written: {error.strerror}", file=sys.stderr)
+    return 2
 
 
-def _run(line: str, folder: Path, seconds: float) -> int | None:
-    """The exit code of a line, or None when its time was over; what it had started goes with it."""
-    print(f"\n$ sbldm-fast bench {line}", flush=True)
-    command = [sys.executable, "-m", "sbldm_fast", "bench", *line.split(), "-o", str(folder / f"{line.split()[0]}.jsonl")]
-    with subprocess.Popen(command, start_new_session=True) as process:
+def probe(device: str) -> Row:
+    """The environment block of this machine, from a process of its own: one here would hold memory of the GPU while others are timed."""
+    command = [sys.executable, "-m", "sbldm_fast.benchmarks.rows"]
+    found: Row = json.loads(subprocess.run(command, env=variables(device), stdout=subprocess.PIPE, check=True).stdout)
+    return found
+
+
+def variables(device: str) -> dict[str, str]:
+    """The environment variables of a part."""
+    dry = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"} if device == "cpu" else {"SBLDM_FAST_FUZZ": "gpu"}
+    return {**os.environ, "PYTHONUNBUFFERED": "1", **dry}
+
+
+def run(folder: Path, device: str, env: Row, deadline: float) -> int:
+    """The parts that `folder` does not record as finished on this machine with these sources, until `deadline`; then the table."""
+    rows = folder / "rows.jsonl"
+    finished = {r["part"]: r["code"] for r in rows_of(rows, env) if r["target"] == "gpu"}
+    parts = plan(device, fitting(env))
+    if not Path("tests").is_dir():
+        print("parity is left out: there is no folder tests here")
+        parts = [p for p in parts if not p.command.startswith("pytest")]
+    versions = ", ".join(f"{name} {env['packages'].get(name, 'absent')}" for name in ("torch", "triton", "diffusers", "monai"))
+    print(f"{env['gpu'] or env['cpu']}: {versions}; {len(parts)} parts", flush=True)
+    left = [p.name for p in parts]
+    with (folder / "log.txt").open("ab") as log, contextlib.suppress(KeyboardInterrupt):
+        for part in parts:
+            rest = deadline - time.monotonic() - GRACE
+            if finished.get(part.name, -1) < 0 and rest > 0:
+                begun = time.monotonic()
+                code = work(part, rows, device, log, min(part.seconds, rest), env)
+                seconds = round(time.monotonic() - begun, 1)
+                append(rows, [note("gpu", env, part=part.name, code=code, seconds=seconds)])
+                finished[part.name] = code
+                print(f"{'cut off' if code < 0 else f'exit {code}'} after {seconds:5.1f} s: {part.name}", flush=True)
+            if finished.get(part.name, -1) >= 0:
+                left.remove(part.name)
+    text = gpu_summary(rows_of(rows, env), left)
+    (folder / "table.md").write_text(text)
+    with tarfile.open(folder / "gpu.tar.gz", "w:gz") as archive:
+        for name in ("rows.jsonl", "log.txt", "table.md"):
+            archive.add(folder / name, name)
+    print(f"\n{text}\nrows, log and table are in {folder}, packed in gpu.tar.gz")
+    return 1 if left or any(finished.get(p.name) for p in parts) else 0
+
+
+def work(part: Part, rows: Path, device: str, log: IO[bytes], seconds: float, env: Row) -> int:
+    """The exit code of a part, below 0 where its time was over; what it had started goes with it."""
+    words, report = shlex.split(part.command), rows.with_name("parity.xml")
+    if tests := words[0] == "pytest":
+        if importlib.util.find_spec("xdist") is None and "-n" in words:
+            del words[words.index("-n") : words.index("-n") + 2]
+        command = ["-m", *words, "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    else:
+        module = "sbldm_fast" if words[0] == "bench" else f"sbldm_fast.benchmarks.{words.pop(0)}"
+        command = ["-m", module, *words, "-o", str(rows)]
+    log.write(f"\n$ python {shlex.join(command)}\n".encode())
+    log.flush()
+    begun, at = time.monotonic(), log.tell()
+    start = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=variables(device), preexec_fn=_die_with_parent)
+    with start as process:
         try:
-            return process.wait(None if math.isinf(seconds) else seconds)
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return None
+            _end(process)
+            code = -1
+        except KeyboardInterrupt:
+            _end(process)
+            raise
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # workers that it has left
+    if tests:
+        append(rows, [note("parity", env, part=part.name, seconds=round(time.monotonic() - begun, 1), **passed(report))])
+        report.unlink(missing_ok=True)
+    elif part.name.startswith("checks") or code:
+        with Path(log.name).open("rb") as written:
+            written.seek(at)
+            print(written.read().decode(errors="replace")[-3000 if code else -8000 :], flush=True)
+    return code
 
 
-def _same(a: Row, b: Row) -> bool:
-    return all(of(a) == of(b) for of in (machine_id, lambda e: e["source"], lambda e: e["packages"]["torch"]))
+def _die_with_parent() -> None:
+    # a part must not outlive a command that was killed: it would be measured beside the next one
+    os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _record(folder: Path) -> list[Row]:
-    path = folder / "gpu.jsonl"
-    return read_rows(path)[0] if path.exists() else []
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """An interrupt, so that it writes what it has, then the end."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    process.kill()
+
+
+def passed(report: Path) -> Row:
+    """What pytest's report says: how many passed or were skipped, and each failure in a line."""
+    if not report.exists():
+        return {"passed": 0, "skipped": 0, "failures": ["no report: the tests were killed"]}
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    failures = [
+        f"{case.get('classname')}::{case.get('name')}: {(fault.get('message') or '').strip().splitlines()[0][:200]}"
+        for case in cases
+        for fault in (*case.findall("failure"), *case.findall("error"))
+    ]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return {"passed": len(cases) - skipped - len(failures), "skipped": skipped, "failures": failures}
+
+
+def fitting(env: Row) -> list[int]:
+    """The batches of the headline, halved until the GPU's free memory has room for them; and a word on who else is there."""
+    if not env["gpu"]:
+        return list(BATCHES)
+    free, total = env["memory"]["free"], env["memory"]["total"]
+    if others := env["nvml"].get("other_processes"):
+        print(f"{others} other process{'es' if others > 1 else ''} on this GPU: figures are marked, and {free / 2**30:.1f} GiB are free")
+    found: list[int] = []
+    for wanted in BATCHES:
+        batch = wanted
+        while batch > 1 and batch * MEMORY > free:
+            batch //= 2
+        if batch != wanted:
+            print(f"batch {wanted} wants {wanted * MEMORY / 2**30:.1f} GiB, {free / 2**30:.1f} of {total / 2**30:.1f} are free: batch {batch}")
+        found += [batch] * (batch not in found)
+    return found
+
+
+def note(target: str, env: Row, **what: Any) -> Row:
+    """A row of the command itself."""
+    return {"target": target, "run": datetime.now(UTC).isoformat(timespec="seconds"), **what, "env": env}
+
+
+def rows_of(path: Path, env: Row) -> list[Row]:
+    """The rows of one machine, one torch and these sources."""
+
+    def alike(other: Row) -> bool:
+        return all(of(other) == of(env) for of in (machine_id, lambda e: e["source"], lambda e: e["packages"]["torch"]))
+
+    return [r for r in read_rows(path)[0] if alike(r["env"])] if path.exists() else []
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results"))
+    sys.exit(main())

@@ -21,7 +21,9 @@ SPREAD = 0.10  # interquartile range beside the median above which a figure is m
 SETTLE = 0.1  # seconds before each sample on a CPU: the threads of ONNX Runtime go on spinning and would slow whoever comes next
 SAMPLE_SECONDS = 2e-3  # short calls are bundled until a sample lasts this long
 
-AHEAD = 2_000_000  # cycles that the GPU waits before a cold call
+ROUNDS_AT_LEAST = 3  # also where the time is over
+CAPTURED = 20  # calls in one graph
+AHEAD = 10_000_000  # cycles that the GPU waits before a cold call: longer than Python takes for a forward and a backward pass
 LOST = 0.02  # relative: more than this no precision may lose, whatever the plain implementation loses
 
 Output = Callable[[], Any]
@@ -51,36 +53,39 @@ class Case:
 
 
 def measure(
-    cases: Mapping[str, Case], *, rounds: int, base: str, device: torch.device, bundle: bool = False, cold: bool = False,
-    energy: bool = False, say: Callable[[str], None] = lambda _: None,
+    cases: Mapping[str, Case], *, rounds: int, base: str, device: torch.device, seconds: float = math.inf, bundle: bool = False,
+    cold: bool = False, energy: bool = False, say: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:  # fmt: skip
     """A row for each case: warmed up one after the other, then timed in turns, every other round backwards, so that drift favours nobody.
+
+    After `seconds` of timing, or an interrupt (Ctrl-C), no further round begins, though three are made of what was warmed up.
 
     A row has the seconds (raw, median, p10, p90, interquartile range, n), `build_s`, `first_call_s` and `compile_s` (the first call
     beyond the median), on CUDA `peak_bytes` of the second call beyond what was there, `parity` of the first and the last call, `speedup`
     over the case `base` (None without parity), `remarks`, with `cold` the seconds of single calls after the caches were flushed, and with
-    `energy` the joules of a call where NVML counts them. `bundle`: calls of less than 2 ms are timed several at a time, from Python, one
-    after the other. A case that cannot run is a row with `absent` or `failed`, and why; a failure ends nothing but its own case. TF32 is
+    `energy` the joules of a call where NVML counts them. `bundle`: calls of less than 2 ms are timed several at a time, one after the other; on CUDA from one
+    captured graph of `CAPTURED` calls, as a Python call takes longer than a small kernel, or from Python where that fails (`timed` says). A case that cannot run is a row with `absent` or `failed`, and why; a failure ends nothing but its own case. TF32 is
     off, so that float32 means float32.
     """
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
-        return _measure(cases, rounds, base, device, bundle, cold, energy, say)
+        return _measure(cases, rounds, base, device, seconds, bundle, cold, energy, say)
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
 
 
 def _measure(
-    cases: Mapping[str, Case], rounds: int, base: str, device: torch.device, bundle: bool, cold: bool, energy: bool,
+    cases: Mapping[str, Case], rounds: int, base: str, device: torch.device, limit: float, bundle: bool, cold: bool, energy: bool,
     say: Callable[[str], None],
 ) -> list[Row]:  # fmt: skip
     gpu = Gpu() if device.type == "cuda" else None
     calls: dict[str, Output] = {}
+    single: dict[str, Output] = {}
     rows: dict[str, Row] = {}
     results: dict[str, list[Tensor]] = {}
     times: dict[str, int] = {}
     clocks: list[int] = []
-    others = 0
+    others, interrupted = 0, False
 
     def drop(name: str, error: BaseException) -> None:
         rows[name] = {"provider": name, "dtype": cases[name].dtype} | why_not(error)
@@ -96,7 +101,11 @@ def _measure(
         say(f"warming up: {name}")
         row: Row = {"provider": name, "dtype": case.dtype}
         rows[name] = row
+        if interrupted:
+            row["absent"] = "interrupted before its turn"
+            continue
         try:
+            before = allocated(device)
             start = time.perf_counter()
             call = case.build()
             middle = time.perf_counter()
@@ -104,11 +113,15 @@ def _measure(
             wait(device)
             row |= {"build_s": middle - start, "first_call_s": time.perf_counter() - middle}
             results[name] = host(result) if case.against else []
-            before = allocated(device)
             call()
             row["peak_bytes"] = allocated(device, peak=True) - before if device.type == "cuda" else None
-            times[name] = max(1, round(SAMPLE_SECONDS / min(_seconds(call, device)[0] for _ in range(3)))) if bundle else 1
+            times[name], single[name] = 1, call
+            if bundle:
+                call, times[name], row["timed"] = _bundled(call, device)
             calls[name] = call
+        except KeyboardInterrupt:
+            interrupted = True
+            row["absent"] = "interrupted before its turn"
         except Exception as error:  # one provider's failure is its row, not the end of the others
             drop(name, error)
         if not clocks:
@@ -116,19 +129,27 @@ def _measure(
     say(f"timing: {rounds} rounds of {len(calls)} providers")
     raw: dict[str, list[float]] = {name: [] for name in calls}
     last: dict[str, Any] = {}
+    begun = time.perf_counter()
     for i, name in enumerate(turns(list(calls), rounds)):
-        if name not in calls:  # dropped meanwhile
-            continue
-        time.sleep(SETTLE if device.type == "cpu" and not bundle else 0.0)
-        try:
-            seconds, last[name] = _seconds(_several(calls[name], times[name]), device)
-            raw[name].append(seconds / times[name])
-        except Exception as error:  # likewise: memory may run out late
-            drop(name, error)
         if i % len(raw) == 0:
             look()
+            if i >= ROUNDS_AT_LEAST * len(raw) and (interrupted or time.perf_counter() - begun > limit):
+                break
+        if name not in calls:  # dropped meanwhile
+            continue
+        try:
+            time.sleep(SETTLE if device.type == "cpu" and not bundle else 0.0)
+            seconds, last[name] = _seconds(calls[name], device)
+            raw[name].append(seconds / times[name])
+        except KeyboardInterrupt:
+            interrupted = True
+        except Exception as error:  # likewise: memory may run out late
+            drop(name, error)
     look()
     idle = gpu.idle_watts() if gpu and energy else None
+    for name in [name for name in calls if not raw[name]]:
+        rows[name] = {"provider": name, "dtype": cases[name].dtype, "absent": "interrupted before its turn"}
+        del calls[name]
     median = {name: summary(raw[name])["median_s"] for name in calls}
     for name in list(calls):
         case, found, s = cases[name], rows[name], summary(raw[name])
@@ -147,9 +168,9 @@ def _measure(
             else:
                 found["speedup"] = None
             if cold:
-                found["cold"] = summary(_cold(calls[name], rounds, device))
+                found["cold"] = summary(_cold(single[name], rounds, device))
             if gpu and energy:
-                found["energy"] = gpu.energy(calls[name], idle)
+                found["energy"] = gpu.energy(single[name], idle)
         except Exception as error:  # likewise
             drop(name, error)
     return list(rows.values())
@@ -261,6 +282,36 @@ def _seconds(call: Output, device: torch.device) -> tuple[float, Any]:
     out = call()
     wait(device)
     return time.perf_counter() - start, out
+
+
+def _bundled(call: Output, device: torch.device) -> tuple[Output, int, str]:
+    """A call that lasts `SAMPLE_SECONDS` or more, how many of `call` it makes, and how: captured, or from Python."""
+    inner, how = 1, "from Python"
+    if device.type == "cuda":
+        try:
+            call, inner, how = _in_a_graph(_several(call, CAPTURED)), CAPTURED, f"captured, {CAPTURED} calls a graph"
+        except RuntimeError as error:  # a provider that waits for the device, or asks it something
+            torch.cuda.synchronize(device)
+            how = f"from Python: {str(error).strip().splitlines()[0][:120]}"
+    outer = max(1, round(SAMPLE_SECONDS / min(_seconds(call, device)[0] for _ in range(3))))
+    return _several(call, outer), inner * outer, how
+
+
+def _in_a_graph(call: Output) -> Output:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return out
+
+    return replay
 
 
 def _several(call: Output, times: int) -> Output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,11 +57,12 @@ def ours(call: Callable[[], Any]) -> Providers:
 
 
 def bench_kernels(
-    ops: Sequence[str] = PARTS, *, rounds: int = 10, large: bool = True, compiled: bool = True, say: Callable[[str], None] = lambda _: None
-) -> Iterator[Row]:
+    ops: Sequence[str] = PARTS, *, rounds: int = 10, seconds: float = math.inf, large: bool = True, compiled: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[Row]:  # fmt: skip
     """One row for each op, problem and provider: seconds a call, warm and with its caches flushed, GB/s of the bytes that must move.
 
-    `of_copy` is the part of the rate of a copy of the same bytes. The speed-up is over eager PyTorch. Op `ceilings` is what the machine
+    On CUDA a warm call is one of a captured graph. `of_copy` is the part of the rate of a copy of the same bytes. The speed-up is over eager PyTorch. Op `ceilings` is what the machine
     can do at most.
 
     Raises:
@@ -77,14 +79,14 @@ def bench_kernels(
             say(f"{op} {problem.shape} {problem.layout} {str(problem.dtype)[6:]}")
             work = {"moved": problem.moved, "again": problem.again, "flops": problem.flops, "launches": problem.launches}
             common = head("kernels", op=op, shape=problem.shape, layout=problem.layout, device=str(device), **work)
-            yield from (common | row for row in timed(problem, device, rounds, compiled))
+            yield from (common | row for row in timed(problem, device, rounds, compiled, seconds))
 
 
-def timed(problem: Problem, device: torch.device, rounds: int, compiled: bool = True) -> list[Row]:
+def timed(problem: Problem, device: torch.device, rounds: int, compiled: bool = True, seconds: float = math.inf) -> list[Row]:
     """A row for each provider of a problem, and for a copy of the bytes that must move."""
     # the problems of an op share the function that torch.compile is given: counted together, its ninth version would run eagerly
     torch._dynamo.reset()
-    rows = measure(cases(problem, device, compiled), rounds=rounds, base="eager", device=device, bundle=True, cold=True)
+    rows = measure(cases(problem, device, compiled), rounds=rounds, base="eager", device=device, seconds=seconds, bundle=True, cold=True)
     copy = next((r["median_s"] for r in rows if r["provider"] == "copy" and "median_s" in r), None)
     return [
         r | {"gb_s": problem.moved / r["median_s"] / 1e9, "of_copy": copy and copy / r["median_s"]} if "median_s" in r else r for r in rows

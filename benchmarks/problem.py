@@ -13,7 +13,7 @@ import torch
 from sbldm_fast.kernels import philox_normal
 from torch import Tensor, nn
 
-from sbldm_fast import DDIMScheduler, UNet2D, preset
+from sbldm_fast import AutoencoderKL, DDIMScheduler, UNet2D, preset
 
 
 class Problem:
@@ -30,6 +30,13 @@ class Problem:
         """Our reference UNet and scheduler."""
         torch.manual_seed(0)
         return UNet2D(self.preset.unet).to(self.device).eval(), DDIMScheduler.from_config(self.preset.scheduler)
+
+    @cached_property
+    def decode(self) -> Callable[[Tensor], Tensor]:
+        """Latents to images by our autoencoder, in float32 as in a `Pipeline`."""
+        torch.manual_seed(0)
+        vae = AutoencoderKL(self.preset.vae).to(self.device).eval()
+        return lambda z: vae.decode(z / vae.config.scaling_factor)
 
     @cached_property
     def diffusers(self) -> tuple[nn.Module, Any]:

@@ -96,16 +96,20 @@ class Reference(Provider):
 
     channels_last: bool = False
     fused: bool = False
+    images: bool = False
 
     @property
     def name(self) -> str:
-        return "reference" + " channels_last" * self.channels_last + self.suffix + " fused norms" * self.fused
+        how = " channels_last" * self.channels_last + self.suffix + " fused norms" * self.fused
+        return f"reference{how}{' to images' * self.images}"
 
-    against = "reference"
+    @property
+    def against(self) -> str:
+        return f"reference{' to images' * self.images}"
 
     @property
     def plain(self) -> str:
-        return "reference" if self.dtype == FLOAT else f"reference {str(self.dtype)[6:]}"
+        return Reference(self.dtype, images=self.images).name
 
     def build(self, p: Problem) -> Output:
         if self.fused and (why := obstacle(p.device)):
@@ -117,8 +121,8 @@ class Reference(Provider):
 
         def with_backend() -> Tensor:
             chosen: AbstractContextManager[Any] = backend("triton" if self.fused else "torch")
-            with chosen:
-                return run()  # type: ignore[no-any-return]  # a Tensor, which Output does not say
+            with chosen, torch.no_grad():
+                return p.decode(run()) if self.images else run()  # type: ignore[no-any-return]  # a Tensor, which Output does not say
 
         return with_backend
 
@@ -128,16 +132,19 @@ class Ours(Provider):
     """`FastSampler` in one of its modes, on our UNet."""
 
     mode: str = "eager"
+    images: bool = False
 
     @property
     def name(self) -> str:
-        return f"FastSampler {self.mode} {str(self.dtype)[6:]}"
+        return f"FastSampler {self.mode} {str(self.dtype)[6:]}{' to images' * self.images}"
 
-    against = "reference"
+    @property
+    def against(self) -> str:
+        return Reference(images=self.images).name
 
     @property
     def plain(self) -> str:
-        return Reference(self.dtype).name
+        return Reference(self.dtype, images=self.images).name
 
     def build(self, p: Problem) -> Output:
         return self.sampler(p, *p.ours)
@@ -146,7 +153,8 @@ class Ours(Provider):
         """A run of FastSampler on these objects."""
         if "graph" in self.mode and p.device.type != "cuda":
             raise Absent("CUDA graphs need CUDA")
-        sampler = FastSampler(model, scheduler, shape=p.noise.shape[1:], steps=p.steps, mode=self.mode, dtype=self.dtype)
+        sampler = FastSampler(model, scheduler, shape=p.noise.shape[1:], steps=p.steps, mode=self.mode, dtype=self.dtype,
+                              decode=p.decode if self.images else None)  # fmt: skip
         return lambda: sampler(noise=p.noise)
 
 
@@ -181,7 +189,9 @@ class DiffusersUnderOurs(Ours):
         half = "" if self.dtype == FLOAT else f" {str(self.dtype)[6:]}"
         return f"diffusers{half} under FastSampler {self.mode}"
 
-    against = "diffusers"
+    @property
+    def against(self) -> str:
+        return "diffusers"
 
     @property
     def plain(self) -> str:
@@ -308,8 +318,8 @@ def exported(device: torch.device, compiled: bool = True) -> Iterator[Provider]:
     yield from (Exported(mode="step", cuda=True, fuse=True), Exported(cuda=True))
 
 
-def providers(device: torch.device, dtypes: Sequence[torch.dtype], compiled: bool = True) -> Iterator[Provider]:
-    """Everybody, float32 first; without `compiled` those that need no compiling."""
+def providers(device: torch.device, dtypes: Sequence[torch.dtype], compiled: bool = True, images: bool = False) -> Iterator[Provider]:
+    """Everybody, float32 first; without `compiled` those that need no compiling, with `images` also our ways to decoded images."""
     graphs = device.type == "cuda"
     yield Reference()
     yield Reference(channels_last=True)
@@ -333,3 +343,6 @@ def providers(device: torch.device, dtypes: Sequence[torch.dtype], compiled: boo
         yield Monai(dtype)
         if compiled:
             yield Monai(dtype, "default")
+    for dtype in {FLOAT: None, **dict.fromkeys(dtypes)} if images else ():
+        yield Reference(dtype, images=True)
+        yield Ours(dtype, mode="loop-graph" if graphs else "eager", images=True)

@@ -1,4 +1,7 @@
-"""The rows that results are kept in: what a machine is, how rows are written, read and chosen."""
+"""The rows that results are kept in: what a machine is, how rows are written, read and chosen.
+
+python -m sbldm_fast.benchmarks.rows     the environment block of this machine
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sbldm_fast.doctor import environment
 
 from .nvml import Gpu
 
 Row = dict[str, Any]
 # what tells two problems of a suite apart; of the others: preset, batch, steps, processes
-PROBLEM = {"kernels": ("op", "shape", "layout", "dtype"), "solvers": ("preset", "batch")}
+PROBLEM = {
+    "kernels": ("op", "shape", "layout", "dtype"),
+    "solvers": ("preset", "batch"),
+    "launches": ("preset", "batch", "dtype"),
+}
 
 
 def head(target: str, **what: Any) -> Row:
@@ -36,6 +45,7 @@ def machine() -> Row:
     info["load"] = round(os.getloadavg()[0], 2)  # of the last minute: what else ran, and what this run has done before
     if info["gpu"]:
         info["nvml"] = Gpu().state()
+        info["memory"] = dict(zip(("free", "total"), torch.cuda.mem_get_info(), strict=True))
     return info
 
 
@@ -119,3 +129,7 @@ def _git(*arguments: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+if __name__ == "__main__":
+    print(json.dumps(machine()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -9,40 +11,50 @@ import torch
 from .counts import step_work
 from .harness import measure
 from .problem import Problem, native_half
-from .providers import FLOAT, Ours, Provider, providers
+from .providers import FLOAT, Ours, Provider, Reference, providers
 from .rows import Row, head
 
 BASE = "diffusers"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def bench_sampling(
-    *, preset_name: str = "paper", steps: Sequence[int] = (50,), batches: Sequence[int] = (1, 8), rounds: int = 7, compiled: bool = True,
-    half: bool = True, energy: bool = True, who: Sequence[Provider] | None = None, target: str = "sampling", base: str = BASE,
-    say: Callable[[str], None] = lambda _: None,
+    *, preset_name: str = "paper", steps: Sequence[int] = (50,), batches: Sequence[int] = (1, 8), rounds: int = 7,
+    seconds: float = math.inf, compiled: bool = True, dtypes: Sequence[str] = (), images: bool = False, energy: bool = False,
+    who: Sequence[Provider] | None = None, target: str = "sampling", base: str = BASE, say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:  # fmt: skip
     """One row for each provider, batch and number of steps: seconds for `batch` latents of DDIM, noise to latent.
 
-    The providers are those of `providers` (or `who`), in float32 and, with `half`, the machine's native half precision; without
-    `compiled` those that compile nothing. The speed-up is over `base`, eager float32 diffusers.
+    The providers are those of `providers` (or `who`), in `dtypes` (none: float32 and the machine's native half precision); without
+    `compiled` those that compile nothing; with `images` also the way from noise to decoded images; with
+    `energy` the joules of a run on CUDA. The speed-up is over `base`, eager
+    float32 diffusers, or where it is not installed over our textbook loop. `seconds`: after which a problem's rounds end.
 
     Raises:
-        ValueError: steps, batches or rounds below 1.
+        ValueError: steps, batches or rounds below 1, or an unknown dtype.
     """
+    if set(dtypes) - set(DTYPES):
+        raise ValueError(f"dtypes: got {', '.join(dtypes)}, allowed are {', '.join(DTYPES)}")
     if min(rounds, *steps, *batches) < 1:
         raise ValueError(f"steps, batch, rounds: got {list(steps)}, {list(batches)}, {rounds}, allowed is 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    native = native_half(device) if half else None
-    who = list(who or providers(device, [FLOAT, native] if native else [FLOAT], compiled))
+    native = native_half(device)
+    precisions = [DTYPES[name] for name in dtypes] or [FLOAT, *([native] if native else [])]
+    who = list(who or providers(device, precisions, compiled, images))
+    base = base if importlib.util.find_spec(base) else "reference"
     for count, batch in ((s, b) for s in steps for b in batches):
         torch.compiler.reset()  # Dynamo counts versions of a function over the whole process; each problem starts afresh
         problem = Problem(preset_name, count, batch, device)
         common = head(target, preset=preset_name, steps=count, batch=batch, shape=list(problem.noise.shape), device=str(device))
         cases = {p.name: p.case(problem) for p in who}
-        works = {p.name: {"work": step_work(preset_name, batch, p.dtype)} for p in who if type(p) is Ours}
+        works = {p.name: {"work": step_work(preset_name, batch, p.dtype)} for p in who if type(p) is Ours and not p.images}
         say(f"{count} steps, batch {batch}")
-        rows = measure(cases, rounds=rounds, base=base, device=device, energy=energy, say=say)
+        rows = measure(cases, rounds=rounds, base=base, device=device, seconds=seconds, energy=energy, say=say)
         common["parameters"] = problem.parameters()
+        images = next((r["median_s"] for r in rows if r["provider"] == Reference(images=True).name and "median_s" in r), None)
         for row in rows:
+            if row.get("speedup") and "to images" in row["provider"]:  # decoding is in both
+                row["speedup"] = images and {"over": Reference(images=True).name, "factor": images / row["median_s"]}
             yield common | row | per_image(row, count, batch) | (works.get(row["provider"], {}) if "median_s" in row else {})
 
 

@@ -237,6 +237,53 @@ def render(readme: str | Path) -> str:
     return re.sub(rf"<!-- ({kinds}): (\S+) -->.*?<!-- end \1 -->", block, readme.read_text(), flags=re.DOTALL)
 
 
+def gpu_summary(rows: Sequence[Row], left: Sequence[str] = ()) -> str:
+    """What the rows of one GPU say, in the order of what matters, with every failure; `left`: what was not done."""
+    of: dict[str, list[Row]] = {}
+    last = {(r["target"], r.get("check", r.get("part"))): r for r in rows if r["target"] in ("checks", "parity")}
+    for row in (*last.values(), *latest([r for r in rows if r["target"] not in ("checks", "parity")])):
+        of.setdefault(row["target"], []).append(row)
+    parts = ["# " + (rows[0]["env"]["gpu"] or rows[0]["env"]["cpu"]) if rows else "# Nothing was measured"]
+    checks = of.get("checks", [])
+    if checks:
+        bad = [r for r in checks if not r.get("ok") and "absent" not in r]
+        skipped = sum("absent" in r for r in checks)
+        parts.append(f"Checks: {len(checks) - len(bad) - skipped} passed, {skipped} skipped, {len(bad)} failed.")
+        parts += [f"- FAIL {r['check']}: {r.get('failed') or difference_of(r)}" for r in bad]
+    for r in of.get("parity", []):
+        parts.append(f"{r['part']}: {r['passed']} passed, {r['skipped']} skipped, {len(r['failures'])} failed in {r['seconds']:.0f} s.")
+        parts += [f"- FAIL {line}" for line in r["failures"][:12]]
+    if made := [r for r in of.get("sampling", []) if not missing(r)]:
+        parts.append(headline_table(made).markdown())
+    for r in of.get("launches", []):
+        model = r["modelled"]["launches"]
+        parts.append(f"A step, batch {r['batch']}, {r['dtype']}: {r['launches']:.0f} launches ({model} modelled), {r['us']:.0f} µs of kernels.")
+    for target in ("kernels", "training"):
+        if target in of:
+            parts.append(TABLES[target](of[target]).markdown())
+    failed = [r for name in TABLES for r in of.get(name, []) if "failed" in r]
+    parts += [f"- FAILED {r['target']} {r['provider']}: {r['failed']}" for r in failed]
+    if left:
+        parts.append(f"Not done, the same command goes on: {', '.join(left)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def difference_of(check: Row) -> str:
+    """How far a check was off."""
+    return f"error {check['error']:.1e}, allowed {check['allowed']:.1e}"
+
+
+def headline_table(rows: Sequence[Row]) -> Table:
+    """A line per batch and provider: what sampling costs on a GPU, with its error beside it."""
+    body: list[list[Cell]] = []
+    for r in sorted(rows, key=lambda r: r["batch"]):
+        p = r["parity"]
+        error = "" if not p else "not finite" if p["error"] is None else f"{p['error']:.0e}{'' if p['ok'] else ' (too much)'}"
+        peak = f"{r['peak_bytes'] / 2**20:.0f}" if r["peak_bytes"] else ""
+        body.append([str(r["batch"]), r["provider"], figure(f"{r['ms_per_step']:.3f}", r), f"{r['images_per_s']:.1f}", peak, error, speedup(r)])
+    return Table(["batch", "provider"], ["ms/step", "samples/s", "peak MiB", "error", "× base"], body, below(rows, f"DDIM, {_steps(rows)}"))
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "kernels": kernels_table, "sampling": sampling_table, "training": training_table, "export": sampling_table, "memory": memory_table,
     "startup": startup_table, "scaling": scaling_table, "solvers": solvers_table,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -26,38 +27,45 @@ from .rows import Row, head
 # relative, of each loss of the warm-up: float32; in half precision what one of its numbers is rounded by
 TOLERANCE = {"off": 1e-4, "fp16": 2.0**-11, "bf16": 2.0**-8}
 CHECKED = 5  # steps of the warm-up; three of them warm a graph up
-HALF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-NAMES = {"off": "float32", "fp16": "float16", "bf16": "bfloat16"}
+AMP = {"float32": "off", "float16": "fp16", "bfloat16": "bf16"}
+NAMES = {v: k for k, v in AMP.items()}
 PLAIN = "plain PyTorch float32"
 
 
 def bench_training(
-    *, preset_name: str = "paper", batch: int = 16, steps: int = 5, rounds: int = 7, compiled: bool = True,
-    say: Callable[[str], None] = lambda _: None,
+    *, preset_name: str = "paper", batch: int = 16, steps: int = 5, rounds: int = 7, seconds: float = math.inf, compiled: bool = True,
+    dtypes: Sequence[str] = (), say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:  # fmt: skip
     """One row for each provider: seconds of `steps` steps of batch `batch` on random latents; epsilon, AdamW, clipping, EMA, no dropout.
 
     The model is our UNet in every loop. `plain PyTorch`: F.group_norm, F.silu, torch.randn, mse_loss, torch.optim.AdamW and AveragedModel
-    as they come, `loss.item()` each step; and the same with autocast in the machine's half precision, and through torch.compile.
+    as they come, `loss.item()` each step; and the same through torch.compile, each in `dtypes` of autocast (none: float32 and the machine's
+    native half precision).
     `sbldm_fast`: the loop of `train`, on CUDA as one graph. All start from the same weights, and in the warm-up get the same noise: a
     provider whose loss is not that of the plain float32 loop has no speed-up.
 
     Raises:
-        ValueError: batch, steps or rounds below 1.
+        ValueError: batch, steps or rounds below 1, or an unknown dtype.
     """
+    if set(dtypes) - set(AMP):
+        raise ValueError(f"dtypes: got {', '.join(dtypes)}, allowed are {', '.join(AMP)}")
     if min(batch, steps, rounds) < 1:
         raise ValueError(f"batch, steps, rounds: got {batch}, {steps}, {rounds}, allowed is 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.compiler.reset()
-    cases, c = training_cases(preset_name, batch, steps, device, compiled), preset(preset_name).unet
+    half = native_half(device)
+    precisions = [AMP[name] for name in dtypes] or ["off", *([AMP[str(half)[6:]]] if half else [])]
+    cases, c = training_cases(preset_name, batch, steps, device, compiled, precisions), preset(preset_name).unet
     shape = [batch, c.in_channels, c.sample_size, c.sample_size]
     common = head("training", preset=preset_name, batch=batch, steps=steps, device=str(device), shape=shape)
-    for row in measure(cases, rounds=rounds, base=PLAIN, device=device, say=say):
+    for row in measure(cases, rounds=rounds, base=PLAIN, device=device, seconds=seconds, say=say):
         ms = 1e3 * row["median_s"] / steps if "median_s" in row else None
         yield common | row | ({"ms_per_step": ms, "items_per_s": 1e3 * batch / ms, "minutes_per_100k_steps": ms * 1e5 / 6e4} if ms else {})
 
 
-def training_cases(preset_name: str, batch: int, steps: int, device: torch.device, compiled: bool) -> dict[str, Case]:
+def training_cases(
+    preset_name: str, batch: int, steps: int, device: torch.device, compiled: bool, precisions: Sequence[str] = ("off",)
+) -> dict[str, Case]:  # fmt: skip
     """The loops on random latents, each from the same weights."""
     p = preset(preset_name)
     config = replace(p.unet, dropout=0.0)
@@ -65,9 +73,8 @@ def training_cases(preset_name: str, batch: int, steps: int, device: torch.devic
     weights = UNet2D(config).to(device)
     latents = torch.randn(CHECKED * batch, config.in_channels, config.sample_size, config.sample_size, device=device)
     order = torch.arange(CHECKED * batch, device=device).roll(1).split(batch)
-    half = native_half(device)
     cases: dict[str, Case] = {}
-    for dtype in ("off", *([HALF[half]] if half else [])):
+    for dtype in precisions:
         for through in ("", " torch.compile") if compiled else ("",):
             for who, make in (("plain PyTorch", _plain), ("sbldm_fast", _ours)):
                 loop = Loop(make, weights, latents, p.scheduler, dtype, bool(through), order, steps)

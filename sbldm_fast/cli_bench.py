@@ -24,14 +24,16 @@ def bench(
     steps: Annotated[str | None, typer.Option(help="Solver or training steps, e.g. 50 or 10,50.")] = None,
     batch: Annotated[str | None, typer.Option(help="Batch sizes, e.g. 1,8.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Interleaved repetitions.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Of each process of scaling.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="After which the rounds of a problem end; of each process of scaling.")] = None,
     processes: Annotated[str | None, typer.Option(help="Numbers of processes of scaling, e.g. 1,2.")] = None,
     op: Annotated[list[str] | None, typer.Option(help="An op to time; may be given again (default: all).")] = None,
     large: Annotated[bool | None, typer.Option("--large/--no-large", help="Also ops on 64 MB and more.")] = None,
     compiled: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Also through torch.compile, which takes minutes.")
     ] = None,
-    half: Annotated[bool | None, typer.Option("--half/--no-half", help="Also in the machine's native half precision.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 (default: float32 and the native half).")] = None,
+    images: Annotated[bool | None, typer.Option("--images", help="Also from noise to decoded images.")] = None,
+    energy: Annotated[bool | None, typer.Option("--energy", help="Also joules, where NVML counts them.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append to (default: results/MACHINE/SUITE.jsonl).")] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option("--compare", help="Two row files, before and after, to judge instead.")
@@ -53,7 +55,8 @@ def bench(
     from sbldm_fast.benchmarks.table import TABLES, groups
 
     given = {"preset_name": preset, "steps": _sizes(steps, "steps"), "batch": _sizes(batch, "batch"), "rounds": rounds, "seconds": seconds,
-             "processes": _sizes(processes, "processes"), "ops": op, "large": large, "compiled": compiled, "half": half}  # fmt: skip
+             "processes": _sizes(processes, "processes"), "ops": op, "large": large, "compiled": compiled, "dtypes": dtype and dtype.split(","),
+             "images": images, "energy": energy}  # fmt: skip
     wrong = []
     for suite in suites:
         run, short = SUITES[suite.value]
@@ -78,7 +81,7 @@ def _arguments(run: Callable[..., Any], given: dict[str, Any], suite: str) -> di
     found: dict[str, Any] = {}
     for name, value in given.items():
         key = "batches" if name == "batch" and "batches" in known else name
-        option = {"preset_name": "preset", "ops": "op", "compiled": "compile"}.get(name, name)
+        option = {"preset_name": "preset", "ops": "op", "compiled": "compile", "dtypes": "dtype"}.get(name, name)
         if key not in known:
             raise typer.BadParameter(f"got {value}, allowed with suite {suite} is none", param_hint=f"--{option}")
         single = isinstance(value, list) and not isinstance(known[key].default, tuple)

@@ -7,10 +7,12 @@ import math
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sbldm_fast.kernels import ddim_step, diffuse, frequency_loss, group_norm_silu, philox_normal, solver_step, spectral_mse
 from sbldm_fast.kernels._backend import obstacle, resolve
@@ -59,31 +61,47 @@ def doctor() -> dict[str, Any]:
 
 def parity(device: torch.device) -> dict[str, dict[str, Any]]:
     """The largest error of each op's chosen backend on a small problem, against float64 or a known answer."""
+    return {name: {"error": error, "ok": error <= TOLERANCE} for name, error in ((n, call()) for n, call in op_errors(device).items())}
+
+
+def op_errors(device: torch.device) -> dict[str, Callable[[], float]]:
+    """A function for each op that runs it on a small problem and gives its largest error, against float64 or a known answer."""
     x, m = torch.randn(2, 2, 64, 16, 16, generator=torch.Generator().manual_seed(0)).to(device)
     w, b = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).to(device)
-    exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 32, w.double(), b.double()))
     a, before = 0.5, 0.6
     z0 = (x.double() - (1 - a) ** 0.5 * m.double()) / a**0.5
     step = before**0.5 * z0 + (1 - before) ** 0.5 * m.double()
-    # Random123's known answer for counter 0, key 0, as uniforms
-    u0, u1, u2, u3 = (((w >> 9) + 0.5) / 2**23 for w in (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8))
-    normals = torch.tensor(
-        [math.sqrt(-2 * math.log(a)) * f(2 * math.pi * (b - 0.5)) for a, b in ((u0, u1), (u2, u3)) for f in (math.cos, math.sin)]
-    )
-    row = torch.tensor([[1 / a**0.5, -((1 - a) ** 0.5) / a**0.5, before**0.5, 0, 0, (1 - before) ** 0.5]], device=device)
-    solved = solver_step(x, m, row, torch.zeros(2, dtype=torch.int32, device=device))
     mse = (x.double() - m.double()).square().mean()
-    z_t, e = diffuse(x, torch.tensor([0, 0], device=device), torch.tensor([a], device=device), 0)
-    errors = {
-        "group_norm_silu": (group_norm_silu(x, 32, w, b).double() - exact).abs().max(),
-        "ddim_step": (ddim_step(x, m, a, before).double() - step).abs().max(),
-        "solver_step": (solved.double() - step).abs().max(),
-        "frequency_loss": (frequency_loss(x, m).double() - mse).abs(),
-        "spectral_mse": (spectral_mse(x, m).double() / 256 - mse).abs(),
-        "diffuse": (z_t.double() - a**0.5 * x.double() - (1 - a) ** 0.5 * e.double()).abs().max(),
-        "philox_normal": (philox_normal((1, 4), 0, device=device)[0].cpu() - normals).abs().max(),
+
+    def norm() -> Tensor:
+        exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 32, w.double(), b.double()))
+        return group_norm_silu(x, 32, w, b).double() - exact
+
+    def solver() -> Tensor:
+        row = torch.tensor([[1 / a**0.5, -((1 - a) ** 0.5) / a**0.5, before**0.5, 0, 0, (1 - before) ** 0.5]], device=device)
+        return solver_step(x, m, row, torch.zeros(2, dtype=torch.int32, device=device)).double() - step
+
+    def noised() -> Tensor:
+        z_t, e = diffuse(x, torch.tensor([0, 0], device=device), torch.tensor([a], device=device), 0)
+        return z_t.double() - a**0.5 * x.double() - (1 - a) ** 0.5 * e.double()
+
+    def normals() -> Tensor:
+        # Random123's known answer for counter 0, key 0, as uniforms
+        u0, u1, u2, u3 = (((w >> 9) + 0.5) / 2**23 for w in (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8))
+        pairs = [(math.sqrt(-2 * math.log(a)), 2 * math.pi * (b - 0.5)) for a, b in ((u0, u1), (u2, u3))]
+        known = torch.tensor([r * f(angle) for r, angle in pairs for f in (math.cos, math.sin)])
+        return philox_normal((1, 4), 0, device=device)[0].cpu() - known
+
+    differences: dict[str, Callable[[], Tensor]] = {
+        "group_norm_silu": norm,
+        "ddim_step": lambda: ddim_step(x, m, a, before).double() - step,
+        "solver_step": solver,
+        "frequency_loss": lambda: frequency_loss(x, m).double() - mse,
+        "spectral_mse": lambda: spectral_mse(x, m).double() / 256 - mse,
+        "diffuse": noised,
+        "philox_normal": normals,
     }
-    return {name: {"error": float(e), "ok": float(e) <= TOLERANCE} for name, e in errors.items()}
+    return {name: lambda call=call: float(call().abs().max()) for name, call in differences.items()}  # type: ignore[misc]  # mypy cannot type a default in a lambda
 
 
 def _fastest_mode(device: torch.device) -> str:

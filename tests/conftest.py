@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 torch.backends.cudnn.allow_tf32 = False  # parity is judged in float32
 if not torch.cuda.is_available():
@@ -23,7 +23,9 @@ from sbldm_fast.kernels._backend import HAS_TRITON, tl  # noqa: E402  # Triton r
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=25, derandomize=True, **_common)
 settings.register_profile("nightly", max_examples=1000, **_common)
-settings.load_profile(os.environ.get("SBLDM_FAST_FUZZ", "ci"))
+# each example of a kernel compiles on a GPU: a failure is told as it was found, without the hundreds that would make it smaller
+settings.register_profile("gpu", max_examples=25, derandomize=True, phases=(Phase.explicit, Phase.generate), **_common)
+settings.load_profile(os.environ.get("SBLDM_FAST_FUZZ", "gpu" if torch.cuda.is_available() else "ci"))
 
 ATOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])

@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def _train(device: torch.device, side: int) -> Callable[[], tuple[Tensor, ...]]:
     x, residual, dy = torch.randn(3, 2, 64, side, side, device=device)
-    leaves = [x.requires_grad_(), *torch.randn(2, 64, device=device).requires_grad_().unbind()]
+    # each a leaf: a view made here would send its gradient through this stream, and a capture may not wait for it
+    leaves = [x.requires_grad_(), *(t.requires_grad_() for t in torch.randn(2, 64, device=device))]
 
     def step() -> tuple[Tensor, ...]:
         y, h = group_norm_silu(leaves[0], 32, *leaves[1:], residual=residual)

@@ -38,6 +38,7 @@ SMALL = Preset(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("nilearn", reason="nilearn, of the extra data, brings the maps that synthetic brains are made of")
     folder = tmp_path_factory.mktemp("data") / "d"
     prepare(["synthetic:3"], folder, every=6, progress=False)
     return folder
