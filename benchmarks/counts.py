@@ -1,6 +1,7 @@
 """What a step does on CUDA, counted without a GPU: operators are dispatched on meta tensors and compute nothing.
 
-Meta tensors take CUDA's path through our ops; attention is the flash operator that PyTorch takes there in half precision.
+Meta tensors take CUDA's path through our ops; attention is the flash operator that PyTorch takes there in half precision, and a
+convolution with a bias is two launches, as cuDNN has none that adds it (seen by `launches`, as is that it takes about 8 memsets more).
 
 python -m sbldm_fast.benchmarks.counts > benchmarks/counts.json     a test fails when they differ
 """
@@ -23,7 +24,7 @@ from sbldm_fast import UNet2D, preset
 from sbldm_fast.models import AutoencoderKL
 from sbldm_fast.models.layers import Attention
 from sbldm_fast.sampling.loop import Buffers, make_step
-from sbldm_fast.sampling.model import phase_upsampling, predictor
+from sbldm_fast.sampling.model import merged_biases, phase_upsampling, predictor
 
 WAITS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique")  # operators that stall the host
 
@@ -56,6 +57,8 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._overloadpacket.__name__
+        if name == "convolution" and any(t.is_contiguous(memory_format=torch.channels_last) for t in args[:2]):
+            out = torch.empty_like(out, memory_format=torch.channels_last)  # as cuDNN has it; on meta tensors it would be NCHW
         if func.is_view or name in ("empty", "empty_strided", "empty_like", "detach", "new_empty", "reshape", "_unsafe_view"):
             return out
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
@@ -68,6 +71,9 @@ class _Counting(TorchDispatchMode):
         moved = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
         flops = flop_registry.get(func._overloadpacket)
         self.work.append((moved, flops(*args, **(kwargs or {}), out_val=out) if flops else 0))
+        if name == "convolution" and args[2] is not None:
+            self.launches["bias of a convolution"] += 1
+            self.work.append((2 * out.numel() * out.element_size(), 0))
         return out
 
 
@@ -76,18 +82,18 @@ def count(
 ) -> tuple[Counts, Counts]:
     """The counts of one DDIM step with our kernels, and of decoding; `counter_rows`: as `step-graph` reads its row."""
     p = preset(preset_name)
-    unet = phase_upsampling(UNet2D(p.unet)).eval().to("meta", dtype)
+    unet = merged_biases(phase_upsampling(UNet2D(p.unet))).eval().to("meta", dtype)
     unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
     for module in unet.modules():
         if isinstance(module, Attention):
-            module.attend = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+            module.attend = _flash
     vae = AutoencoderKL(p.vae).eval().to("meta")
     with torch.no_grad(), backend("auto"):
         x = torch.empty(batch, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size, device="meta")
         rows = torch.empty(50, unet.row_offsets.numel(), dtype=dtype, device="meta")
         table = torch.empty(50, 6, device="meta")
         buffers = Buffers(torch.zeros(2, dtype=torch.int32, device="meta"), None, None, None, None, None, None, None)
-        step = make_step(predictor(unet), dtype, None, None, 0.0)
+        step = make_step(predictor(unet), dtype, torch.channels_last, None, None, 0.0)
         counted = []
         for work in (
             lambda: step(x, rows.index_select(0, buffers.counter[:1]) if counter_rows else rows[:1], None, table, buffers, {}),
@@ -97,6 +103,12 @@ def count(
                 work()
             counted.append(Counts(mode.launches, mode.waits, mode.transfers, mode.work))
     return counted[0], counted[1]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention whose result lies as CUDA's does, heads side by side, so that the projection behind it is one launch."""
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    return torch.empty_like(out.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 @cache

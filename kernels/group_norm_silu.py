@@ -1,9 +1,10 @@
 r"""GroupNorm, time modulation and SiLU in one pass over memory; the gradients are in group_norm_silu_backward.py.
 
-    h = x + residual,   u = (h - mean_g) rstd_g,   rstd_g = 1 / sqrt(var_g + eps)
+    h = x + conv_bias + residual,   u = (h - mean_g) rstd_g,   rstd_g = 1 / sqrt(var_g + eps)
     p = u a + b,        a = weight (1 + scale),    b = bias (1 + scale) + shift,   y = silu(p) = p sigmoid(p)
 
 `mean_g`, `var_g` are taken over the C/G channels and all pixels of a group, in float32, centred (never E[x^2] - m^2).
+`conv_bias` is the bias of the convolution before, which cuDNN would add in a kernel of its own, as PyTorch would the residual.
 Layouts: NCHW, channels_last and any strided view, read in place. Source: Wu & He 2018 (GroupNorm), Dhariwal & Nichol 2021
 section 3 (scale and shift from the time embedding), Chan et al. 1979 (merging the statistics of tiles).
 
@@ -13,14 +14,14 @@ statistics of each tile, then each program merges these in one order and normali
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._arguments import check_first_derivative, check_float, check_like, check_shape
-from ._backend import resolve, tl, triton
+from ._backend import needs_grad, resolve, tl, triton
 from ._group_tiles import (
     affine_arguments,
     is_flat,
@@ -40,10 +41,16 @@ ACTIVATIONS = ("silu", "none")
 
 def group_norm_silu_reference(
     x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-    scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None, activation: str = "silu",
+    scale: Tensor | None = None, shift: Tensor | None = None, conv_bias: Tensor | None = None, residual: Tensor | None = None,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The specification of `group_norm_silu`, in float32: y and h."""
-    h = x if residual is None else x + residual
+    h = x
+    if conv_bias is not None:  # rounded once, with the residual
+        h = x.float() + conv_bias.float()[:, None, None]
+    if residual is not None:
+        h = h + residual
+    h = h.to(x.dtype)
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # PyTorch 2.13's gradient fails on a bias alone
     # not F.group_norm, which refuses a batch of one with one element a group
@@ -57,12 +64,17 @@ def group_norm_silu_reference(
 
 
 @triton.jit
-def _load_sum(x, residual, h, n, c, s, mask, size, strides, FLAT: tl.constexpr):
+def _load_sum(x, conv_bias, residual, h, n, c, in_c, s, mask, size, strides, FLAT: tl.constexpr):
     v = tl.load(x + offsets(n, c, s, size, strides[0], FLAT), mask=mask, other=0.0).to(tl.float32)
+    if conv_bias is not None:
+        v += tl.load(conv_bias + c, mask=in_c, other=0.0).to(tl.float32)[:, None]
     if residual is not None:
         v += tl.load(residual + offsets(n, c, s, size, strides[1], FLAT), mask=mask, other=0.0).to(tl.float32)
-        rounded = v.to(h.dtype.element_ty)  # the statistics are those of the h that is returned
-        tl.store(h + offsets(n, c, s, size, strides[2], FLAT), rounded, mask=mask)
+    if conv_bias is not None or residual is not None:
+        # the statistics are those of the h that is returned, or would be
+        rounded = v.to(x.dtype.element_ty)
+        if h is not None:
+            tl.store(h + offsets(n, c, s, size, strides[2], FLAT), rounded, mask=mask)
         v = rounded.to(tl.float32)
     return v
 
@@ -70,17 +82,17 @@ def _load_sum(x, residual, h, n, c, s, mask, size, strides, FLAT: tl.constexpr):
 @triton.jit
 def _centred(v, mask, count, TILE):
     # twice: the mean of what is left after the rounded mean restores the digits that a sum far from zero has lost
-    mean = per_group(tl.sum(v, axis=1), TILE) / count
+    mean = tl.div_rn(per_group(tl.sum(v, axis=1), TILE), count)
     d = tl.where(mask, v - mean[:, None], 0.0)
-    rest = per_group(tl.sum(d, axis=1), TILE) / count
+    rest = tl.div_rn(per_group(tl.sum(d, axis=1), TILE), count)
     d = tl.where(mask, d - rest[:, None], 0.0)
     return d, mean + rest, per_group(tl.sum(d * d, axis=1), TILE)
 
 
 @triton.jit
-def _tile_statistics_kernel(x, residual, h, pairs, strides, size, TILE: tl.constexpr, FLAT: tl.constexpr):
+def _tile_statistics_kernel(x, conv_bias, residual, h, pairs, strides, size, TILE: tl.constexpr, FLAT: tl.constexpr):
     n, chunk, c, in_c, s, mask = place(size, TILE)
-    v = _load_sum(x, residual, h, n, c, s, mask, size, strides, FLAT)
+    v = _load_sum(x, conv_bias, residual, h, n, c, in_c, s, mask, size, strides, FLAT)
     count = tl.cast(tl.minimum(size[1] - chunk * TILE[3], TILE[3]) * TILE[0], tl.float32)
     _, mean, squares = _centred(v, mask, count, TILE)
     store_pair(pairs, mean, squares, n * size[3] + chunk, c // TILE[0], in_c & (c % TILE[0] == 0), size[0] // TILE[0])
@@ -88,24 +100,25 @@ def _tile_statistics_kernel(x, residual, h, pairs, strides, size, TILE: tl.const
 
 @triton.jit
 def _group_norm_silu_kernel(
-    x, residual, h, y, stats, pairs, strides, affine, size, eps: tl.constexpr, TILE: tl.constexpr, FLAT: tl.constexpr, SILU: tl.constexpr
+    x, conv_bias, residual, h, y, stats, pairs, strides, affine, size,
+    eps: tl.constexpr, TILE: tl.constexpr, FLAT: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     n, chunk, c, in_c, s, mask = place(size, TILE)
-    v = _load_sum(x, residual, h, n, c, s, mask, size, strides, FLAT)
+    v = _load_sum(x, conv_bias, residual, h, n, c, in_c, s, mask, size, strides, FLAT)
     count = tl.cast(size[1], tl.float32) * TILE[0]
     if pairs is None:
         d, mean, squares = _centred(v, mask, count, TILE)
     else:
         means, within = load_pairs(pairs, n, c, size, TILE)
         counts = tl.maximum(tl.minimum(size[1] - tl.arange(0, TILE[4]) * TILE[3], TILE[3]), 0).to(tl.float32)[:, None] * TILE[0]
-        about = tl.sum(means * counts, axis=0) / count
+        about = tl.div_rn(tl.sum(means * counts, axis=0), count)
         between = means - about[None, :]
-        rest = tl.sum(between * counts, axis=0) / count
+        rest = tl.div_rn(tl.sum(between * counts, axis=0), count)
         between = between - rest[None, :]
         squares = spread(tl.sum(within + between * between * counts, axis=0), TILE)
         mean = spread(about + rest, TILE)
         d = v - spread(about, TILE)[:, None] - spread(rest, TILE)[:, None]
-    rstd = 1.0 / tl.sqrt(squares / count + eps)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, count) + eps))
     store_pair(stats, mean, rstd, n, c // TILE[0], in_c & (c % TILE[0] == 0) & (chunk == 0), size[0] // TILE[0])
     a, b = load_affine(n, c, in_c, affine)
     v = d * (rstd * a)[:, None] + b[:, None]
@@ -116,59 +129,73 @@ def _group_norm_silu_kernel(
 
 torch.library.define(
     "sbldm_fast::group_norm_silu",
-    "(Tensor x, Tensor? residual, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, Tensor? shift, bool silu)"
-    " -> (Tensor y, Tensor h, Tensor stats)",
+    "(Tensor x, Tensor? conv_bias, Tensor? residual, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, "
+    "Tensor? shift, bool silu, bool keep_sum) -> (Tensor y, Tensor h, Tensor stats)",
 )
 
 
 @torch.library.register_fake("sbldm_fast::group_norm_silu")
-def _allocate(x: Tensor, residual: Tensor | None, num_groups: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    # stats: mean and rstd of each group; h: an output may not be an input, so without residual it is empty
-    h = x.new_empty(0) if residual is None else torch.empty_like(x)
+def _allocate(
+    x: Tensor, conv_bias: Tensor | None, residual: Tensor | None, num_groups: int, weight: Tensor | None, bias: Tensor | None,
+    eps: float, scale: Tensor | None, shift: Tensor | None, silu: bool, keep_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    # stats: mean and rstd of each group; h: an output may not be an input, so where it is not asked for it is empty
+    h = torch.empty_like(x) if keep_sum else x.new_empty(0)
     return torch.empty_like(x), h, torch.empty(x.shape[0], 2, num_groups, dtype=torch.float32, device=x.device)
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
-    scale: Tensor | None, shift: Tensor | None, silu: bool,
+    x: Tensor, conv_bias: Tensor | None, residual: Tensor | None, num_groups: int, weight: Tensor | None, bias: Tensor | None,
+    eps: float, scale: Tensor | None, shift: Tensor | None, silu: bool, keep_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    y, h, stats = _allocate(x, residual, num_groups)
+    y, h, stats = _allocate(x, conv_bias, residual, num_groups, weight, bias, eps, scale, shift, silu, keep_sum)
     if x.numel() == 0:
         return y, h, stats
     size, TILE, programs, warps = plan(x.shape, num_groups, x.stride(1) == 1, x.element_size(), register_tile(x.device))
     common = {"TILE": TILE, "FLAT": is_flat(x, residual, y), "num_warps": warps}
+    terms = x, conv_bias, residual, h if keep_sum else None
     pairs = None
     with torch.cuda.device_of(x):
         if size[3] > 1:
             pairs = torch.empty(x.shape[0], size[3], 2, num_groups, dtype=torch.float32, device=x.device)
-            strides = (x.stride(), None if residual is None else residual.stride(), y.stride())
-            _tile_statistics_kernel[(programs,)](x, residual, h, pairs, strides, size, **common)
-            x, residual = (x if residual is None else h), None
-        strides = (x.stride(), None if residual is None else residual.stride(), y.stride())
+            _tile_statistics_kernel[(programs,)](*terms, pairs, _strides(*terms, y), size, **common)
+            if keep_sum:
+                terms = h, None, None, None
         affine = affine_arguments(weight, bias, scale, shift)
-        _group_norm_silu_kernel[(programs,)](x, residual, h, y, stats, pairs, strides, affine, size, eps=eps, SILU=silu, **common)
+        _group_norm_silu_kernel[(programs,)](
+            *terms, y, stats, pairs, _strides(*terms, y), affine, size, eps=eps, SILU=silu, **common
+        )  # fmt: skip
     return y, h, stats
+
+
+def _strides(x: Tensor, conv_bias: Tensor | None, residual: Tensor | None, h: Tensor | None, y: Tensor) -> tuple[Any, ...]:
+    return x.stride(), None if residual is None else residual.stride(), y.stride()  # h lies as y does
 
 
 torch.library.impl("sbldm_fast::group_norm_silu", ("cpu", "cuda"), _launch)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, residual, _, weight, bias, _, scale, shift, ctx.silu = inputs
-    ctx.residual = residual is not None
+    x, conv_bias, residual, _, weight, bias, _, scale, shift, ctx.silu, ctx.keep_sum = inputs
+    ctx.conv_bias, ctx.residual = None if conv_bias is None else conv_bias.dtype, residual is not None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(output[1] if ctx.residual else x, output[2], weight, bias, scale, shift)
+    ctx.save_for_backward(output[1] if ctx.keep_sum else x, output[2], weight, bias, scale, shift)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> tuple[Any, ...]:
     check_first_derivative("group_norm_silu")
-    if dy is None:  # y went unused
-        return dh, dh, *[None] * 7
-    saved = ctx.saved_tensors
-    dx, *rest = torch.ops.sbldm_fast.group_norm_silu_backward(dy, dh if ctx.residual else None, *saved, ctx.silu)
-    dweight, dbias, dscale, dshift = (None if t is None else g for g, t in zip(rest, saved[2:], strict=True))
-    return dx, dx if ctx.residual else None, None, dweight, dbias, None, dscale, dshift, None
+    rest: tuple[Tensor | None, ...] = (None,) * 4
+    dx = dh  # y went unused
+    if dy is not None:
+        saved = ctx.saved_tensors
+        dx, *found = torch.ops.sbldm_fast.group_norm_silu_backward(dy, dh if ctx.keep_sum else None, *saved, ctx.silu)
+        rest = tuple(None if t is None else g for g, t in zip(found, saved[2:], strict=True))
+    dconv_bias = None
+    if dx is not None and ctx.conv_bias is not None:
+        dconv_bias = dx.sum((0, 2, 3), dtype=torch.float32).to(ctx.conv_bias)
+    dweight, dbias, dscale, dshift = rest
+    return dx, dconv_bias, dx if ctx.residual else None, None, dweight, dbias, None, dscale, dshift, None, None
 
 
 torch.library.register_autograd("sbldm_fast::group_norm_silu", _backward, setup_context=_setup_context)
@@ -177,21 +204,30 @@ torch.library.register_autograd("sbldm_fast::group_norm_silu", _backward, setup_
 @overload
 def group_norm_silu(
     x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-    scale: Tensor | None = None, shift: Tensor | None = None, residual: None = None, activation: str = "silu",
+    scale: Tensor | None = None, shift: Tensor | None = None, conv_bias: Tensor | None = None, residual: None = None,
+    activation: str = "silu", return_sum: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def group_norm_silu(
     x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-    scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor, activation: str = "silu",
+    scale: Tensor | None = None, shift: Tensor | None = None, conv_bias: Tensor | None = None, residual: Tensor,
+    activation: str = "silu", return_sum: bool = False,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    scale: Tensor | None = None, shift: Tensor | None = None, conv_bias: Tensor | None = None, residual: Tensor | None = None,
+    activation: str = "silu", return_sum: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def group_norm_silu(
     x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-    scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None, activation: str = "silu",
+    scale: Tensor | None = None, shift: Tensor | None = None, conv_bias: Tensor | None = None, residual: Tensor | None = None,
+    activation: str = "silu", return_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """GroupNorm with optional time modulation, then SiLU; with a residual, of the sum.
+    """GroupNorm with optional time modulation, then SiLU; of a sum, where terms are given.
 
-    `y = silu((GN(h) * weight + bias) * (1 + scale) + shift)`, `h = x + residual`; in the dtype and layout of `x`, also under autocast;
-    statistics in float32. Differentiable in every tensor.
+    `y = silu((GN(h) * weight + bias) * (1 + scale) + shift)`, `h = x + conv_bias + residual`; in the dtype and layout of `x`, also
+    under autocast; statistics in float32. Differentiable in every tensor.
 
     Args:
         x: `[N, C, H, W]`, float32, float16 or bfloat16, any strides.
@@ -199,28 +235,36 @@ def group_norm_silu(
         weight, bias: `[C]`.
         eps: added to the variance, > 0.
         scale, shift: `[N, C]` or `[1, C]`, the channels side by side in memory.
+        conv_bias: `[C]`, the bias of the convolution that made `x` without it.
         residual: like `x` in any layout; `(y, h)` is returned then, else y.
         activation: `"silu"` or `"none"`.
+        return_sum: return `(y, h)` without a residual too.
 
     Raises:
         ValueError: naming the argument, what came and what is allowed.
 
     Source: Wu & He 2018, arXiv:1803.08494; modulation as in Dhariwal & Nichol 2021, arXiv:2105.05233, section 3.
     """
-    _check(x, num_groups, weight, bias, eps, scale, shift, residual, activation)
+    _check(x, num_groups, weight, bias, eps, scale, shift, conv_bias, residual, activation)
+    return_sum = return_sum or residual is not None
     if resolve(x.device)[0] == "torch":
         y, h = group_norm_silu_reference(
-            x, num_groups, weight, bias, eps, scale=scale, shift=shift, residual=residual, activation=activation
+            x, num_groups, weight, bias, eps, scale=scale, shift=shift, conv_bias=conv_bias, residual=residual, activation=activation
         )  # fmt: skip
     else:
-        silu = activation == "silu"
-        y, h, _ = torch.ops.sbldm_fast.group_norm_silu(x, residual, num_groups, weight, bias, eps, scale, shift, silu)
-    return y if residual is None else (y, h)
+        # the gradient is taken at h, which without a term is x
+        terms = conv_bias is not None or residual is not None
+        keep = terms and (return_sum or needs_grad(x, conv_bias, weight, bias, scale, shift))
+        y, h, _ = torch.ops.sbldm_fast.group_norm_silu(
+            x, conv_bias, residual, num_groups, weight, bias, eps, scale, shift, activation == "silu", keep
+        )  # fmt: skip
+        h = h if terms else x
+    return (y, h) if return_sum else y
 
 
 def _check(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
-    scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, activation: str,
+    scale: Tensor | None, shift: Tensor | None, conv_bias: Tensor | None, residual: Tensor | None, activation: str,
 ) -> None:  # fmt: skip
     check_float("x", x, "[N, C, H, W]")
     N, C = x.shape[:2]
@@ -233,7 +277,10 @@ def _check(
     if residual is not None:
         check_like("residual", residual, x)
     of_channels, rows = ((C,),), ((N, C), (1, C))
-    for name, t, shapes in (("weight", weight, of_channels), ("bias", bias, of_channels), ("scale", scale, rows), ("shift", shift, rows)):
+    for name, t, shapes in (
+        ("weight", weight, of_channels), ("bias", bias, of_channels), ("conv_bias", conv_bias, of_channels), ("scale", scale, rows),
+        ("shift", shift, rows),
+    ):  # fmt: skip
         if t is not None:
             check_shape(name, t, shapes, x)
             if t.stride(-1) != 1 and C > 1:
@@ -254,8 +301,16 @@ class GroupNormSiLU(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_channels)) if affine else None
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, activation=self.activation)
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *, conv_bias: Tensor | None = None,
+        residual: Tensor | None = None, return_sum: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """What `group_norm_silu` returns."""
+        out: Tensor | tuple[Tensor, Tensor] = group_norm_silu(  # type: ignore[call-overload]  # each overload by turns
+            x, self.num_groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, conv_bias=conv_bias, residual=residual,
+            activation=self.activation, return_sum=return_sum,
+        )  # fmt: skip
+        return out
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.weight is not None}, activation={self.activation!r}"

@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sbldm_fast.kernels import GroupNormSiLU
+from sbldm_fast.kernels._backend import resolve
+
+
+class Sum(NamedTuple):
+    """`x + conv_bias + residual`, which a norm adds up as it reads; `conv_bias` `[C]` is of the convolution that made x."""
+
+    x: Tensor
+    conv_bias: Tensor | None = None
+    residual: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """The sum as a tensor, for those that are no norms."""
+        out = self.x if self.conv_bias is None else self.x + self.conv_bias.to(self.x.dtype)[:, None, None]
+        return out if self.residual is None else out + self.residual
+
+
+def added_by_norms(x: Tensor) -> bool:
+    """Whether biases and shortcuts wait for the norm behind them: cuDNN and PyTorch would add each in a kernel of its own (LOG 26)."""
+    return resolve(x.device)[0] == "triton"
+
+
+def convolve(conv: nn.Conv2d, x: Tensor) -> Sum:
+    """A convolution whose bias waits for the norm behind it; on a CPU the convolution adds it for nothing."""
+    if added_by_norms(x):
+        return Sum(conv._conv_forward(x, conv.weight, None), conv.bias)
+    return Sum(conv(x))
 
 
 class ResBlock(nn.Module):
@@ -23,10 +50,31 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        h = self.norm2(self.conv1(self.norm1(x)), scale, shift)
-        out: Tensor = self.skip(x) + self.conv2(self.dropout(h))
-        return out
+    def forward(self, x: Sum, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Sum]:
+        """The block's input, added up, and its output."""
+        y, entered = self.norm1(x.x, conv_bias=x.conv_bias, residual=x.residual, return_sum=True)
+        h = convolve(self.conv1, y)
+        out = convolve(self.conv2, self.dropout(self.norm2(h.x, scale, shift, conv_bias=h.conv_bias)))
+        if isinstance(self.skip, nn.Identity):
+            return entered, out._replace(residual=entered)
+        if not added_by_norms(entered):
+            return entered, out._replace(residual=self.skip(entered))
+        biases = [b for b in (self.conv2.bias, self.skip.bias) if b is not None]  # a sampler has made one of them
+        return entered, Sum(add_pointwise(out.x, self.skip.weight, entered), sum(biases[1:], biases[0]))
+
+
+def add_pointwise(out: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """`out + conv(x)` of a 1x1 convolution without bias, as one matrix product that adds to what is there; without gradient in place."""
+    x, W = x.to(out.dtype), weight.to(out.dtype).flatten(1)
+    in_place = not torch.is_grad_enabled()
+    if out.is_contiguous(memory_format=torch.channels_last) and x.is_contiguous(memory_format=torch.channels_last):
+        pixels, features = out.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        flat = pixels.reshape(-1, out.shape[1])
+        done = flat.addmm_(features, W.t()) if in_place else torch.addmm(flat, features, W.t())
+        return done.view(pixels.shape).permute(0, 3, 1, 2)
+    flat, features, W = out.flatten(2), x.flatten(2), W.expand(len(out), -1, -1)
+    done = flat.baddbmm_(W, features) if in_place else torch.baddbmm(flat, W, features)
+    return done.view(out.shape)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -49,13 +97,13 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(channels, channels)
         self.attend: Callable[..., Tensor] = attend
 
-    def forward(self, x: Tensor) -> Tensor:
-        N, C, H, W = x.shape
-        h = self.norm(x).flatten(2).transpose(1, 2)
+    def forward(self, x: Sum) -> Sum:
+        N, C, H, W = x.x.shape
+        y, entered = self.norm(x.x, conv_bias=x.conv_bias, residual=x.residual, return_sum=True)
+        h = y.flatten(2).transpose(1, 2)
         q, k, v = self.to_qkv(h).reshape(N, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         h = self.attend(q, k, v).transpose(1, 2).reshape(N, H * W, C)
-        out: Tensor = x + self.to_out(h).transpose(1, 2).reshape(N, C, H, W)
-        return out
+        return Sum(entered, residual=self.to_out(h).transpose(1, 2).reshape(N, C, H, W))  # in the layout of what entered
 
 
 class Upsample(nn.Module):
@@ -73,3 +121,22 @@ class Upsample(nn.Module):
 def Downsample(channels: int) -> nn.Conv2d:
     """A 3x3 convolution of stride 2."""
     return nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+
+class Chain(nn.Sequential):
+    """Blocks, convolutions and norms one after the other, sums kept open between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = Sum(x)
+        for module in self:
+            if isinstance(module, ResBlock):
+                _, h = module(h)
+            elif isinstance(module, Attention):
+                h = module(h)
+            elif isinstance(module, GroupNormSiLU):
+                h = Sum(module(h.x, conv_bias=h.conv_bias, residual=h.residual, return_sum=True)[0])
+            elif isinstance(module, nn.Conv2d):
+                h = convolve(module, h.total())
+            else:
+                h = Sum(module(h.total()))
+        return h.total()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sbldm_fast.kernels import GroupNormSiLU
 
 from .config import UNetConfig
-from .layers import Attention, Downsample, ResBlock, Upsample
+from .layers import Attention, Downsample, ResBlock, Sum, Upsample, convolve
 from .weights import Pretrained
 
 
@@ -54,9 +54,10 @@ class _Block(nn.Module):
         super().__init__()
         self.block, self.attention = block, attention or nn.Identity()
 
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        out: Tensor = self.attention(self.block(x, scale, shift))
-        return out
+    def forward(self, x: Sum, scale: Tensor, shift: Tensor) -> tuple[Tensor, Sum]:
+        """The block's input, added up, and its output."""
+        entered, h = self.block(x, scale, shift)
+        return entered, self.attention(h)
 
 
 class UNet2D(Pretrained[UNetConfig]):
@@ -123,23 +124,24 @@ class UNet2D(Pretrained[UNetConfig]):
     def forward_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """The prediction from a latent and its row of `time_rows`, `[N, R]` or `[1, R]` for a shared timestep."""
         time = iter(rows.split(self._row_widths, dim=1))
-        h = self.conv_in(x)
-        skips = [h]
+        h = convolve(self.conv_in, x)
+        skips: list[Tensor] = []  # what enters each block and each downsampling; a block's output is one when the next has added it up
         for level, stage in enumerate(self.down):
             for block in stage.children():
-                h = block(h, next(time), next(time))
-                skips.append(h)
+                entered, h = block(h, next(time), next(time))
+                skips.append(entered)
             if level < len(self.downsample):
-                h = self.downsample[level](h)
-                skips.append(h)
-        for block in self.mid:
-            h = block(h, next(time), next(time))
+                skips.append(h.total())
+                h = convolve(self.downsample[level], skips[-1])
+        for i, block in enumerate(self.mid):
+            entered, h = block(h, next(time), next(time))
+            skips += [entered] * (i == 0)
         for level, stage in enumerate(self.up):
             for block in stage.children():
-                h = block(torch.cat([h, skips.pop()], dim=1), next(time), next(time))
+                _, h = block(Sum(torch.cat([h.total(), skips.pop()], dim=1)), next(time), next(time))
             if level < len(self.upsample):
-                h = self.upsample[level](h)
-        out: Tensor = self.conv_out(self.norm_out(h))
+                h = Sum(self.upsample[level](h.total()))
+        out: Tensor = self.conv_out(self.norm_out(h.x, conv_bias=h.conv_bias, residual=h.residual, return_sum=True)[0])
         return out
 
     def forward(self, x: Tensor, t: Tensor | int, cond: None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sbldm_fast.kernels import GroupNormSiLU
 
 from .config import VAEConfig
-from .layers import Attention, Downsample, ResBlock
+from .layers import Attention, Chain, Downsample, ResBlock
 from .weights import Pretrained
 
 
@@ -53,7 +53,7 @@ class AutoencoderKL(Pretrained[VAEConfig]):
             if level < len(widths) - 1:
                 encoder.append(Downsample(channels))
         encoder += [attention(), GroupNormSiLU(groups, channels), nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)]
-        self.encoder = nn.Sequential(*encoder)
+        self.encoder = Chain(*encoder)
 
         decoder: list[nn.Module] = [nn.Conv2d(config.latent_channels, channels, 3, padding=1), attention()]
         for level in reversed(range(len(widths))):
@@ -63,7 +63,7 @@ class AutoencoderKL(Pretrained[VAEConfig]):
             if level > 0:
                 decoder.append(nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1))
         decoder += [GroupNormSiLU(groups, channels), nn.Conv2d(channels, config.in_channels, 3, padding=1)]
-        self.decoder = nn.Sequential(*decoder)
+        self.decoder = Chain(*decoder)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """The posterior of an image.

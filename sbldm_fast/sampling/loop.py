@@ -40,12 +40,12 @@ class Buffers(NamedTuple):
 
 
 def make_step(
-    predict: Predict, dtype: torch.dtype, clip_range: float | None, stop: str | None, threshold: float
+    predict: Predict, dtype: torch.dtype, layout: torch.memory_format, clip_range: float | None, stop: str | None, threshold: float
 ) -> Callable[[Tensor, Tensor, Tensor | None, Tensor, Buffers, Named], Tensor]:
     """One step as a function of tensors alone, so that it can be compiled and captured."""
 
     def step(x: Tensor, row: Tensor, scale: Tensor | None, table: Tensor, b: Buffers, cond: Named) -> Tensor:
-        h = (x if scale is None else x * scale).to(dtype)
+        h = (x if scale is None else x * scale).to(dtype, memory_format=layout)  # both at once, or cuDNN would turn it round
         if b.guidance is not None:
             h = torch.cat([h, h])
         m = predict(h, row, cond)
@@ -98,7 +98,7 @@ class Loop:
         if s.fuse:
             x = torch.cat([self.x] * (1 + guided)).to(s.dtype)
             predict, s.counts["fused"] = fused(predict, model, x, s.rows[:1], self.cond)
-        self.step = make_step(predict, s.dtype, s.table.clip_range, s.stop, s.threshold)
+        self.step = make_step(predict, s.dtype, s.layout, s.table.clip_range, s.stop, s.threshold)
         if s.compiled and (s.device.type != "cpu" or not self._ahead(model, s.compiled)):
             # a graph break in our own model would be a defect; a foreign model may have its reasons
             self.step = torch.compile(self.step, fullgraph=isinstance(s.model, UNet2D), dynamic=False, mode=s.compiled)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sbldm_fast.kernels import group_norm_silu
 from sbldm_fast.models import UNet2D
-from sbldm_fast.models.layers import Attention, Upsample
+from sbldm_fast.models.layers import Attention, ResBlock, Upsample
 
 Cond = Tensor | Mapping[str, Tensor] | None  # what a caller gives
 Named = dict[str, Tensor]  # what the loop handles; "" is a tensor that came without a name
@@ -61,6 +61,16 @@ def phase_upsampling(model: UNet2D) -> UNet2D:
         for name, child in list(parent.named_children()):
             if isinstance(child, Upsample):
                 setattr(parent, name, _transposed(child.conv))
+    return model
+
+
+def merged_biases(model: UNet2D) -> UNet2D:
+    """The model, each shortcut's bias moved into that of the convolution that it is added to, where norms add them up."""
+    for block in model.modules():
+        if isinstance(block, ResBlock) and isinstance(block.skip, nn.Conv2d) and block.skip.bias is not None:
+            assert block.conv2.bias is not None
+            block.conv2.bias = nn.Parameter((block.conv2.bias + block.skip.bias).detach(), requires_grad=False)
+            block.skip.bias = None
     return model
 
 

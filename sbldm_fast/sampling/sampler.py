@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from sbldm_fast.diffusion.table import NotLinear, SolverTable, prepared, scaled_input, scheduler_step
 from sbldm_fast.models import UNet2D
+from sbldm_fast.models.layers import added_by_norms
 
 from .loop import Callback, CaptureFailed, Loop
-from .model import Cond, named, phase_upsampling, predictor
+from .model import Cond, merged_biases, named, phase_upsampling, predictor
 from .modes import choose, parse_mode
 from .noise import Parts, Request, draw, numbered
 
@@ -109,9 +110,13 @@ class FastSampler:
                     ) from why
         if isinstance(model, UNet2D):
             model = phase_upsampling(model)
+            if added_by_norms(parameter):
+                model = merged_biases(model)
+        self.layout = torch.preserve_format
         if parameter is not None and self.dtype != parameter.dtype:
             # half-precision convolutions want the channels side by side, on tensor cores as on AMX
             model = copy.deepcopy(model).to(self.dtype, memory_format=torch.channels_last)  # type: ignore[attr-defined]  # it has parameters
+            self.layout = torch.channels_last if len(self.shape) == 3 else torch.preserve_format
         self.model = model.eval() if isinstance(model, nn.Module) else model
         self.predict = predictor(self.model)
         self._tails: OrderedDict[int, FastSampler] = OrderedDict()

@@ -75,7 +75,7 @@ def with_gradients(run: Any, tensors: dict[str, Tensor], dtype: torch.dtype | No
     N=st.integers(0, 3), groups=st.integers(1, 6), per_group=st.integers(1, 6), H=st.integers(1, 12), W=st.integers(1, 12), dtype=DTYPES,
     layout=layouts, value=values, bad=bad_values, layout_of_dy=layouts, silu=st.booleans(), tile=st.sampled_from([128, 8192]),
     split=st.sampled_from([64, 256]), seed=SEEDS,
-    given_too=st.sets(st.sampled_from(["weight", "bias", "scale", "shift", "residual"])), half_weights=st.booleans(), one_row=st.booleans(),
+    given_too=st.sets(st.sampled_from(["weight", "bias", "scale", "shift", "conv_bias", "residual"])), half_weights=st.booleans(), one_row=st.booleans(),
 )  # fmt: skip
 def test_group_norm_silu(
     N: int, groups: int, per_group: int, H: int, W: int, dtype: torch.dtype, layout: str, value: str, bad: float | None, layout_of_dy: str,
@@ -86,7 +86,8 @@ def test_group_norm_silu(
     shape = (N, C, H, W)
     x = tensor(shape, dtype, layout, value if N else "normal", bad if N else None)
     of_weights = dtype if half_weights else torch.float32
-    others = {"weight": torch.randn(C), "bias": torch.randn(C), "scale": torch.randn(N, C), "shift": torch.randn(N, C)}
+    others = {"weight": torch.randn(C), "bias": torch.randn(C), "scale": torch.randn(N, C), "shift": torch.randn(N, C),
+              "conv_bias": torch.randn(C)}  # fmt: skip
     tensors = {"x": x} | {k: t.to(of_weights) for k, t in others.items() if k in given_too}
     if "residual" in given_too:
         tensors["residual"] = tensor(shape, dtype, layout_of_dy, "normal")
@@ -100,7 +101,8 @@ def test_group_norm_silu(
         return out if "residual" in rest else (out,)
 
     def theirs(x: Tensor, **rest: Tensor) -> tuple[Tensor, ...]:
-        h = x + rest["residual"] if "residual" in rest else x
+        h = x + rest["conv_bias"].to(x.dtype)[:, None, None] if "conv_bias" in rest else x
+        h = h + rest["residual"] if "residual" in rest else h
         out = h
         # the norm is that of the h that is returned: the exact one too starts from h as rounded
         h = h + (h.to(dtype).to(h.dtype) - h).detach() if h.dtype == torch.float64 else h

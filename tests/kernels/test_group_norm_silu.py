@@ -28,9 +28,12 @@ SHAPES = [  # N, C, H, W, groups
 Problem = tuple[Tensor, int, dict[str, Tensor | None]]
 
 
-def formula(x: Tensor, groups: int, weight: Any, bias: Any, scale: Any, shift: Any, residual: Any, silu: bool) -> tuple[Tensor, Tensor]:
+def formula(
+    x: Tensor, groups: int, weight: Any, bias: Any, scale: Any, shift: Any, conv_bias: Any, residual: Any, silu: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The formula in PyTorch operators, in whatever dtype the tensors have: y and h."""
-    h = x if residual is None else x + residual
+    h = x if conv_bias is None else x + conv_bias[:, None, None]
+    h = h if residual is None else h + residual
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # PyTorch 2.13's gradient fails on a bias alone
     # NCHW: channels_last on a CPU computes E[x^2] - m^2 and would allow too much
@@ -45,16 +48,16 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, me
     x, residual = (torch.randn(2, N, C, H, W) + mean).to(device, dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.randn(2, C).to(device, dtype)
+    weight, bias, conv_bias = torch.randn(3, C).to(device, dtype)
     scale, shift = torch.randn(2, N, C).to(device, dtype)
-    return x, groups, {"weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
+    return x, groups, {"weight": weight, "bias": bias, "scale": scale, "shift": shift, "conv_bias": conv_bias, "residual": residual}
 
 
 def gradients(run: Any, tensors: dict[str, Tensor | None], dtype: torch.dtype, dy: Tensor, dh: Tensor) -> dict[str, Tensor]:
     """y, h and the gradient of every tensor, computed in `dtype`."""
     leaves = {k: None if t is None else t.detach().to(dtype).requires_grad_() for k, t in tensors.items()}
     y, h = run(**leaves)
-    if leaves["residual"] is None:
+    if h is leaves["x"]:
         y.backward(dy.to(dtype))
     else:
         torch.autograd.backward([y, h], [dy.to(dtype), dh.to(dtype)])
@@ -65,8 +68,8 @@ def compare(x: Tensor, groups: int, others: dict[str, Tensor | None], silu: bool
     """Forward and every gradient by the three-way rule; the kernel's y."""
 
     def ours(x: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
-        out: Any = group_norm_silu(x, groups, **rest, activation="silu" if silu else "none")
-        return out if rest["residual"] is not None else (out, x)
+        out: Any = group_norm_silu(x, groups, **rest, activation="silu" if silu else "none", return_sum=True)
+        return out  # type: ignore[no-any-return]  # a pair, with return_sum
 
     def theirs(**tensors: Any) -> tuple[Tensor, Tensor]:
         return formula(groups=groups, silu=silu, **tensors)
@@ -93,7 +96,7 @@ def test_parity(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("mean", [10.0, 100.0])
-@pytest.mark.parametrize("given", [(), ("weight", "bias"), ("scale", "shift"), ("weight", "residual"), ("shift",), ("bias", "scale")])
+@pytest.mark.parametrize("given", [(), ("weight", "bias"), ("scale", "shift"), ("weight", "residual"), ("shift",), ("bias", "scale"), ("conv_bias",)])
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("shape", [(2, 32, 8, 8, 8), (1, 4, 96, 90, 2)])
 def test_parity_far_from_zero(
@@ -116,11 +119,13 @@ VIEWS = {
 def test_views_are_read_in_place(view: str, device: torch.device, three_way: Any) -> None:
     x, groups, others = problem((2, 12, 6, 5, 4), torch.float32, device)
     x = VIEWS[view](x)
+    compare(x, groups, others | {"scale": None, "shift": None, "conv_bias": None, "residual": None}, True, three_way)
     compare(x, groups, others | {"scale": None, "shift": None, "residual": None}, True, three_way)
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_gradients_may_lie_in_another_way(view: str, device: torch.device) -> None:
+def test_gradients_may_lie_in_another_way(view: str, device: torch.device, three_way: Any) -> None:
+    """To rounding: where dy lies otherwise, Triton spreads the pixels over threads otherwise, and sums in another order."""
     x, groups, others = problem((3, 12, 6, 5, 4), torch.float32, device)
     dy = VIEWS[view](torch.randn_like(x))
     assert dy.stride() != x.stride()
@@ -131,7 +136,32 @@ def test_gradients_may_lie_in_another_way(view: str, device: torch.device) -> No
             y, h = group_norm_silu(leaf, groups, **others)  # type: ignore[call-overload]  # the residual is there
         torch.autograd.backward([y, h], [d, d])
         got.append(leaf.grad)
-    assert torch.equal(*got)
+    exact = gradients(lambda **t: formula(groups=groups, silu=True, **t), {"x": x, **others}, torch.float64, dy, dy)
+    three_way(*got, exact["dx"], gradient=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8, 4), (1, 4, 96, 90, 2)])
+def test_a_bias_before_the_norm_is_not_written_where_nobody_asks(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Without gradient y alone leaves the kernel, and is to the bit what comes beside the sum."""
+    x, groups, others = problem(shape, dtype, device)
+    given = {k: others[k] for k in ("weight", "bias", "conv_bias")}
+    with backend("triton"):
+        y, h = group_norm_silu(x, groups, **given, return_sum=True)
+        alone = group_norm_silu(x, groups, **given)
+        without = torch.ops.sbldm_fast.group_norm_silu(
+            x, given["conv_bias"], None, groups, None, None, 1e-5, None, None, True, False
+        )  # fmt: skip
+    assert torch.equal(y, alone)
+    assert torch.equal(h, (x.float() + others["conv_bias"].float()[:, None, None]).to(dtype))  # type: ignore[union-attr]  # it is there
+    assert without[1].numel() == 0
+
+
+def test_a_sum_of_one_term_is_that_term(device: torch.device) -> None:
+    x, groups, _ = problem((2, 8, 4, 4, 2), torch.float32, device)
+    for name in ("torch", "triton"):
+        with backend(name):
+            assert group_norm_silu(x, groups, return_sum=True)[1].data_ptr() == x.data_ptr()
 
 
 def test_one_row_of_scale_and_shift_serves_the_batch(device: torch.device) -> None:
@@ -260,12 +290,12 @@ def test_backward_reference_is_the_derivative(device: torch.device) -> None:
 
 def test_opcheck(device: torch.device) -> None:
     x, groups, others = problem((2, 8, 4, 4, 2), torch.float32, device)
-    w, b, scale, shift, residual = (t.requires_grad_() for t in others.values() if t is not None)
+    w, b, scale, shift, conv_bias, residual = (t.requires_grad_() for t in others.values() if t is not None)
     op = torch.ops.sbldm_fast.group_norm_silu.default
-    torch.library.opcheck(op, (x.requires_grad_(), residual, groups, w, b, 1e-5, scale, shift, True))
+    torch.library.opcheck(op, (x.requires_grad_(), conv_bias, residual, groups, w, b, 1e-5, scale, shift, True, True))
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    torch.library.opcheck(op, (last, None, groups, None, None, 1e-5, None, None, False))
-    _, h, stats = (t.detach() for t in op(x, residual, groups, w, b, 1e-5, scale, shift, True))
+    torch.library.opcheck(op, (last, None, None, groups, None, None, 1e-5, None, None, False, False))
+    _, h, stats = (t.detach() for t in op(x, conv_bias, residual, groups, w, b, 1e-5, scale, shift, True, True))
     backward = torch.ops.sbldm_fast.group_norm_silu_backward.default
     torch.library.opcheck(backward, (torch.randn_like(h), None, h, stats, *(t.detach() for t in (w, b, scale, shift)), True))
 
@@ -338,6 +368,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "weight dtype": ({"weight": torch.ones(8).double()}, "weight: got torch.float64, allowed is torch.float32 or"),
     "weight": ({"weight": torch.ones(4)}, r"weight: got shape \(4,\), allowed is \(8,\)"),
     "bias": ({"bias": torch.ones(9)}, r"bias: got shape \(9,\)"),
+    "conv_bias": ({"conv_bias": torch.ones(2, 8)}, r"conv_bias: got shape \(2, 8\), allowed is \(8,\)"),
     "scale": ({"scale": torch.ones(3, 8)}, r"scale: got shape \(3, 8\), allowed is \(2, 8\) or \(1, 8\)"),
     "shift strides": ({"shift": torch.ones(8, 2).t()}, "shift: got strides"),
     "residual": ({"residual": X[:1]}, r"residual: got torch.float32 \(1, 8, 3, 3\) on cpu, allowed is the like of x"),

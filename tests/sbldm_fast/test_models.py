@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from sbldm_fast import AutoencoderKL, SchedulerConfig, UNet2D, UNetConfig, VAEConfig, preset
+from sbldm_fast.kernels import backend
 from sbldm_fast.models import DiagonalGaussian
 from sbldm_fast.models.config import PRESETS
+from sbldm_fast.models.layers import ResBlock, Sum, add_pointwise
 from sbldm_fast.models.weights import WEIGHTS
 
 UNET = UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
@@ -103,6 +105,62 @@ def test_layout_does_not_change_the_result() -> None:
         expected = unet(x, 10)
         got = unet.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), 10)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def run_and_gradients(model: torch.nn.Module, out: Any) -> list[torch.Tensor]:
+    """What comes out, without gradient and with, and the gradient of every parameter."""
+    with torch.no_grad():
+        without = out()
+    model.zero_grad()
+    y = out()
+    y.square().mean().backward()
+    return [without, y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", ["unet", "encoder", "decoder"])
+def test_what_norms_add_up_is_what_convolutions_would(name: str, last: bool, device: torch.device) -> None:
+    """Biases and shortcuts that wait for the norm behind them, in the kernels, against the plain operators: values and gradients."""
+    torch.manual_seed(1)
+    unet, vae = UNet2D(replace(UNET, dropout=0.0)).to(device), AutoencoderKL(replace(VAE, mid_attention=True)).to(device)
+    model: torch.nn.Module = {"unet": unet, "encoder": vae.encoder, "decoder": vae.decoder}[name]
+    shape = {"unet": (3, 4, 8, 8), "encoder": (2, 1, 16, 16), "decoder": (2, 4, 8, 8)}[name]
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)  # biases too, which begin as almost nothing
+    x = torch.randn(shape, device=device)
+    if last:
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+    got = {}
+    for which in ("torch", "triton"):
+        with backend(which):
+            got[which] = run_and_gradients(model, lambda: model(x, torch.tensor([1, 500, 999], device=device)) if name == "unet" else model(x))
+    assert len(got["torch"]) == len(got["triton"]) > 20
+    for plain, ours in zip(got["torch"], got["triton"], strict=True):
+        assert (plain - ours).abs().max() <= 2e-4 * plain.abs().max().clamp(min=1e-3)
+
+
+def test_a_chain_is_its_modules_one_after_the_other(device: torch.device) -> None:
+    vae, z = AutoencoderKL(VAE).to(device).eval(), torch.randn(1, 4, 8, 8, device=device)
+    for which in ("torch", "triton"):
+        with torch.no_grad(), backend(which):
+            h = z
+            for module in vae.decoder:
+                h = module(Sum(h))[1].total() if isinstance(module, ResBlock) else module(h)
+            torch.testing.assert_close(vae.decode(z), h.tanh(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_product_adds_to_what_is_there(device: torch.device) -> None:
+    conv = torch.nn.Conv2d(6, 5, 1, bias=False).to(device)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for other in (torch.contiguous_format, torch.channels_last):
+            out, x = torch.randn(2, 5, 3, 4, device=device), torch.randn(2, 6, 3, 4, device=device)
+            out, x = out.contiguous(memory_format=layout), x.contiguous(memory_format=other)
+            wanted = out + conv(x)
+            torch.testing.assert_close(add_pointwise(out, conv.weight, x), wanted)
+            with torch.no_grad():
+                done = add_pointwise(out, conv.weight, x)
+            torch.testing.assert_close(done, wanted)
+            assert done.data_ptr() == out.data_ptr(), "no second tensor"
 
 
 def test_kl_by_hand() -> None:

@@ -15,9 +15,9 @@ from sbldm_fast.kernels import backend, philox_normal
 from torch import Tensor, nn
 
 from sbldm_fast import AutoencoderKL, DDIMScheduler, DDPMScheduler, FastSampler, Pipeline, SchedulerConfig, UNet2D, UNetConfig, VAEConfig
-from sbldm_fast.models.layers import Upsample
+from sbldm_fast.models.layers import ResBlock, Upsample
 from sbldm_fast.sampling.images import NOTICE, save_grid, save_png, to_uint8
-from sbldm_fast.sampling.model import _transposed, phase_upsampling
+from sbldm_fast.sampling.model import _transposed, merged_biases, phase_upsampling
 
 SHAPE = (4, 8, 8)
 UNET = UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
@@ -414,6 +414,19 @@ def test_phase_convolutions_are_the_doubling_and_its_convolution(unet: UNet2D) -
     z, t = torch.randn(2, *SHAPE), torch.tensor([5, 900])
     with torch.no_grad():
         torch.testing.assert_close(surgery(z, t), unet(z, t), rtol=1e-5, atol=1e-5)
+
+
+def test_merged_biases_are_the_two_that_they_are_of(unet: UNet2D) -> None:
+    before = {k: v.clone() for k, v in unet.state_dict().items()}
+    surgery, z, t = merged_biases(phase_upsampling(unet)), torch.randn(2, *SHAPE), torch.tensor([5, 900])
+    shortcuts = [m for m in surgery.modules() if isinstance(m, ResBlock) and isinstance(m.skip, nn.Conv2d)]
+    assert shortcuts
+    assert all(m.skip.bias is None for m in shortcuts)
+    assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items()), "the caller's model is left as it was"
+    with torch.no_grad():
+        for which in ("torch", "triton"):
+            with backend(which):
+                torch.testing.assert_close(surgery(z, t), unet(z, t), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_time_are_the_embedding_of_each_step(unet: UNet2D) -> None:
