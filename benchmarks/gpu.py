@@ -54,14 +54,14 @@ def plan(device: str, batches: Sequence[int] = BATCHES) -> list[Part]:
         return [
             Part("checks: ops", "checks ops", 120),
             Part("checks: loops", "checks graphs --preset demo", 60),
-            *(Part(f"headline: batch {b}", f"{tiny.format('sampling')} --steps 2 --dtype float32 --images --batch {b}", 60) for b in (1, 2)),
+            *(Part(f"headline: batch {b}", f"{tiny.format('sampling')} --steps 2 --dtype float32 --short --batch {b}", 60) for b in (1, 2)),
             Part("launches", "launches --preset demo", 60),
             Part("parity: ops", "pytest tests/kernels/test_philox_normal.py", 60),
             Part("ops: ceilings", "bench kernels --op ceilings --rounds 3 --seconds 2", 60),
             Part("training", f"{tiny.format('training')} --batch 2 --steps 1 --dtype float32", 60),
         ]
-    headline = "bench sampling --no-compile --images --dtype float32,float16,bfloat16"
-    parts = [Part(f"headline: batch {b}", f"{headline} --batch {b} --rounds {20 if b == 1 else 9} --seconds 15", 110) for b in batches]
+    headline = "bench sampling --short --no-compile --dtype float32,float16,bfloat16"
+    parts = [Part(f"headline: batch {b}", f"{headline} --batch {b} --rounds {20 if b == 1 else 9} --seconds 20", 100) for b in batches]
     ops = "bench kernels --no-large --no-compile --rounds 7 --seconds 1"
     others = "--op ddim_step --op solver_step --op frequency_loss --op spectral_mse --op philox_normal --op diffuse"
     tests, loops = "pytest -m gpu -k 'not compile and not fuzz'", "tests/sbldm_fast/test_sampling.py tests/sbldm_fast/test_training.py"
@@ -79,8 +79,8 @@ def plan(device: str, batches: Sequence[int] = BATCHES) -> list[Part]:
         Part("ops: norm", f"{ops} --op group_norm_silu", 90),
         Part("ops: others", f"{ops} {others}", 120),
         Part("training", f"{training} --no-compile --dtype float32,float16,bfloat16", 90),
-        Part("headline: compiled", "bench sampling --batch 1 --dtype float32,float16 --rounds 9 --seconds 15", 400),
-        Part("energy", "bench sampling --batch 64 --no-compile --dtype float32,float16 --rounds 5 --energy", 120),
+        Part("headline: compiled", "bench sampling --short --batch 1 --dtype float16 --rounds 9 --seconds 20", 240),
+        Part("energy", "bench sampling --short --no-compile --batch 64 --dtype float16 --rounds 3 --energy", 150),
         Part("ops: large", f"{ops.replace('--no-large', '--large')} --op group_norm_silu {others}", 300),
         Part("training: compiled", f"{training} --dtype float16", 300),
         Part("parity: fuzz", f"pytest -m gpu -n {WORKERS} tests/kernels/test_fuzz.py", 600),
@@ -143,6 +143,7 @@ def run(folder: Path, device: str, env: Row, deadline: float) -> int:
                 begun = time.monotonic()
                 code = work(part, rows, device, log, min(part.seconds, rest), env)
                 seconds = round(time.monotonic() - begun, 1)
+                code = -1 if code == 130 else code  # interrupted by the clock: what it has is written, the rest is for the next time
                 append(rows, [note("gpu", env, part=part.name, code=code, seconds=seconds)])
                 finished[part.name] = code
                 print(f"{'cut off' if code < 0 else f'exit {code}'} after {seconds:5.1f} s: {part.name}", flush=True)
@@ -234,7 +235,8 @@ def fitting(env: Row) -> list[int]:
         while batch > 1 and batch * MEMORY > free:
             batch //= 2
         if batch != wanted:
-            print(f"batch {wanted} wants {wanted * MEMORY / 2**30:.1f} GiB, {free / 2**30:.1f} of {total / 2**30:.1f} are free: batch {batch}")
+            room = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+            print(f"batch {wanted} wants {wanted * MEMORY / 2**30:.1f} GiB, and {room}: batch {batch} in its place")
         found += [batch] * (batch not in found)
     return found
 

@@ -58,14 +58,16 @@ def measure(
 ) -> list[Row]:  # fmt: skip
     """A row for each case: warmed up one after the other, then timed in turns, every other round backwards, so that drift favours nobody.
 
-    After `seconds` of timing, or an interrupt (Ctrl-C), no further round begins, though three are made of what was warmed up.
+    After `seconds` of timing, or an interrupt (Ctrl-C), no further round begins, though three are made of what was warmed up; the rows
+    after an interrupt say `interrupted`, and whoever asked for them asks for no more.
 
     A row has the seconds (raw, median, p10, p90, interquartile range, n), `build_s`, `first_call_s` and `compile_s` (the first call
-    beyond the median), on CUDA `peak_bytes` of the second call beyond what was there, `parity` of the first and the last call, `speedup`
-    over the case `base` (None without parity), `remarks`, with `cold` the seconds of single calls after the caches were flushed, and with
-    `energy` the joules of a call where NVML counts them. `bundle`: calls of less than 2 ms are timed several at a time, one after the other; on CUDA from one
-    captured graph of `CAPTURED` calls, as a Python call takes longer than a small kernel, or from Python where that fails (`timed` says). A case that cannot run is a row with `absent` or `failed`, and why; a failure ends nothing but its own case. TF32 is
-    off, so that float32 means float32.
+    beyond the median), on CUDA `peak_bytes` of building and two calls beyond what was there, `parity` of the first and the last call,
+    `speedup` over the case `base` (None without parity), `remarks`, with `cold` the seconds of single calls after the caches were
+    flushed, and with `energy` the joules of a call where NVML counts them. `bundle`: calls of less than 2 ms are timed several at a time,
+    one after the other; on CUDA from one captured graph of `CAPTURED` calls, as a Python call takes longer than a small kernel, or from
+    Python where that fails (`timed` says). A case that cannot run is a row with `absent` or `failed`, and why; a failure ends nothing but
+    its own case. TF32 is off, so that float32 means float32.
     """
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
@@ -85,7 +87,7 @@ def _measure(
     results: dict[str, list[Tensor]] = {}
     times: dict[str, int] = {}
     clocks: list[int] = []
-    others, interrupted = 0, False
+    others, stopped = 0, False
 
     def drop(name: str, error: BaseException) -> None:
         rows[name] = {"provider": name, "dtype": cases[name].dtype} | why_not(error)
@@ -101,8 +103,8 @@ def _measure(
         say(f"warming up: {name}")
         row: Row = {"provider": name, "dtype": case.dtype}
         rows[name] = row
-        if interrupted:
-            row["absent"] = "interrupted before its turn"
+        if stopped:
+            row |= {"absent": "interrupted before its turn", "interrupted": True}
             continue
         try:
             before = allocated(device)
@@ -120,8 +122,8 @@ def _measure(
                 call, times[name], row["timed"] = _bundled(call, device)
             calls[name] = call
         except KeyboardInterrupt:
-            interrupted = True
-            row["absent"] = "interrupted before its turn"
+            stopped = True
+            row |= {"absent": "interrupted before its turn", "interrupted": True}
         except Exception as error:  # one provider's failure is its row, not the end of the others
             drop(name, error)
         if not clocks:
@@ -133,7 +135,7 @@ def _measure(
     for i, name in enumerate(turns(list(calls), rounds)):
         if i % len(raw) == 0:
             look()
-            if i >= ROUNDS_AT_LEAST * len(raw) and (interrupted or time.perf_counter() - begun > limit):
+            if i >= ROUNDS_AT_LEAST * len(raw) and (stopped or time.perf_counter() - begun > limit):
                 break
         if name not in calls:  # dropped meanwhile
             continue
@@ -142,18 +144,18 @@ def _measure(
             seconds, last[name] = _seconds(calls[name], device)
             raw[name].append(seconds / times[name])
         except KeyboardInterrupt:
-            interrupted = True
+            stopped = True
         except Exception as error:  # likewise: memory may run out late
             drop(name, error)
     look()
     idle = gpu.idle_watts() if gpu and energy else None
     for name in [name for name in calls if not raw[name]]:
-        rows[name] = {"provider": name, "dtype": cases[name].dtype, "absent": "interrupted before its turn"}
+        rows[name] = {"provider": name, "dtype": cases[name].dtype, "absent": "interrupted before its turn", "interrupted": True}
         del calls[name]
     median = {name: summary(raw[name])["median_s"] for name in calls}
     for name in list(calls):
         case, found, s = cases[name], rows[name], summary(raw[name])
-        found |= s | {"remarks": _remarks(s, clocks, others)}
+        found |= s | {"remarks": _remarks(s, clocks, others)} | ({"interrupted": True} if stopped else {})
         found["compile_s"] = None if case.check else max(0.0, found["first_call_s"] - s["median_s"])
         if clocks:
             found["clock_mhz"] = {"start": clocks[0], "median": sorted(clocks)[len(clocks) // 2], "least": min(clocks)}
@@ -174,6 +176,11 @@ def _measure(
         except Exception as error:  # likewise
             drop(name, error)
     return list(rows.values())
+
+
+def interrupted(rows: Sequence[Row]) -> bool:
+    """Whether an interrupt came while the rows were measured."""
+    return any(row.get("interrupted") for row in rows)
 
 
 def why_not(error: BaseException) -> Row:

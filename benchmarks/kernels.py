@@ -12,7 +12,7 @@ import torch
 from sbldm_fast.kernels import backend
 from sbldm_fast.kernels._backend import obstacle
 
-from .harness import Absent, Case, measure
+from .harness import Absent, Case, interrupted, measure
 from .rows import Row, head
 
 OPS = ("group_norm_silu", "ddim_step", "solver_step", "frequency_loss", "spectral_mse", "philox_normal", "diffuse")
@@ -62,8 +62,8 @@ def bench_kernels(
 ) -> Iterator[Row]:  # fmt: skip
     """One row for each op, problem and provider: seconds a call, warm and with its caches flushed, GB/s of the bytes that must move.
 
-    On CUDA a warm call is one of a captured graph. `of_copy` is the part of the rate of a copy of the same bytes. The speed-up is over eager PyTorch. Op `ceilings` is what the machine
-    can do at most.
+    On CUDA a warm call is one of a captured graph. `of_copy` is the part of the rate of a copy of the same bytes. The speed-up is over
+    eager PyTorch. Op `ceilings` is what the machine can do at most. `seconds`: after which the rounds of a problem end.
 
     Raises:
         ValueError: an unknown op, or rounds below 1.
@@ -73,13 +73,16 @@ def bench_kernels(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for op in ops:
         if op == "ceilings":
-            yield from ceilings(device, rounds)
+            yield from ceilings(device, rounds, seconds)
             continue
         for problem in problems(op, device, large):
             say(f"{op} {problem.shape} {problem.layout} {str(problem.dtype)[6:]}")
             work = {"moved": problem.moved, "again": problem.again, "flops": problem.flops, "launches": problem.launches}
             common = head("kernels", op=op, shape=problem.shape, layout=problem.layout, device=str(device), **work)
-            yield from (common | row for row in timed(problem, device, rounds, compiled, seconds))
+            rows = timed(problem, device, rounds, compiled, seconds)
+            yield from (common | row for row in rows)
+            if interrupted(rows):
+                return
 
 
 def timed(problem: Problem, device: torch.device, rounds: int, compiled: bool = True, seconds: float = math.inf) -> list[Row]:
@@ -117,7 +120,7 @@ def _where_it_runs(call: Callable[[], Any], device: torch.device) -> Callable[[]
     return call
 
 
-def ceilings(device: torch.device, rounds: int) -> Iterator[Row]:
+def ceilings(device: torch.device, rounds: int, seconds: float = math.inf) -> Iterator[Row]:
     """What this machine can do at most: bytes/s of a large copy, operations/s of matrix product and convolution, smallest operations/s."""
     on_gpu = device.type == "cuda"
     side, small = 4096 if on_gpu else 1536, torch.zeros(1, device=device)
@@ -140,6 +143,6 @@ def ceilings(device: torch.device, rounds: int) -> Iterator[Row]:
         calls[f"convolution {str(dtype)[6:]}"] = (partial(torch.conv2d, x, w, padding=1), operations, "operations/s")
     found = {name: Case(lambda call=call: call, None, 0.0) for name, (call, _, _) in calls.items()}  # type: ignore[misc]  # mypy cannot type a default in a lambda
     common = head("kernels", op="ceilings", shape="", layout="", device=str(device))
-    for row in measure(found, rounds=rounds, base="", device=device, bundle=True):
+    for row in measure(found, rounds=rounds, base="", device=device, seconds=seconds, bundle=True):
         _, amount, unit = calls[row["provider"]]
         yield common | row | ({"rate": amount / row["median_s"], "unit": unit} if "median_s" in row else {})

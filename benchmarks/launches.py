@@ -38,7 +38,7 @@ def kernels_of_a_step(problem: Problem, dtype: torch.dtype) -> Row:
             torch.cuda.synchronize()
         counted[steps], spent[steps] = Counter(), Counter()
         for event in profiler.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            if event.device_type.name == "CUDA" and not event.is_user_annotation:
                 counted[steps][event.name] += 1
                 spent[steps][event.name] += event.time_range.elapsed_us()
     per = LONG - SHORT

@@ -122,7 +122,7 @@ class Reference(Provider):
         def with_backend() -> Tensor:
             chosen: AbstractContextManager[Any] = backend("triton" if self.fused else "torch")
             with chosen, torch.no_grad():
-                return p.decode(run()) if self.images else run()  # type: ignore[no-any-return]  # a Tensor, which Output does not say
+                return p.decode(run()) if self.images else run()
 
         return with_backend
 
@@ -133,10 +133,17 @@ class Ours(Provider):
 
     mode: str = "eager"
     images: bool = False
+    tf32: bool = False
+    searched: bool = False  # cuDNN times its convolutions and takes the fastest, instead of guessing it
 
     @property
     def name(self) -> str:
-        return f"FastSampler {self.mode} {str(self.dtype)[6:]}{' to images' * self.images}"
+        dtype = "TF32" if self.tf32 else str(self.dtype)[6:]
+        return f"FastSampler {self.mode} {dtype}{' cudnn.benchmark' * self.searched}{' to images' * self.images}"
+
+    @property
+    def approximate(self) -> bool:
+        return self.tf32
 
     @property
     def against(self) -> str:
@@ -154,8 +161,16 @@ class Ours(Provider):
         if "graph" in self.mode and p.device.type != "cuda":
             raise Absent("CUDA graphs need CUDA")
         sampler = FastSampler(model, scheduler, shape=p.noise.shape[1:], steps=p.steps, mode=self.mode, dtype=self.dtype,
-                              decode=p.decode if self.images else None)  # fmt: skip
-        return lambda: sampler(noise=p.noise)
+                              decode=p.decode if self.images else None, tf32=self.tf32)  # fmt: skip
+
+        def run() -> Tensor:
+            before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, self.searched
+            try:
+                return sampler(noise=p.noise)
+            finally:
+                torch.backends.cudnn.benchmark = before
+
+        return run
 
 
 @dataclass(frozen=True)
@@ -318,8 +333,34 @@ def exported(device: torch.device, compiled: bool = True) -> Iterator[Provider]:
     yield from (Exported(mode="step", cuda=True, fuse=True), Exported(cuda=True))
 
 
-def providers(device: torch.device, dtypes: Sequence[torch.dtype], compiled: bool = True, images: bool = False) -> Iterator[Provider]:
-    """Everybody, float32 first; without `compiled` those that need no compiling, with `images` also our ways to decoded images."""
+def brief(device: torch.device, dtypes: Sequence[torch.dtype], compiled: bool = False) -> Iterator[Provider]:
+    """Our ways, to latents and to images, beside the plain loops: what the first minutes on a GPU are spent on.
+
+    With `compiled` also what torch.compile makes of the last of `dtypes`, diffusers' and ours.
+    """
+    graphs = ["step-graph", "loop-graph"] * (device.type == "cuda")
+    fastest = graphs[-1] if graphs else "eager"
+    for dtype in dtypes:
+        yield Reference(dtype)
+        yield from (Ours(dtype, mode=mode) for mode in ("eager", *graphs))
+        if dtype == torch.bfloat16 and len(dtypes) > 2:
+            continue
+        yield Diffusers(dtype)
+        yield DiffusersUnderOurs(dtype, mode=fastest)
+        yield Reference(dtype, images=True)
+        yield Ours(dtype, mode=fastest, images=True)
+        if graphs:
+            yield Ours(dtype, mode=fastest, searched=True)
+    if graphs:
+        yield Ours(mode=fastest, tf32=True)
+    yield Monai()
+    if compiled:
+        yield Diffusers(dtypes[-1], "reduce-overhead" if graphs else "default")
+        yield Ours(dtypes[-1], mode="loop-graph+compile" if graphs else "compile")
+
+
+def providers(device: torch.device, dtypes: Sequence[torch.dtype], compiled: bool = True) -> Iterator[Provider]:
+    """Everybody, float32 first; without `compiled` those that need no compiling."""
     graphs = device.type == "cuda"
     yield Reference()
     yield Reference(channels_last=True)
@@ -343,6 +384,3 @@ def providers(device: torch.device, dtypes: Sequence[torch.dtype], compiled: boo
         yield Monai(dtype)
         if compiled:
             yield Monai(dtype, "default")
-    for dtype in {FLOAT: None, **dict.fromkeys(dtypes)} if images else ():
-        yield Reference(dtype, images=True)
-        yield Ours(dtype, mode="loop-graph" if graphs else "eager", images=True)

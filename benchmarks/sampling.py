@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from .counts import step_work
-from .harness import measure
+from .harness import interrupted, measure
 from .problem import Problem, native_half
-from .providers import FLOAT, Ours, Provider, Reference, providers
+from .providers import FLOAT, Ours, Provider, Reference, brief, providers
 from .rows import Row, head
 
 BASE = "diffusers"
@@ -20,13 +20,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def bench_sampling(
     *, preset_name: str = "paper", steps: Sequence[int] = (50,), batches: Sequence[int] = (1, 8), rounds: int = 7,
-    seconds: float = math.inf, compiled: bool = True, dtypes: Sequence[str] = (), images: bool = False, energy: bool = False,
+    seconds: float = math.inf, compiled: bool = True, dtypes: Sequence[str] = (), short: bool = False, energy: bool = False,
     who: Sequence[Provider] | None = None, target: str = "sampling", base: str = BASE, say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:  # fmt: skip
     """One row for each provider, batch and number of steps: seconds for `batch` latents of DDIM, noise to latent.
 
     The providers are those of `providers` (or `who`), in `dtypes` (none: float32 and the machine's native half precision); without
-    `compiled` those that compile nothing; with `images` also the way from noise to decoded images; with
+    `compiled` those that compile nothing; with `short` those of `brief`, which also decode; with
     `energy` the joules of a run on CUDA. The speed-up is over `base`, eager
     float32 diffusers, or where it is not installed over our textbook loop. `seconds`: after which a problem's rounds end.
 
@@ -39,8 +39,9 @@ def bench_sampling(
         raise ValueError(f"steps, batch, rounds: got {list(steps)}, {list(batches)}, {rounds}, allowed is 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     native = native_half(device)
-    precisions = [DTYPES[name] for name in dtypes] or [FLOAT, *([native] if native else [])]
-    who = list(who or providers(device, precisions, compiled, images))
+    # float32 is always there: the others are held against it
+    precisions = list(dict.fromkeys((FLOAT, *([DTYPES[name] for name in dtypes] or ([native] if native else [])))))
+    who = list(who or (brief(device, precisions, compiled) if short else providers(device, precisions, compiled)))
     base = base if importlib.util.find_spec(base) else "reference"
     for count, batch in ((s, b) for s in steps for b in batches):
         torch.compiler.reset()  # Dynamo counts versions of a function over the whole process; each problem starts afresh
@@ -56,6 +57,8 @@ def bench_sampling(
             if row.get("speedup") and "to images" in row["provider"]:  # decoding is in both
                 row["speedup"] = images and {"over": Reference(images=True).name, "factor": images / row["median_s"]}
             yield common | row | per_image(row, count, batch) | (works.get(row["provider"], {}) if "median_s" in row else {})
+        if interrupted(rows):
+            return
 
 
 def per_image(row: Row, steps: int, batch: int) -> Row:

@@ -257,7 +257,8 @@ def gpu_summary(rows: Sequence[Row], left: Sequence[str] = ()) -> str:
         parts.append(headline_table(made).markdown())
     for r in of.get("launches", []):
         model = r["modelled"]["launches"]
-        parts.append(f"A step, batch {r['batch']}, {r['dtype']}: {r['launches']:.0f} launches ({model} modelled), {r['us']:.0f} µs of kernels.")
+        found = f"{r['launches']:.0f} launches ({model} modelled), {r['us']:.0f} µs of kernels"
+        parts.append(f"A step, batch {r['batch']}, {r['dtype']}: {found}.")
     for target in ("kernels", "training"):
         if target in of:
             parts.append(TABLES[target](of[target]).markdown())
@@ -280,7 +281,8 @@ def headline_table(rows: Sequence[Row]) -> Table:
         p = r["parity"]
         error = "" if not p else "not finite" if p["error"] is None else f"{p['error']:.0e}{'' if p['ok'] else ' (too much)'}"
         peak = f"{r['peak_bytes'] / 2**20:.0f}" if r["peak_bytes"] else ""
-        body.append([str(r["batch"]), r["provider"], figure(f"{r['ms_per_step']:.3f}", r), f"{r['images_per_s']:.1f}", peak, error, speedup(r)])
+        figures = figure(f"{r['ms_per_step']:.3f}", r), f"{r['images_per_s']:.1f}", peak, error, speedup(r)
+        body.append([str(r["batch"]), r["provider"], *figures])
     return Table(["batch", "provider"], ["ms/step", "samples/s", "peak MiB", "error", "× base"], body, below(rows, f"DDIM, {_steps(rows)}"))
 
 

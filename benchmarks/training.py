@@ -54,7 +54,8 @@ def bench_training(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.compiler.reset()
     half = native_half(device)
-    precisions = [AMP[name] for name in dtypes] or ["off", *([AMP[str(half)[6:]]] if half else [])]
+    # float32 is always there: the others are held against it
+    precisions = list(dict.fromkeys(("off", *([AMP[name] for name in dtypes] or ([AMP[str(half)[6:]]] if half else [])))))
     cases, c = training_cases(preset_name, batch, steps, device, compiled, precisions), preset(preset_name).unet
     shape = [batch, c.in_channels, c.sample_size, c.sample_size]
     common = head("training", preset=preset_name, batch=batch, steps=steps, device=str(device), shape=shape)

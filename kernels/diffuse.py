@@ -59,7 +59,7 @@ def _inside(at, length, side, centre):
     return (at.to(tl.float32) >= start) & (at.to(tl.float32) < start + size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_index"])  # else a shard whose number is 1, or divides by 16, would compile anew
 def _diffuse_kernel(
     z0, timesteps, alphas_cumprod, key, z_t, target, N, first_index, H, W, numel, t_max,
     PREDICTION: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,

@@ -306,7 +306,8 @@ class GroupNormSiLU(nn.Module):
         residual: Tensor | None = None, return_sum: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """What `group_norm_silu` returns."""
-        out: Tensor | tuple[Tensor, Tensor] = group_norm_silu(  # type: ignore[call-overload]  # each overload by turns
+        op: Any = group_norm_silu  # its overloads tell the two results apart by arguments that here may be either
+        out: Tensor | tuple[Tensor, Tensor] = op(
             x, self.num_groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, conv_bias=conv_bias, residual=residual,
             activation=self.activation, return_sum=return_sum,
         )  # fmt: skip

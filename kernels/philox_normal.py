@@ -95,7 +95,7 @@ def normals(seed, sample, stream, block):
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_index", "stream"])  # else a shard or step whose number is 1, or divides by 16, would compile anew
 def _philox_normal_kernel(y, seed, first_index, stream, numel, BLOCK: tl.constexpr):
     # one grid axis: the others end at 65,535
     blocks = tl.cdiv(numel, 4 * BLOCK)

@@ -192,11 +192,14 @@ def _specialisation(
     name: str, wide: bool, kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int = 4, **kw: Any
 ) -> Specialisation:
     bound = inspect.signature(kernel.fn).bind(*args, **kw).arguments
-    fixed = {p.name for p in kernel.params if p.is_constexpr}
+    fixed, plain = ({p.name for p in kernel.params if getattr(p, flag)} for flag in ("is_constexpr", "do_not_specialize"))
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, (key, value) in enumerate(bound.items()):
+        if key in plain:  # of a type alone
+            signature[key] = "i32" if value < 2**31 else "i64"
+            continue
         signature[key] = "constexpr" if key in fixed else _describe(value, (i,), constants, attributes)
         if key in fixed:
             constants[i,] = value

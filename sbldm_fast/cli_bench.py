@@ -32,7 +32,7 @@ def bench(
         bool | None, typer.Option("--compile/--no-compile", help="Also through torch.compile, which takes minutes.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 (default: float32 and the native half).")] = None,
-    images: Annotated[bool | None, typer.Option("--images", help="Also from noise to decoded images.")] = None,
+    short: Annotated[bool | None, typer.Option("--short", help="Our ways, to images too, and the plain loops alone.")] = None,
     energy: Annotated[bool | None, typer.Option("--energy", help="Also joules, where NVML counts them.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append to (default: results/MACHINE/SUITE.jsonl).")] = None,
     compare: Annotated[
@@ -42,7 +42,8 @@ def bench(
 ) -> None:
     """Measure in turns, against peers, gated by parity. Example: sbldm-fast bench sampling --quick
 
-    Rows are written as they are made. Exit code 1: a provider failed, or differs from what it must equal; with --compare: one is slower.
+    Rows are written as they are made. Exit code 1: a provider failed, or differs from what it must equal; with --compare: one is slower;
+    130: interrupted (Ctrl-C), with the rows of what had three rounds by then.
     """
     if compare is not None:
         _compare(*compare, as_json)
@@ -55,24 +56,27 @@ def bench(
     from sbldm_fast.benchmarks.table import TABLES, groups
 
     given = {"preset_name": preset, "steps": _sizes(steps, "steps"), "batch": _sizes(batch, "batch"), "rounds": rounds, "seconds": seconds,
-             "processes": _sizes(processes, "processes"), "ops": op, "large": large, "compiled": compiled, "dtypes": dtype and dtype.split(","),
-             "images": images, "energy": energy}  # fmt: skip
-    wrong = []
+             "processes": _sizes(processes, "processes"), "ops": op, "large": large, "compiled": compiled, "short": short,
+             "dtypes": dtype.split(",") if dtype else None, "energy": energy}  # fmt: skip
+    wrong, stopped = [], False
     for suite in suites:
-        run, short = SUITES[suite.value]
-        arguments = (short if quick else {}) | _arguments(run, {k: v for k, v in given.items() if v is not None}, suite.value)
+        if stopped:
+            break
+        run, briefly = SUITES[suite.value]
+        arguments = (briefly if quick else {}) | _arguments(run, {k: v for k, v in given.items() if v is not None}, suite.value)
         file, rows = out or Path("results") / machine_name(machine()) / f"{suite.value}.jsonl", []
         for row in run(**arguments, say=say):
             append(file, [row])
             rows.append(row)
+        stopped = stopped or any(row.get("interrupted") for row in rows)
         wrong += failures(rows)
         tables = [] if as_json else [TABLES[suite.value](group).markdown() for group in groups(rows)]
         print("\n".join(json.dumps(row) for row in rows) if as_json else "\n\n".join(tables))
         say(f"{len(rows)} rows appended to {file}; sbldm-fast report {file.parent} shows them")
     for line in wrong:
         print(f"FAILED {line}", file=sys.stderr)
-    if wrong:
-        raise typer.Exit(1)
+    if wrong or stopped:
+        raise typer.Exit(130 if stopped else 1)
 
 
 def _arguments(run: Callable[..., Any], given: dict[str, Any], suite: str) -> dict[str, Any]:

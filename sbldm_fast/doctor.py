@@ -70,20 +70,22 @@ def op_errors(device: torch.device) -> dict[str, Callable[[], float]]:
     w, b = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).to(device)
     a, before = 0.5, 0.6
     z0 = (x.double() - (1 - a) ** 0.5 * m.double()) / a**0.5
-    step = before**0.5 * z0 + (1 - before) ** 0.5 * m.double()
+    step: Tensor = before**0.5 * z0 + (1 - before) ** 0.5 * m.double()
     mse = (x.double() - m.double()).square().mean()
 
     def norm() -> Tensor:
-        exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 32, w.double(), b.double()))
+        exact: Tensor = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 32, w.double(), b.double()))
         return group_norm_silu(x, 32, w, b).double() - exact
 
     def solver() -> Tensor:
-        row = torch.tensor([[1 / a**0.5, -((1 - a) ** 0.5) / a**0.5, before**0.5, 0, 0, (1 - before) ** 0.5]], device=device)
-        return solver_step(x, m, row, torch.zeros(2, dtype=torch.int32, device=device)).double() - step
+        row = torch.tensor([[a**-0.5, -((1 - a) ** 0.5) / a**0.5, before**0.5, 0, 0, (1 - before) ** 0.5]], device=device)
+        out: Tensor = solver_step(x, m, row, torch.zeros(2, dtype=torch.int32, device=device)).double() - step
+        return out
 
     def noised() -> Tensor:
         z_t, e = diffuse(x, torch.tensor([0, 0], device=device), torch.tensor([a], device=device), 0)
-        return z_t.double() - a**0.5 * x.double() - (1 - a) ** 0.5 * e.double()
+        out: Tensor = z_t.double() - a**0.5 * x.double() - (1 - a) ** 0.5 * e.double()
+        return out
 
     def normals() -> Tensor:
         # Random123's known answer for counter 0, key 0, as uniforms

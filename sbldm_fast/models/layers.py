@@ -26,14 +26,14 @@ class Sum(NamedTuple):
         return out if self.residual is None else out + self.residual
 
 
-def added_by_norms(x: Tensor) -> bool:
+def added_by_norms(device: torch.device) -> bool:
     """Whether biases and shortcuts wait for the norm behind them: cuDNN and PyTorch would add each in a kernel of its own (LOG 26)."""
-    return resolve(x.device)[0] == "triton"
+    return resolve(device)[0] == "triton"
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> Sum:
     """A convolution whose bias waits for the norm behind it; on a CPU the convolution adds it for nothing."""
-    if added_by_norms(x):
+    if added_by_norms(x.device):
         return Sum(conv._conv_forward(x, conv.weight, None), conv.bias)
     return Sum(conv(x))
 
@@ -57,7 +57,7 @@ class ResBlock(nn.Module):
         out = convolve(self.conv2, self.dropout(self.norm2(h.x, scale, shift, conv_bias=h.conv_bias)))
         if isinstance(self.skip, nn.Identity):
             return entered, out._replace(residual=entered)
-        if not added_by_norms(entered):
+        if not added_by_norms(entered.device):
             return entered, out._replace(residual=self.skip(entered))
         biases = [b for b in (self.conv2.bias, self.skip.bias) if b is not None]  # a sampler has made one of them
         return entered, Sum(add_pointwise(out.x, self.skip.weight, entered), sum(biases[1:], biases[0]))

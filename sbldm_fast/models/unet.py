@@ -132,7 +132,9 @@ class UNet2D(Pretrained[UNetConfig]):
                 skips.append(entered)
             if level < len(self.downsample):
                 skips.append(h.total())
-                h = convolve(self.downsample[level], skips[-1])
+                down = self.downsample[level]
+                assert isinstance(down, nn.Conv2d)
+                h = convolve(down, skips[-1])
         for i, block in enumerate(self.mid):
             entered, h = block(h, next(time), next(time))
             skips += [entered] * (i == 0)

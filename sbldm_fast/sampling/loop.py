@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class Loop:
         """From the first x to the last, or to what `decode` makes of it; `real` of the samples are not padding."""
         s, b = self.sampler, self.buffers
         whole = s.graph == "loop-graph" and callback is None and s.stop is None
-        with torch.no_grad(), compilation(s.device) if s.compiled else nullcontext():
+        with torch.no_grad(), float32_precision(s.device, s.tf32), compilation(s.device) if s.compiled else nullcontext():
             replay = self._captured(whole) if s.graph else None
             self.x.copy_(x)
             self._rewind()
@@ -218,6 +218,31 @@ class Looks:
             self.sent.copy_(frozen.all(), non_blocking=True)
             self.event.record()
         return stopped
+
+
+@contextmanager
+def float32_precision(device: torch.device, tf32: bool) -> Iterator[None]:
+    """Inside, float32 convolutions and matrix products on CUDA are of float32, or with `tf32` of 10-bit mantissas on tensor cores.
+
+    PyTorch's default is TF32 for convolutions and float32 for matrix products. What was set before comes back.
+    """
+    flags: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    name, value = "allow_tf32", cast(Any, tf32)
+    try:
+        before = [getattr(f, name) for f in flags]
+    except RuntimeError:  # set by PyTorch's newer names: they must not be mixed
+        flags, name, value = (flags[0].conv, flags[1]), "fp32_precision", "tf32" if tf32 else "ieee"
+        before = [getattr(f, name) for f in flags]
+    if device.type != "cuda":
+        yield
+        return
+    try:
+        for f in flags:
+            setattr(f, name, value)
+        yield
+    finally:
+        for f, old in zip(flags, before, strict=True):
+            setattr(f, name, old)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from sbldm_fast.diffusion.table import NotLinear, SolverTable, prepared, scaled_
 from sbldm_fast.models import UNet2D
 from sbldm_fast.models.layers import added_by_norms
 
-from .loop import Callback, CaptureFailed, Loop
+from .loop import Callback, CaptureFailed, Loop, float32_precision
 from .model import Cond, merged_biases, named, phase_upsampling, predictor
 from .modes import choose, parse_mode
 from .noise import Parts, Request, draw, numbered
@@ -64,6 +64,8 @@ class FastSampler:
         fuse: replace each GroupNorm + SiLU of a foreign model by `group_norm_silu`; `stats()["fused"]` says how many there were.
         stop, threshold: see above; a threshold of None is 0.05, 0.001, 0.01.
         check_every: steps between two looks at whether all samples have stopped.
+        tf32: on CUDA, let float32 convolutions and matrix products round their inputs to 10 bits of mantissa, which PyTorch does for
+            convolutions unless told otherwise; latents are off by about 1e-3 then (the rows of `bench sampling` say by how much).
         device: of a callable without parameters; others bring their own.
 
     Raises:
@@ -73,7 +75,8 @@ class FastSampler:
     def __init__(
         self, model: Callable[..., Any], scheduler: Any, *, shape: Sequence[int], steps: int = 50, mode: str = "auto",
         dtype: torch.dtype | None = None, eta: float = 0.0, decode: Callable[[Tensor], Tensor] | None = None, fuse: bool = False,
-        stop: str | None = None, threshold: float | None = None, check_every: int = 5, device: torch.device | str | None = None,
+        stop: str | None = None, threshold: float | None = None, check_every: int = 5, tf32: bool = False,
+        device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = parameter.device if parameter is not None else torch.device(device or "cpu")
@@ -85,6 +88,7 @@ class FastSampler:
         if check_every < 1:
             raise ValueError(f"check_every: got {check_every}, allowed is 1 or more")
         self.stop, self.check_every = stop, check_every
+        self.tf32 = tf32
         self.threshold = threshold if threshold is not None else STOPS[stop] if stop else 0.0
         self.shape, self.eta, self.decode, self.fuse, self.counts = tuple(shape), eta, decode, fuse, Counter[str]()
         self._scheduler, self._asked = scheduler, steps
@@ -110,7 +114,7 @@ class FastSampler:
                     ) from why
         if isinstance(model, UNet2D):
             model = phase_upsampling(model)
-            if added_by_norms(parameter):
+            if added_by_norms(self.device):
                 model = merged_biases(model)
         self.layout = torch.preserve_format
         if parameter is not None and self.dtype != parameter.dtype:
@@ -137,7 +141,7 @@ class FastSampler:
         self.input_scale = None if bool((scale == 1).all()) else scale
         times = table.timesteps.to(self.device)
         times = times.float() if times.is_floating_point() else times
-        with torch.no_grad():
+        with torch.no_grad(), float32_precision(self.device, self.tf32):
             self.rows = self.model.time_rows(times).to(self.dtype) if isinstance(self.model, UNet2D) else times
         self._loops: OrderedDict[Any, Loop] = OrderedDict()
         # one pool for all batch sizes: replays follow on one another, and outputs are copied out before the next
@@ -263,7 +267,7 @@ class FastSampler:
             raise ValueError("scheduler: got one with a step that forgets x, as x0 prediction does, allowed is one that can be led back")
         x, _ = numbered(self.shape, self.device, None, 0, z, None)
         assert x is not None
-        with torch.no_grad():
+        with torch.no_grad(), float32_precision(self.device, self.tf32):
             for i in reversed(range(self.steps)):
                 a, b = self.table.rows[i, 4:6].tolist()
                 after = x
@@ -349,7 +353,7 @@ class FastSampler:
         takes = "variance_noise" in inspect.signature(scheduler.step).parameters
         generator = torch.Generator(self.device).manual_seed(int(seeds[0, 0]) ^ int(seeds[0, 1]) << 32)
         times = scheduler.timesteps.to(self.device)
-        with torch.no_grad():
+        with torch.no_grad(), float32_precision(self.device, self.tf32):
             for i, t in enumerate(scheduler.timesteps):
                 h = scaled_input(scheduler, x, t).to(self.dtype)
                 if guidance is None:

@@ -118,13 +118,14 @@ class Step:
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+        self.dtype = amp_dtype(self.o.amp, self.device)
+        if self.device.type == "cpu" or self.dtype:  # cuDNN's float32 convolutions want the pixels side by side
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval() if self.o.ema_decay else None
         on_cuda = self.device.type == "cuda"
         parameters = list(self.model.parameters())
         lr = torch.zeros((), device=self.device)  # a tensor: a captured step reads what the loop wrote
         self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=self.o.weight_decay, fused=True, capturable=on_cuda)
-        self.dtype = amp_dtype(self.o.amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.number = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.first_bad = torch.full((1,), -1, dtype=torch.int64, device=self.device)

@@ -163,7 +163,7 @@ def unet_loss(latents: Tensor, scheduler: SchedulerConfig, objective: Objective,
         z0 = latents[ranks.own(index)]
         z_t, target = diffuse(z0, t, alphas_cumprod, seed, first_index=ranks.rank * len(z0), stream=step, prediction_type=kind,
                               cutmix_prob=objective.cutmix_prob)  # fmt: skip
-        return objective.loss(model(z_t.contiguous(memory_format=torch.channels_last), t), target, weights[t]), {}
+        return objective.loss(model(z_t, t), target, weights[t]), {}
 
     return loss_of
 

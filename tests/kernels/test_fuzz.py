@@ -75,7 +75,8 @@ def with_gradients(run: Any, tensors: dict[str, Tensor], dtype: torch.dtype | No
     N=st.integers(0, 3), groups=st.integers(1, 6), per_group=st.integers(1, 6), H=st.integers(1, 12), W=st.integers(1, 12), dtype=DTYPES,
     layout=layouts, value=values, bad=bad_values, layout_of_dy=layouts, silu=st.booleans(), tile=st.sampled_from([128, 8192]),
     split=st.sampled_from([64, 256]), seed=SEEDS,
-    given_too=st.sets(st.sampled_from(["weight", "bias", "scale", "shift", "conv_bias", "residual"])), half_weights=st.booleans(), one_row=st.booleans(),
+    given_too=st.sets(st.sampled_from(["weight", "bias", "scale", "shift", "conv_bias", "residual"])), half_weights=st.booleans(),
+    one_row=st.booleans(),
 )  # fmt: skip
 def test_group_norm_silu(
     N: int, groups: int, per_group: int, H: int, W: int, dtype: torch.dtype, layout: str, value: str, bad: float | None, layout_of_dy: str,

@@ -96,7 +96,9 @@ def test_parity(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("mean", [10.0, 100.0])
-@pytest.mark.parametrize("given", [(), ("weight", "bias"), ("scale", "shift"), ("weight", "residual"), ("shift",), ("bias", "scale"), ("conv_bias",)])
+@pytest.mark.parametrize(
+    "given", [(), ("weight", "bias"), ("scale", "shift"), ("weight", "residual"), ("shift",), ("bias", "scale"), ("conv_bias",)]
+)
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("shape", [(2, 32, 8, 8, 8), (1, 4, 96, 90, 2)])
 def test_parity_far_from_zero(
