@@ -1,6 +1,6 @@
 """group_norm_silu, forward and with its backward, against PyTorch, torch.compile and, where installed, Liger-Kernel.
 
-python -m sbldm_fast.benchmarks.bench_group_norm_silu     on a GPU: measures the crossover and writes it to kernels/crossover.json
+python -m sbldm_fast.benchmarks.bench_group_norm_silu     on a GPU: measures the line to add to kernels/crossover.json
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,18 +18,29 @@ import torch.nn.functional as F
 from sbldm_fast.kernels import _group_tiles, group_norm_silu
 from torch import Tensor
 
-from sbldm_fast.files import whole_file
-
-from .harness import interleaved, summary
+from .harness import bundled, interleaved, summary
 from .kernels import Problem, Providers, on_device, ours
+from .rows import Row, append, head
 
 # the paper's UNet at its three widths, its VAE's widest norm, and 64 MB in float32
 SHAPES = ((1, 64, 16, 32), (16, 64, 16, 32), (16, 256, 4, 32), (1, 32, 128, 8), (16, 64, 128, 32))
 TILES = (512, 1024, 2048, 4096, 8192)
 
 
+SUMS = ((1, 64, 16, 32), (64, 64, 16, 32), (64, 256, 4, 32))  # with the bias of a convolution and a shortcut before the norm
+
+
 def eager(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.group_norm(x, groups, weight, bias))
+
+
+def eager_sum(x: Tensor, groups: int, weight: Tensor, bias: Tensor, conv_bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    h = x + conv_bias[:, None, None] + residual
+    return F.silu(F.group_norm(h, groups, weight, bias)), h
+
+
+def fused_sum(x: Tensor, groups: int, weight: Tensor, bias: Tensor, conv_bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    return group_norm_silu(x, groups, weight, bias, conv_bias=conv_bias, residual=residual)
 
 
 def problems(device: torch.device, large: bool) -> Iterator[Problem]:
@@ -58,6 +68,14 @@ def problems(device: torch.device, large: bool) -> Iterator[Problem]:
                 size * (cut + 2 * cut_back * train),
             )  # fmt: skip
 
+        for N, C, side, groups in SUMS:
+            x, residual = torch.randn(2, N, side, side, C, device=device, dtype=dtype).permute(0, 1, 4, 2, 3)
+            given = (x, groups, *torch.randn(3, C, device=device, dtype=dtype), residual)
+            sums: Providers = {name: partial(f, *given) for name, f in (("eager", eager_sum), ("torch.compile", torch.compile(eager_sum)))}
+            sums |= ours(partial(fused_sum, *given))
+            moved = 4 * x.numel() * x.element_size()  # reads x and the residual, writes h and y
+            yield Problem(f"{N}x{C}x{side}x{side}/{groups} of a sum", dtype, "nhwc", moved, x.numel() * 14, 1, sums)
+
 
 def _step(f: Callable[..., Tensor], x: Tensor, dy: Tensor, arguments: tuple[Any, ...], train: bool) -> Callable[[], Any]:
     if not train:
@@ -77,25 +95,23 @@ def _liger(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(y).view_as(x)
 
 
-def measure_crossover(rounds: int = 20) -> int:
-    """The largest group that is faster in one launch than in two on this GPU, in elements."""
-    best = TILES[0]
+def measure_crossover(rounds: int = 9) -> tuple[int, Row]:
+    """The largest group that is faster in one launch than in two on this GPU, in elements; and the seconds of both, by size."""
+    best, seconds = TILES[0], {}
     for tile in TILES:
         x = torch.randn(4, 32, tile, 1, device="cuda", dtype=torch.float16)
-        calls = {f"limit {limit}": partial(_with_limit, x, limit) for limit in (tile, tile - 1)}
-        for call in calls.values():
-            call()
-        one, two = (summary(t)["median_s"] for t in interleaved(calls, rounds, torch.device("cuda")).values())
-        if one > two:
-            break
-        best = tile
-    return best
+        calls = {f"limit {limit}": bundled(partial(_with_limit, x, limit), x.device) for limit in (tile, tile - 1)}
+        raw = interleaved({name: call for name, (call, _, _) in calls.items()}, rounds, x.device)
+        one, two = (summary(raw[name])["median_s"] / times for name, (_, times, _) in calls.items())
+        seconds[str(tile)] = {"one launch": one, "two": two}
+        if one <= two and best in (tile, TILES[TILES.index(tile) - 1]):
+            best = tile
+    return best, seconds
 
 
-def _with_limit(x: Tensor, limit: int) -> None:
+def _with_limit(x: Tensor, limit: int) -> Tensor:
     with mock.patch.object(importlib.import_module("sbldm_fast.kernels.group_norm_silu"), "register_tile", return_value=limit):
-        for _ in range(50):
-            group_norm_silu(x, 32)
+        return group_norm_silu(x, 32)
 
 
 def test_group_norm_silu(timed: Callable[[], None]) -> None:
@@ -105,8 +121,7 @@ def test_group_norm_silu(timed: Callable[[], None]) -> None:
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("the crossover is measured on a CUDA device, and this PyTorch sees none")
-    path = Path(importlib.import_module("sbldm_fast.kernels").__path__[0]) / "crossover.json"
-    table = json.loads(path.read_text()) | {torch.cuda.get_device_name(): measure_crossover()}
-    with whole_file(path) as aside:
-        aside.write_text(json.dumps(table, indent=2) + "\n")
-    print(json.dumps(table, indent=2))
+    found, seconds = measure_crossover()
+    if sys.argv[1:2] == ["-o"]:
+        append(sys.argv[2], [head("crossover", tile=found, seconds=seconds)])
+    print(json.dumps({torch.cuda.get_device_name(): found}), json.dumps(seconds))

@@ -71,19 +71,19 @@ def _three_way(run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], inputs: 
 def _norm(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> Errors:
     draw = torch.Generator().manual_seed(0)
     x, residual, dy, dh = torch.randn(4, *shape, generator=draw)
-    affine = torch.randn(2, shape[1], generator=draw), torch.randn(2, shape[0], shape[1], generator=draw)
+    affine = torch.randn(3, shape[1], generator=draw), torch.randn(2, shape[0], shape[1], generator=draw)
     inputs = [t.to(device, dtype) for t in (x + 3, residual, dy, dh, *affine[0], *affine[1])]
     inputs[:4] = [t.contiguous(memory_format=layout) for t in inputs[:4]]
 
     def run(given: tuple[Tensor, ...], exact: bool = False) -> tuple[Tensor, ...]:
         leaves = [t.detach().requires_grad_() for t in (given[0], given[1], *given[4:])]
-        x, residual, weight, bias, scale, shift = leaves
+        x, residual, weight, bias, conv_bias, scale, shift = leaves
         if exact:
-            h = x + residual
+            h = x + conv_bias[:, None, None] + residual
             y = F.group_norm(h, 32, weight, bias) * (1 + scale[..., None, None]) + shift[..., None, None]
             y = F.silu(y)
         else:
-            y, h = group_norm_silu(x, 32, weight, bias, scale=scale, shift=shift, residual=residual)
+            y, h = group_norm_silu(x, 32, weight, bias, scale=scale, shift=shift, conv_bias=conv_bias, residual=residual)
         return (y.detach(), h.detach(), *torch.autograd.grad([y, h], leaves, list(given[2:4])))
 
     return _three_way(run, tuple(inputs), partial(run, exact=True))

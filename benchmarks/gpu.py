@@ -64,7 +64,8 @@ def plan(device: str, batches: Sequence[int] = BATCHES) -> list[Part]:
     parts = [Part(f"headline: batch {b}", f"{headline} --batch {b} --rounds {20 if b == 1 else 9} --seconds 20", 100) for b in batches]
     ops = "bench kernels --no-large --no-compile --rounds 7 --seconds 1"
     others = "--op ddim_step --op solver_step --op frequency_loss --op spectral_mse --op philox_normal --op diffuse"
-    tests, loops = "pytest -m gpu -k 'not compile and not fuzz'", "tests/sbldm_fast/test_sampling.py tests/sbldm_fast/test_training.py"
+    tests = "pytest -m gpu -k 'not compile and not fuzz'"
+    loops = " ".join(f"tests/sbldm_fast/test_{name}.py" for name in ("models", "sampling", "training"))
     training = "bench training --steps 50 --rounds 5 --seconds 20"
     return [
         Part("checks: ops", "checks ops", 60),
@@ -73,11 +74,12 @@ def plan(device: str, batches: Sequence[int] = BATCHES) -> list[Part]:
         Part("parity: captures", f"{tests} tests/kernels/test_cuda.py", 60),
         Part("parity: ops", f"{tests} -n {WORKERS} tests/kernels --ignore=tests/kernels/test_cuda.py", 120),
         *parts[:2],
-        Part("parity: loops", f"{tests} {loops}", 60),
+        Part("parity: loops", f"{tests} -n 4 {loops}", 60),
         *parts[2:],
         Part("ops: ceilings", "bench kernels --op ceilings --rounds 7 --seconds 3", 45),
         Part("ops: norm", f"{ops} --op group_norm_silu", 90),
         Part("ops: others", f"{ops} {others}", 120),
+        Part("ops: crossover", "bench_group_norm_silu", 45),
         Part("training", f"{training} --no-compile --dtype float32,float16,bfloat16", 90),
         Part("headline: compiled", "bench sampling --short --batch 1 --dtype float16 --rounds 9 --seconds 20", 240),
         Part("energy", "bench sampling --short --no-compile --batch 64 --dtype float16 --rounds 3 --energy", 150),

@@ -119,7 +119,7 @@ def _measure(
             row["peak_bytes"] = allocated(device, peak=True) - before if device.type == "cuda" else None
             times[name], single[name] = 1, call
             if bundle:
-                call, times[name], row["timed"] = _bundled(call, device)
+                call, times[name], row["timed"] = bundled(call, device)
             calls[name] = call
         except KeyboardInterrupt:
             stopped = True
@@ -291,7 +291,7 @@ def _seconds(call: Output, device: torch.device) -> tuple[float, Any]:
     return time.perf_counter() - start, out
 
 
-def _bundled(call: Output, device: torch.device) -> tuple[Output, int, str]:
+def bundled(call: Output, device: torch.device) -> tuple[Output, int, str]:
     """A call that lasts `SAMPLE_SECONDS` or more, how many of `call` it makes, and how: captured, or from Python."""
     inner, how = 1, "from Python"
     if device.type == "cuda":

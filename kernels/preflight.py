@@ -53,27 +53,73 @@ ARCHITECTURES = {75: (32, 16, 65536), 80: (64, 32, 167936), 86: (48, 16, 102400)
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
          torch.bool: "i1", torch.int8: "i8"}  # fmt: skip
 
-# Every GroupNorm that the presets run; a test derives it from the models. (C, num_groups): the pixels of those with SiLU, of those with
-# SiLU after time modulation, of those without activation
+# Every GroupNorm that the presets run; a test derives it from the models. By use (with time modulation, the activation, what is added up
+# before the norm, whether the sum is wanted too) and (C, num_groups): the pixels.
 _NORMS = {
-    (16, 8): ((4096, 16384), (), ()),
-    (32, 8): ((64, 256, 1024, 4096, 16384), (256,), ()),
-    (64, 8): ((16, 64, 256, 1024, 4096, 16384), (64,), (64,)),
-    (64, 32): ((64, 256, 1024), (256, 1024), ()),
-    (96, 8): ((64, 256, 1024), (), ()),
-    (128, 8): ((16, 64, 256, 1024, 4096), (16,), (16,)),
-    (128, 32): ((16, 64, 256, 1024), (64, 256), (64, 256)),
-    (192, 8): ((16, 64), (), ()),
-    (192, 32): ((64, 256, 1024), (), ()),
-    (256, 8): ((16, 256, 1024), (), ()),
-    (256, 32): ((16, 64, 256), (16, 64), (16, 64)),
-    (384, 32): ((16, 64, 256), (), ()),
-    (512, 32): ((16, 64), (), ()),
+    "silu": {
+        (32, 8): (16384,),
+        (64, 8): (256, 4096, 16384),
+        (96, 8): (64, 256, 1024),
+        (128, 8): (64, 1024, 4096),
+        (128, 32): (256, 1024),
+        (192, 8): (16, 64),
+        (192, 32): (64, 256, 1024),
+        (256, 8): (16, 256, 1024),
+        (256, 32): (64, 256),
+        (384, 32): (16, 64, 256),
+        (512, 32): (16, 64),
+    },
+    "silu bias": {
+        (16, 8): (16384,),
+        (32, 8): (4096, 16384),
+        (64, 8): (1024, 4096),
+        (96, 8): (256,),
+        (128, 8): (1024,),
+        (256, 8): (256,),
+    },
+    "none bias sum": {
+        (64, 8): (64,),
+        (128, 32): (64, 256),
+    },
+    "silu bias sum": {
+        (16, 8): (4096, 16384),
+        (32, 8): (64, 256, 1024, 4096, 16384),
+        (64, 8): (16, 256, 1024, 4096),
+        (64, 32): (64, 256, 1024),
+        (128, 8): (16, 256, 1024),
+        (128, 32): (16, 64),
+        (256, 8): (256,),
+        (256, 32): (16, 64),
+    },
+    "time silu bias": {
+        (32, 8): (256,),
+        (64, 8): (64,),
+        (64, 32): (256, 1024),
+        (128, 8): (16,),
+        (128, 32): (64, 256),
+        (256, 32): (16, 64),
+    },
+    "silu residual sum": {
+        (64, 8): (64,),
+        (128, 8): (16,),
+        (128, 32): (64, 256),
+        (256, 32): (16, 64),
+    },
+    "none bias residual sum": {
+        (64, 8): (64,),
+        (128, 8): (16,),
+        (128, 32): (64, 256),
+        (256, 32): (16, 64),
+    },
+    "silu bias residual sum": {
+        (32, 8): (256, 16384),
+        (64, 32): (256, 1024),
+        (128, 8): (16, 1024),
+        (256, 8): (256,),
+        (256, 32): (16, 64),
+    },
 }
-PRESET_NORMS = tuple(
-    (C, G, HW, column == 1, "none" if column == 2 else "silu")
-    for (C, G), columns in _NORMS.items() for column, pixels in enumerate(columns) for HW in pixels
-)  # fmt: skip
+PRESET_NORMS = tuple((C, G, HW, use) for use, sizes in _NORMS.items() for (C, G), pixels in sizes.items() for HW in pixels)
 
 
 class Specialisation(NamedTuple):
@@ -115,25 +161,24 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, bool, Callable[[], objec
         return t.contiguous(memory_format=torch.channels_last) if last else t
 
     fp32, i64 = torch.float32, torch.int64
-    for C, G, HW, modulated, activation in PRESET_NORMS:
+    for C, G, HW, use in PRESET_NORMS:
+        uses = set(use.split())
         for last in (False, True):
             x = new(2, C, math.isqrt(HW), math.isqrt(HW), last=last)
             _, tile, _, _ = plan(x.shape, G, x.stride(1) == 1, x.element_size(), register_tile(x.device))
             side_by_side = tile[0] * tile[1] if last else HW
             wide = side_by_side * dtype.itemsize % WIDE == 0
-            name = f"{C}/{G} HW={HW} {'nhwc' if last else 'nchw'}{' time' if modulated else ''} {activation}"
-            for use, weights in (("sample", dtype), ("train", fp32)):  # mixed precision trains float32 weights on half-precision images
-                affine = [new(C, dtype=weights), new(C, dtype=weights), *([new(2, C, dtype=weights)] * 2 if modulated else [None] * 2)]
-                silu = activation == "silu"
-                forward = partial(group_norm_silu._launch, x, None, G, *affine[:2], 1e-5, *affine[2:], silu)
-                yield f"{name} {use}", wide, forward
-            stats = new(2, 2, G, dtype=fp32)
-            yield f"{name} backward", wide, partial(group_norm_silu_backward._launch, x, None, x, stats, *affine, silu)
-    for side in (16, 128):
-        x, w = new(2, 64, side, side), new(64, dtype=fp32)
-        yield f"64/32 HW={side * side} residual", True, partial(group_norm_silu._launch, x, x, 32, w, w, 1e-5, None, None, True)
-        backward = partial(group_norm_silu_backward._launch, x, x, x, new(2, 2, 32, dtype=fp32), w, w, None, None, True)
-        yield f"64/32 HW={side * side} residual backward", True, backward
+            name, silu = f"{C}/{G} HW={HW} {'nhwc' if last else 'nchw'} {use}", "silu" in uses
+            for mode, weights in (("sample", dtype), ("train", fp32)):  # mixed precision trains float32 weights on half-precision images
+                w = new(C, dtype=weights)
+                affine = [w, w, *([new(2, C, dtype=weights)] * 2 if "time" in uses else [None] * 2)]
+                terms = w if "bias" in uses else None, x if "residual" in uses else None
+                keep = "sum" in uses or (mode == "train" and "bias" in uses)
+                forward = partial(group_norm_silu._launch, x, *terms, G, *affine[:2], 1e-5, *affine[2:], silu, keep)
+                yield f"{name} {mode}", wide, forward
+            dh = x if "sum" in uses else None
+            backward = partial(group_norm_silu_backward._launch, x, dh, x, new(2, 2, G, dtype=fp32), *affine, silu)
+            yield f"{name} backward", wide, backward
     for shape in ((8, 16, 16), (4, 32, 32)):
         z, m = new(2, *shape, dtype=fp32), new(2, *shape)
         of = "x".join(map(str, shape))

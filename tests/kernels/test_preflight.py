@@ -20,21 +20,24 @@ from sbldm_fast.models.config import PRESETS
 
 
 def test_table_of_norms_is_what_the_presets_run() -> None:
+    """Meta tensors take the kernels' path through the models."""
     seen = set()
 
-    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         assert isinstance(module, GroupNormSiLU)
-        x, modulated = args[0], len(args) > 1 and args[1] is not None
-        seen.add((module.num_channels, module.num_groups, x.shape[2] * x.shape[3], modulated, module.activation))
+        x, terms = args[0], [name for key, name in (("conv_bias", "bias"), ("residual", "residual")) if given.get(key) is not None]
+        words = ["time"] * (len(args) > 1 and args[1] is not None) + [module.activation, *terms]
+        words += ["sum"] * bool(terms and given.get("return_sum"))
+        seen.add((module.num_channels, module.num_groups, x.shape[2] * x.shape[3], " ".join(words)))
 
     for p in PRESETS.values():
-        unet, vae = UNet2D(p.unet).eval(), AutoencoderKL(p.vae).eval()
+        unet, vae = UNet2D(p.unet).eval().to("meta"), AutoencoderKL(p.vae).eval().to("meta")
         for m in (*unet.modules(), *vae.modules()):
             if isinstance(m, GroupNormSiLU):
-                m.register_forward_pre_hook(record)
-        with torch.no_grad():
-            unet(torch.randn(1, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size), 5)
-            vae.decode(vae.encode(torch.randn(1, 1, p.vae.sample_size, p.vae.sample_size)).mean)
+                m.register_forward_pre_hook(record, with_kwargs=True)
+        with torch.no_grad(), torch.device("meta"):
+            unet(torch.empty(1, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size), torch.zeros(1, dtype=torch.int64))
+            vae.decode(vae.encode(torch.empty(1, 1, p.vae.sample_size, p.vae.sample_size)).mean)
     assert set(preflight.PRESET_NORMS) == seen
 
 
@@ -96,7 +99,7 @@ def test_what_is_compiled_is_what_is_launched() -> None:
         PRELUDE
         + """
 seen = p.specialisations(torch.float16)
-n = next(s for s in seen if s.kernel == "_group_norm_silu_kernel" and s.name == "64/32 HW=256 nhwc silu sample")
+n = next(s for s in seen if s.kernel == "_group_norm_silu_kernel" and s.name == "64/32 HW=256 nhwc silu bias sum sample")
 print(json.dumps([sorted({s.kernel for s in seen}), n.signature, n.constants[tuple(n.signature).index("TILE"),], n.num_warps]))
 """
     )
@@ -104,6 +107,7 @@ print(json.dumps([sorted({s.kernel for s in seen}), n.signature, n.constants[tup
     assert got[1]["x"] == got[1]["y"] == "*fp16"
     assert got[1]["affine"][:2] == ["*fp16", "*fp16"]
     assert got[1]["stats"] == "*fp32"
+    assert got[1]["conv_bias"] == got[1]["h"] == "*fp16"
     assert got[1]["residual"] == "constexpr"
     assert got[2] == [2, 4, 8, 256, 1]  # two channels a group; four groups are 16 bytes side by side
     assert got[3] == 8
@@ -125,7 +129,7 @@ cases = [(view(1, 1, 1, (1, 1, 1, 1)), 1), (view(8, 1, 1, (8, 1, 1, 1)), 8), (vi
          (view(4, 2, 2, (2**33, 2**32, 2, 1)), 2), (view(256, 64, 64, (2**20, 2**12, 64, 1)), 1)]
 norm, grad = p.group_norm_silu._launch, p.group_norm_silu_backward._launch
 found = [s for x, G in cases for s in (
-    *p.recorded("odd", False, partial(norm, x, x, G, None, w(x.shape[1]), 1e-5, None, None, True)),
+    *p.recorded("odd", False, partial(norm, x, w(x.shape[1]), x, G, None, w(x.shape[1]), 1e-5, None, None, True, True)),
     *p.recorded("odd", False, partial(grad, x, x, x, stats(G), w(x.shape[1]), None, None, None, False)))]
 print(json.dumps([p.compile_one(s, "fp16", 75).fault for s in p.unique(found)]))
 """
@@ -154,7 +158,8 @@ for shape in ((1, 1, 1, 1), (1, 8, 16, 16), (1, 1, 40, 1), (1, 1, 1, 40)):
         "spectral": partial(p.spectral_mse._launch, x, x, 1.0, True),
         "diffuse": partial(p.diffuse._launch, x, new(1, dtype=i64), new(1), new(2, dtype=i64), 0, "epsilon", 2**21),
         "philox": partial(p.philox_normal._launch, new(1, dtype=i64), shape, 1, 1, torch.float32),
-        "norm": partial(p.group_norm_silu._launch, x, x, 1, new(shape[1]), new(shape[1]), 1e-5, new(1, shape[1]), new(1, shape[1]), True),
+        "norm": partial(p.group_norm_silu._launch, x, new(shape[1]), x, 1, new(shape[1]), new(shape[1]), 1e-5, new(1, shape[1]),
+                        new(1, shape[1]), True, True),
         "gradient": partial(p.group_norm_silu_backward._launch, x, x, x, new(1, 2, 1), new(shape[1]), None, new(1, shape[1]), None, True),
     }.items()}
 found = p.unique(s for name, call in calls.items() for s in p.recorded(name, False, call))
