@@ -342,9 +342,10 @@ def brief(device: torch.device, dtypes: Sequence[torch.dtype], compiled: bool = 
     fastest = graphs[-1] if graphs else "eager"
     for dtype in dtypes:
         yield Reference(dtype)
-        yield from (Ours(dtype, mode=mode) for mode in ("eager", *graphs))
+        yield from (Ours(dtype, mode=mode) for mode in graphs)
         if dtype == torch.bfloat16 and len(dtypes) > 2:
             continue
+        yield Ours(dtype)
         yield Diffusers(dtype)
         yield DiffusersUnderOurs(dtype, mode=fastest)
         yield Reference(dtype, images=True)

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from sbldm_fast.diffusion.table import SolverTable
 from sbldm_fast.models import AutoencoderKL, UNet2D
+from sbldm_fast.models.layers import Chain
 from sbldm_fast.sampling.model import Named, phase_upsampling, predictor
 
 Tensors = dict[str, Tensor]
@@ -216,7 +217,7 @@ class EncoderGraph(nn.Module):
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
         super().__init__()
         layers, self.dtype, self.scaling_factor = list(vae.encoder), dtype, vae.config.scaling_factor
-        self.first, self.last = narrowed(nn.Sequential(*layers[:-2]), dtype), narrowed(nn.Sequential(*layers[-2:]), torch.float32)
+        self.first, self.last = narrowed(Chain(*layers[:-2]), dtype), narrowed(Chain(*layers[-2:]), torch.float32)
 
     def forward(self, given: Tensors) -> Tensors:
         with Float32Islands():
@@ -232,7 +233,7 @@ class DecoderGraph(nn.Module):
         super().__init__()
         layers, self.dtype, self.scaling_factor = list(vae.decoder), dtype, vae.config.scaling_factor
         cut = 1 + max((i for i, layer in enumerate(layers) if isinstance(layer, nn.ConvTranspose2d)), default=-1)
-        self.first, self.last = narrowed(nn.Sequential(*layers[:cut]), dtype), narrowed(nn.Sequential(*layers[cut:]), torch.float32)
+        self.first, self.last = narrowed(Chain(*layers[:cut]), dtype), narrowed(Chain(*layers[cut:]), torch.float32)
 
     def forward(self, given: Tensors) -> Tensors:
         with Float32Islands():

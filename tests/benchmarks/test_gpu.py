@@ -1,75 +1,204 @@
-"""`make gpu` without a GPU: what it refuses, and that it goes on where it stopped."""
+"""The command for a GPU, dry on a CPU: what it refuses, that killing it loses nothing, and that it goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
-import math
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from sbldm_fast.benchmarks import gpu
 from sbldm_fast.benchmarks.rows import read_rows
 from sbldm_fast.benchmarks.suites import SUITES
 
 from sbldm_fast.cli_bench import Suite, _arguments, bench
 
-LINE = "sampling --quick --preset demo --steps 1 --rounds 1"
+ROOT = Path(__file__).parents[2]
+SHORT = "bench sampling --quick --preset demo --steps 1 --rounds 1 --short"
+PARTS = [
+    gpu.Part("headline: batch 1", SHORT, 60),
+    gpu.Part("checks: loops", "checks graphs --preset demo", 60),
+    gpu.Part("wrong", "bench sampling --steps 0", 60),
+]
 
 
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main() == 2
-    assert capsys.readouterr().err == "make gpu needs a CUDA device, and this PyTorch sees none\n"
+@pytest.fixture(scope="module")
+def env() -> dict[str, Any]:
+    return gpu.probe("cpu")
 
 
-def test_it_goes_on_where_it_stopped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    plan = (LINE, "sampling --steps 0")
-    assert gpu.run_plan(plan, tmp_path, time.monotonic() - 1) == 1
-    assert f"no time, the same command goes on: {LINE}" in capfd.readouterr().out
-    assert gpu.run_plan(plan, tmp_path, math.inf) == 1
+def run(folder: Path, *options: str, minutes: float = 5.0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sbldm_fast.benchmarks.gpu", "-o", str(folder), "--minutes", str(minutes), *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def parts_of(folder: Path) -> list[tuple[str, int]]:
+    return [(r["part"], r["code"]) for r in read_rows(folder / "rows.jsonl")[0] if r["target"] == "gpu"]
+
+
+def test_the_whole_command_dry_killed_at_random_and_gone_on_with(tmp_path: Path) -> None:
+    """kill -9 twice in the middle: every line that was written is whole, no part outlives the command, and the rest is done after it."""
+    command = [sys.executable, "-m", "sbldm_fast.benchmarks.gpu", "--device", "cpu", "-o", str(tmp_path)]
+    draw = random.Random(0)
+    for _ in range(2):
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            time.sleep(draw.uniform(8, 20))
+            process.kill()
+        rows, faults = read_rows(tmp_path / "rows.jsonl")
+        assert rows
+        assert not faults
+    time.sleep(0.5)
+    assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    before = parts_of(tmp_path)
+    done = run(tmp_path, "--device", "cpu")
+    assert done.returncode == 1, "the launches of a step cannot be profiled without CUDA"
+    names = [part.name for part in gpu.plan("cpu")]
+    assert [name for name, _ in parts_of(tmp_path)] == names, "each part once, in the order of the plan"
+    assert parts_of(tmp_path)[: len(before)] == before
+    assert {name for name, code in parts_of(tmp_path) if code} == {"launches"}
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    assert "Checks: " in table
+    assert " 0 failed." in table
+    for text in ("| 2 | FastSampler eager float32 |", "parity: ops: ", "| sbldm_fast float32 |", "| ceilings |", "launches"):
+        assert text in table
+    assert len(list(tmp_path.iterdir())) <= 6
+    with tarfile.open(tmp_path / "gpu.tar.gz") as archive:
+        assert archive.getnames() == ["rows.jsonl", "log.txt", "table.md"]
+        packed = archive.extractfile("rows.jsonl")
+        assert packed is not None
+        assert packed.read() == (tmp_path / "rows.jsonl").read_bytes()
+    again = run(tmp_path, "--device", "cpu")
+    assert again.returncode == 1, "what failed goes on failing"
+    assert "exit " not in again.stdout, "what is done is not done again"
+
+
+def test_a_part_is_run_once_on_one_machine_with_one_source(
+    tmp_path: Path, env: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "plan", lambda *_: PARTS)
+    assert gpu.run(tmp_path, "cpu", env, time.monotonic() + gpu.GRACE - 1) == 1
+    assert "Not done, the same command goes on: headline: batch 1, checks: loops, wrong." in capfd.readouterr().out
+    assert gpu.run(tmp_path, "cpu", env, time.monotonic() + 300) == 1
+    assert parts_of(tmp_path) == [("headline: batch 1", 0), ("checks: loops", 0), ("wrong", 1)]
     out = capfd.readouterr().out
-    assert "2 of 2 parts done" in out
-    assert "failed, or without parity: sampling --steps 0" in out
-    rows = read_rows(tmp_path / "sampling.jsonl")[0]
-    assert {r["provider"] for r in rows} >= {"reference", "diffusers"}
-    record = read_rows(tmp_path / "gpu.jsonl")[0]
-    assert [(r["line"], r["code"]) for r in record] == [(LINE, 0), ("sampling --steps 0", 1)]
-    assert gpu.run_plan((LINE,), tmp_path, math.inf) == 0
-    assert gpu.run_plan(plan, tmp_path, math.inf) == 1, "what failed goes on failing"
-    assert len(read_rows(tmp_path / "sampling.jsonl")[0]) == len(rows), "what is done is not done again"
-
-
-def test_only_what_this_machine_did_with_these_sources_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "steps, batch, rounds: got [0]" in out, "what a part that failed has said is shown"
+    assert "PASS FastSampler eager" in out
     ran: list[str] = []
-    codes = iter([0, 0, -9, 0, 0])
-    monkeypatch.setattr(gpu, "_run", lambda line, *_: ran.append(line) or next(codes))
-    here = gpu.machine()
-    for changed, times in (({}, 1), ({}, 1), ({"source": "b"}, 2), ({"cpu": "another"}, 3), ({"cpu": "another"}, 4)):
-        monkeypatch.setattr(gpu, "machine", lambda changed=changed: here | changed)
-        monkeypatch.setattr(
-            gpu, "head", lambda target, changed=changed, **what: {"target": target, "run": "1", "env": here | changed} | what
-        )
-        gpu.run_plan((LINE,), tmp_path, math.inf)
-        assert len(ran) == times, "one that was killed is run again"
+    monkeypatch.setattr(gpu, "work", lambda part, *_: ran.append(part.name) or 0)
+    for changed, times in (({}, 0), ({"source": "b"}, 3), ({"cpu": "another"}, 6), ({"cpu": "another"}, 6)):
+        gpu.run(tmp_path, "cpu", env | changed, time.monotonic() + 300)
+        assert len(ran) == times
 
 
-def test_a_part_that_takes_too_long_is_left_for_the_next_time(tmp_path: Path) -> None:
-    assert gpu.run_plan(("training --preset paper --batch 64 --no-compile",), tmp_path, time.monotonic() + 1) == 1
-    assert not (tmp_path / "gpu.jsonl").exists()
+def test_a_part_that_takes_too_long_writes_what_it_has(
+    tmp_path: Path, env: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An interrupt comes first: rounds end, the rows of the problem are written and say so, and the part is run again the next time."""
+    long = gpu.Part("headline", "bench sampling --preset demo --steps 5 --batch 1,2 --rounds 100000 --short --no-compile --dtype float32", 14)
+    monkeypatch.setattr(gpu, "plan", lambda *_: [long])
+    assert gpu.run(tmp_path, "cpu", env, time.monotonic() + 300) == 1
+    rows = read_rows(tmp_path / "rows.jsonl")[0]
+    assert [r["batch"] for r in rows[:-1]] == [1] * (len(rows) - 1), "the second batch is not begun"
+    timed = [r for r in rows if "median_s" in r]
+    assert len(timed) >= 5
+    assert all(r["interrupted"] and r["n"] >= 3 for r in timed)
+    assert parts_of(tmp_path) == [("headline", -1)]
+    assert "Not done, the same command goes on: headline." in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("line", gpu.PLAN)
-def test_every_line_of_the_plan_is_a_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import typer
+def test_a_part_that_does_not_end_is_killed(tmp_path: Path, env: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    monkeypatch.setattr(gpu.sys, "executable", "/bin/sh")
+    part = gpu.Part("deaf", "checks", 2)
+    real = subprocess.Popen
 
-    taken: list[tuple[str, dict[str, Any]]] = []
+    def started(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        return real(["python3", "-c", deaf], **options)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", started)
+    with (tmp_path / "log.txt").open("ab") as log:
+        begun = time.monotonic()
+        assert gpu.work(part, tmp_path / "rows.jsonl", "cpu", log, 1.0, env) == -1
+        assert time.monotonic() - begun < 10
+
+
+def test_tests_that_fail_or_were_killed_are_in_the_rows(tmp_path: Path) -> None:
+    report = tmp_path / "parity.xml"
+    assert gpu.passed(report) == {"passed": 0, "skipped": 0, "failures": ["no report: the tests were killed"]}
+    report.write_text(
+        """<testsuites><testsuite><testcase classname="a.b" name="c[cuda]"><failure message="assert 1 == 2&#10;and more">x</failure></testcase>
+        <testcase classname="a.b" name="d"/><testcase classname="a.b" name="e"><skipped message="no second device"/></testcase>
+        <testcase classname="a" name="f"><error message="failed on setup"/></testcase></testsuite></testsuites>"""
+    )
+    assert gpu.passed(report) == {"passed": 1, "skipped": 1, "failures": ["a.b::c[cuda]: assert 1 == 2", "a::f: failed on setup"]}
+
+
+def test_bad_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu, "probe", lambda device: {"gpu": None, "no_gpu": "The NVIDIA driver on your system is too old (found version 11040)."})
+    assert gpu.main(["-o", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err == (
+        "gpu: --device cuda needs a CUDA device, and this PyTorch sees none: "
+        "The NVIDIA driver on your system is too old (found version 11040).\n"
+    )
+    (tmp_path / "file").touch()
+    assert gpu.main(["-o", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"gpu: {tmp_path / 'file'} cannot be written: File exists\n"
+    with pytest.raises(SystemExit) as stop:
+        gpu.main([])
+    assert stop.value.code == 2
+
+
+def test_a_second_run_beside_the_first_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import fcntl
+
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert gpu.main(["--device", "cpu", "-o", str(tmp_path)]) == 2
+    assert f"another run is at work in {tmp_path}" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_part_and_still_packs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sbldm_fast.benchmarks.gpu", "--device", "cpu", "-o", str(tmp_path)]
+    # a shell that starts things in the background has them ignore interrupts
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, restore_signals=True) as process:
+        while not (tmp_path / "rows.jsonl").exists():
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Not done, the same command goes on: checks: ops" in out
+    assert (tmp_path / "gpu.tar.gz").exists()
+
+
+@pytest.mark.parametrize(("free", "batches"), [(140, [1, 64, 256, 8]), (14.5, [1, 64, 128, 8]), (1, [1, 16, 8])])
+def test_batches_are_as_large_as_the_memory_allows(free: float, batches: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    memory = {"free": int(free * 2**30), "total": 150 * 2**30}
+    assert gpu.fitting({"gpu": "a card", "memory": memory, "nvml": {"other_processes": 2}}) == batches
+    out = capsys.readouterr().out
+    assert "2 other processes on this GPU: figures are marked" in out
+    assert ("in its place" in out) == (256 not in batches)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_part_is_a_command(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
     for name, suite in SUITES.items():
 
         def note(name: str = name, **given: Any) -> Any:
-            taken.append((name, given))
+            taken.append(name)
             return iter(())
 
         monkeypatch.setattr(note, "__signature__", __import__("inspect").signature(suite.run), raising=False)
@@ -77,13 +206,29 @@ def test_every_line_of_the_plan_is_a_command(line: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         "sbldm_fast.benchmarks.table.TABLES", {name: lambda _: type("T", (), {"markdown": lambda _: ""})() for name in SUITES}
     )
-    app = typer.Typer()
-    app.command()(bench)
-    app(line.split(), standalone_mode=False)
-    assert taken[0][0] == line.split()[0]
+    parts = gpu.plan(device)
+    assert len({part.name for part in parts}) == len(parts)
+    for part in parts:
+        words = shlex.split(part.command)
+        if words[0] == "bench":
+            app = typer.Typer()
+            app.command()(bench)
+            app([*words[1:], "-o", os.devnull], standalone_mode=False)
+            assert taken.pop() == words[1]
+        elif words[0] == "pytest":
+            files = [w.removeprefix("--ignore=") for w in words if "tests/" in w]
+            assert files
+            assert all((ROOT / file).exists() for file in files)
+        else:
+            assert (ROOT / "benchmarks" / f"{words[0]}.py").exists()
 
 
-def test_the_plan_has_every_suite() -> None:
-    assert {line.split()[0] for line in gpu.PLAN} == set(SUITES) == set(Suite)
+def test_the_suites_are_those_of_the_command_line() -> None:
+    assert set(SUITES) == set(Suite)
     assert _arguments(SUITES["training"].run, {"batch": [4]}, "training") == {"batch": 4}
     json.dumps({name: suite.quick for name, suite in SUITES.items()})
+
+
+def test_this_process_holds_no_memory_of_the_gpu() -> None:
+    assert not torch.cuda.is_initialized()
+    assert "torch" not in [line.split()[1] for line in (ROOT / "benchmarks/gpu.py").read_text().splitlines() if line.startswith("import ")]

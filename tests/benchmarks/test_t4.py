@@ -58,4 +58,4 @@ def test_the_models_error_is_of_the_machine_that_was_measured() -> None:
                "dtype": "float32", "work": {}, "median_s": 1.0, "env": ENV}  # fmt: skip
     (found,) = errors([*rows, sampled])
     assert found.measured_s == pytest.approx(0.1)
-    assert found.predicted_s >= 73e6 / 1e9, "at least every weight is read: 73 MB"
+    assert found.predicted_s >= 58e6 / 1e9, "at least every weight is read: 58 MB without those of time"
