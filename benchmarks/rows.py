@@ -1,6 +1,7 @@
 """The rows that results are kept in: what a machine is, how rows are written, read and chosen.
 
-python -m sbldm_fast.benchmarks.rows     the environment block of this machine
+python -m sbldm_fast.benchmarks.rows                      the environment block of this machine
+python -m sbldm_fast.benchmarks.rows FILE FOLDER          add the rows of a file from anywhere to benchmarks/results
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -109,6 +111,29 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
     return rows, faults
 
 
+def distribute(file: str | Path, folder: str | Path) -> dict[str, int]:
+    """Add the rows of `file` to `folder/MACHINE/TARGET.jsonl`, each once; how many were new in each file.
+
+    Raises:
+        ValueError: the file cannot be read, has a line that is no row, or a target that is no word.
+    """
+    rows, faults = read_rows(file)
+    if faults or not rows:
+        raise ValueError(faults[0] if faults else f"{file} has no rows")
+    if odd := next((r["target"] for r in rows if not re.fullmatch("[a-z]+", str(r["target"]))), None):
+        raise ValueError(f"{file}: got a row of target {odd!r}, allowed is a word of small letters")
+    added: dict[str, int] = {}
+    for name in dict.fromkeys(f"{machine_name(row['env'])}/{row['target']}.jsonl" for row in rows):
+        path = Path(folder) / name
+        known = {json.dumps(r | {"at": ""}) for r in read_rows(path)[0]} if path.exists() else set()
+        mine = [r | {"at": ""} for r in rows if f"{machine_name(r['env'])}/{r['target']}.jsonl" == name]
+        new = [{k: v for k, v in r.items() if k != "at"} for r in mine if json.dumps(r) not in known]
+        if new:
+            append(path, new)
+        added[name] = len(new)
+    return added
+
+
 def problem(row: Row) -> tuple[Any, ...]:
     """What a row measured, without who did it and when."""
     keys = PROBLEM.get(row["target"], ("preset", "batch", "steps", "processes"))
@@ -132,4 +157,4 @@ def _git(*arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(machine()))
+    print(json.dumps(distribute(*sys.argv[1:]) if sys.argv[1:] else machine()))

@@ -1,6 +1,6 @@
 """Results as Markdown, rendered from the rows and never typed: what `bench` prints, and the blocks of the README.
 
-python -m sbldm_fast.benchmarks.table README.md
+python -m sbldm_fast.benchmarks.table README.md benchmarks/GPU.md
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from sbldm_fast.files import whole_file
 
+from .harness import approximate
 from .rows import Row, latest, read_rows
 from .verdicts import interval
 
@@ -58,6 +59,8 @@ def speedup(row: Row) -> str:
     """The factor, or why there is none."""
     if row.get("speedup"):
         return f"{row['speedup']['factor']:.2f}"
+    if approximate(row):
+        return "approximate"
     return "no parity" if row.get("parity") and not row["parity"]["ok"] else ""
 
 
@@ -217,7 +220,9 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def render(readme: str | Path) -> str:
-    """The text of `readme`, each block `<!-- SUITE: FILE -->` ... `<!-- end SUITE -->` (or headline) rendered from FILE beside it.
+    """The text of `readme`, each block `<!-- SUITE: FILE -->` ... `<!-- end SUITE -->` rendered from FILE beside it.
+
+    Beside the suites there are `headline`, a sentence, and of a folder `gpus`, a line per GPU, and `gpu`, a section per GPU.
 
     Raises:
         ValueError: a file with a line that is not a row.
@@ -226,64 +231,117 @@ def render(readme: str | Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         kind, file = match.groups()
-        rows, faults = read_rows(readme.parent / file)
-        if faults:
-            raise ValueError(faults[0])
-        chosen = groups(latest(rows))[0]
-        made = headline(chosen) if kind == "headline" else TABLES[kind](chosen).markdown()
+        if kind == "gpus":
+            made = gpus_table(readme.parent / file).markdown()
+        elif kind == "gpu":
+            made = "\n".join(gpu_summary(rows) for rows in gpus(readme.parent / file))
+        else:
+            rows, faults = read_rows(readme.parent / file)
+            if faults:
+                raise ValueError(faults[0])
+            chosen = groups(latest(rows))[0]
+            made = headline(chosen) if kind == "headline" else TABLES[kind](chosen).markdown()
         return f"<!-- {kind}: {file} -->\n{made}\n<!-- end {kind} -->"
 
-    kinds = "|".join([*TABLES, "headline"])
+    kinds = "|".join([*TABLES, "headline", "gpu", "gpus"])
     return re.sub(rf"<!-- ({kinds}): (\S+) -->.*?<!-- end \1 -->", block, readme.read_text(), flags=re.DOTALL)
 
 
 def gpu_summary(rows: Sequence[Row], left: Sequence[str] = ()) -> str:
     """What the rows of one GPU say, in the order of what matters, with every failure; `left`: what was not done."""
-    of: dict[str, list[Row]] = {}
-    last = {(r["target"], r.get("check", r.get("part"))): r for r in rows if r["target"] in ("checks", "parity")}
-    for row in (*last.values(), *latest([r for r in rows if r["target"] not in ("checks", "parity")])):
-        of.setdefault(row["target"], []).append(row)
-    parts = ["# " + (rows[0]["env"]["gpu"] or rows[0]["env"]["cpu"]) if rows else "# Nothing was measured"]
-    checks = of.get("checks", [])
+    if not rows:
+        return "Nothing was measured.\n"
+    checks, parity = _checked(rows)
+    parts = ["## " + (rows[0]["env"]["gpu"] or rows[0]["env"]["cpu"])]
     if checks:
         bad = [r for r in checks if not r.get("ok") and "absent" not in r]
         skipped = sum("absent" in r for r in checks)
         parts.append(f"Checks: {len(checks) - len(bad) - skipped} passed, {skipped} skipped, {len(bad)} failed.")
-        parts += [f"- FAIL {r['check']}: {r.get('failed') or difference_of(r)}" for r in bad]
-    for r in of.get("parity", []):
+        parts += [f"- FAIL {r['check']}: {r.get('failed') or off(r)}" for r in bad]
+    for r in parity:
         parts.append(f"{r['part']}: {r['passed']} passed, {r['skipped']} skipped, {len(r['failures'])} failed in {r['seconds']:.0f} s.")
         parts += [f"- FAIL {line}" for line in r["failures"][:12]]
-    if made := [r for r in of.get("sampling", []) if not missing(r)]:
-        parts.append(headline_table(made).markdown())
+    of: dict[str, list[Row]] = {}
+    for row in latest([r for r in rows if r["target"] in (*TABLES, "launches")]):
+        of.setdefault(row["target"], []).append(row)
+    if any(not missing(r) for r in of.get("sampling", [])):
+        parts.append(gpu_table(groups(of["sampling"])[0]).markdown())
     for r in of.get("launches", []):
         model = r["modelled"]["launches"]
         found = f"{r['launches']:.0f} launches ({model} modelled), {r['us']:.0f} µs of kernels"
         parts.append(f"A step, batch {r['batch']}, {r['dtype']}: {found}.")
-    for target in ("kernels", "training"):
-        if target in of:
-            parts.append(TABLES[target](of[target]).markdown())
-    failed = [r for name in TABLES for r in of.get(name, []) if "failed" in r]
-    parts += [f"- FAILED {r['target']} {r['provider']}: {r['failed']}" for r in failed]
+    parts += [TABLES[target](of[target]).markdown() for target in ("training", "kernels") if target in of]
+    parts += [f"- FAILED {r['target']} {r['provider']}: {r['failed']}" for name in TABLES for r in of.get(name, []) if "failed" in r]
     if left:
         parts.append(f"Not done, the same command goes on: {', '.join(left)}.")
     return "\n\n".join(parts) + "\n"
 
 
-def difference_of(check: Row) -> str:
+def _checked(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The checks and the parts of the tests that were run last, of the sources that were last checked: names come and go."""
+    checks = [r for r in rows if r["target"] == "checks"]
+    last = [r for r in checks if r["env"]["source"] == checks[-1]["env"]["source"]]
+    parity = {r["part"]: r for r in rows if r["target"] == "parity"}
+    return list({r["check"]: r for r in last}.values()), list(parity.values())
+
+
+def off(check: Row) -> str:
     """How far a check was off."""
     return f"error {check['error']:.1e}, allowed {check['allowed']:.1e}"
 
 
-def headline_table(rows: Sequence[Row]) -> Table:
-    """A line per batch and provider: what sampling costs on a GPU, with its error beside it."""
+def gpu_table(rows: Sequence[Row]) -> Table:
+    """A line per batch and provider: what sampling costs on a GPU, with its memory and its error beside it."""
     body: list[list[Cell]] = []
-    for r in sorted(rows, key=lambda r: r["batch"]):
+    for r in sorted((r for r in rows if not missing(r)), key=lambda r: float(r["batch"])):
         p = r["parity"]
-        error = "" if not p else "not finite" if p["error"] is None else f"{p['error']:.0e}{'' if p['ok'] else ' (too much)'}"
+        error = "" if not p else "not finite" if p["error"] is None else f"{p['error']:.0e}"
         peak = f"{r['peak_bytes'] / 2**20:.0f}" if r["peak_bytes"] else ""
         figures = figure(f"{r['ms_per_step']:.3f}", r), f"{r['images_per_s']:.1f}", peak, error, speedup(r)
         body.append([str(r["batch"]), r["provider"], *figures])
-    return Table(["batch", "provider"], ["ms/step", "samples/s", "peak MiB", "error", "× base"], body, below(rows, f"DDIM, {_steps(rows)}"))
+    over = next((r["speedup"]["over"] for r in rows if r.get("speedup")), "its reference")
+    columns = ["ms/step", "samples/s", "peak MiB", "error", f"× {over}"]
+    return Table(["batch", "provider"], columns, body, below(rows, f"DDIM, {_steps(rows)}"))
+
+
+def gpus(folder: Path) -> list[list[Row]]:
+    """The rows of each GPU that has some in `folder`, a folder of row files per machine.
+
+    Raises:
+        ValueError: a file with a line that is not a row.
+    """
+    found = []
+    for machine in sorted(p for p in folder.iterdir() if p.is_dir()):
+        read = [read_rows(file) for file in sorted(machine.glob("*.jsonl"))]
+        if fault := next((f for _, faults in read for f in faults), None):
+            raise ValueError(fault)
+        found += [rows] if (rows := [r for of_file, _ in read for r in of_file if r["env"]["gpu"]]) else []
+    return found
+
+
+def gpus_table(folder: Path) -> Table:
+    """A line per GPU that has rows in `folder`: what ran on it, and what it was timed at."""
+    body: list[list[Cell]] = []
+    for rows in gpus(folder):
+        checks, parity = _checked(rows)
+        checks = [r for r in checks if "absent" not in r]
+        timed = {(r["batch"], r["provider"]): r for r in latest([r for r in rows if r["target"] == "sampling"]) if "ms_per_step" in r}
+
+        def cell(batch: int, key: str, form: str, timed: dict[tuple[int, str], Row] = timed) -> str:
+            found = [timed.get((batch, f"FastSampler loop-graph {dtype}")) for dtype in ("float32", "float16")]
+            return ", ".join(f"{r[key]:{form}}{f' ({speedup(r)}×)' * bool(r.get('speedup'))}" if r else "-" for r in found)
+
+        env, day = rows[-1]["env"], max(r["run"] for r in rows)[:10]
+        body.append([
+            env["gpu"],
+            f"{sum(bool(r.get('ok')) for r in checks)} of {len(checks)}",
+            f"{sum(r['passed'] for r in parity)} of {sum(r['passed'] + len(r['failures']) for r in parity)}",
+            cell(1, "ms_per_image", ".0f"),
+            cell(64, "images_per_s", ".0f"),
+            f"torch {env['packages']['torch']}, triton {env['packages']['triton']}, {day}",
+        ])  # fmt: skip
+    columns = ["checks", "tests", "batch 1: ms/latent", "batch 64: latents/s", "with"]
+    return Table(["measured on", *columns], [], body)
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
@@ -293,6 +351,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
 
 
 if __name__ == "__main__":
-    text = render(sys.argv[1])
-    with whole_file(sys.argv[1]) as aside:
-        aside.write_text(text)
+    for page in sys.argv[1:]:
+        text = render(page)
+        with whole_file(page) as aside:
+            aside.write_text(text)

@@ -108,7 +108,7 @@ def op_errors(device: torch.device) -> dict[str, Callable[[], float]]:
 
 def _fastest_mode(device: torch.device) -> str:
     if device.type == "cuda":
-        return "loop-graph (compiled, not run: `make gpu` proves it on this machine)"
+        return "loop-graph (`make gpu` proves and measures it on this machine)"
     found = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
     return "compile" if found else "eager (mode compile needs a C++ compiler)"
 

@@ -43,7 +43,7 @@ class FastSampler:
     - `auto`: on CUDA `loop-graph`, beyond 100 steps `step-graph`; on a CPU `eager`, and `compile` from the first call on that is
       long enough to win the minute of compiling back. `reason` says why.
 
-    The graph modes are compiled, not run: no CUDA machine has measured them yet. A graph cannot be left inside: with `stop` or a
+    What they cost on the GPUs that were measured: benchmarks/GPU.md. A graph cannot be left inside: with `stop` or a
     callback `loop-graph` replays steps.
 
     Stopping early, sample by sample, `stop=`: `eps_norm` when the RMS of the model's output is below the threshold (paper 001; a
@@ -65,7 +65,8 @@ class FastSampler:
         stop, threshold: see above; a threshold of None is 0.05, 0.001, 0.01.
         check_every: steps between two looks at whether all samples have stopped.
         tf32: on CUDA, let float32 convolutions and matrix products round their inputs to 10 bits of mantissa, which PyTorch does for
-            convolutions unless told otherwise; latents are off by about 1e-3 then (the rows of `bench sampling` say by how much).
+            convolutions unless told otherwise; the paper's UNet is off by 2e-4 of the largest value then, and 2.4 times as fast on an H200
+            (benchmarks/GPU.md); float16 is off by 3e-4 and 4 times as fast.
         device: of a callable without parameters; others bring their own.
 
     Raises:

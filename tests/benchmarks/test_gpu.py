@@ -87,7 +87,7 @@ def test_a_part_is_run_once_on_one_machine_with_one_source(
     tmp_path: Path, env: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "plan", lambda *_: PARTS)
-    assert gpu.run(tmp_path, "cpu", env, time.monotonic() + gpu.GRACE - 1) == 1
+    assert gpu.run(tmp_path, "cpu", env, time.monotonic() + gpu.GRACE + 20) == 1, "less than half of what each may take"
     assert "Not done, the same command goes on: headline: batch 1, checks: loops, wrong." in capfd.readouterr().out
     assert gpu.run(tmp_path, "cpu", env, time.monotonic() + 300) == 1
     assert parts_of(tmp_path) == [("headline: batch 1", 0), ("checks: loops", 0), ("wrong", 1)]
@@ -105,7 +105,8 @@ def test_a_part_that_takes_too_long_writes_what_it_has(
     tmp_path: Path, env: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """An interrupt comes first: rounds end, the rows of the problem are written and say so, and the part is run again the next time."""
-    long = gpu.Part("headline", "bench sampling --preset demo --steps 5 --batch 1,2 --rounds 100000 --short --no-compile --dtype float32", 14)
+    endless = "bench sampling --preset demo --steps 5 --batch 1,2 --rounds 100000 --short --no-compile --dtype float32"
+    long = gpu.Part("headline", endless, 14)
     monkeypatch.setattr(gpu, "plan", lambda *_: [long])
     assert gpu.run(tmp_path, "cpu", env, time.monotonic() + 300) == 1
     rows = read_rows(tmp_path / "rows.jsonl")[0]
@@ -138,21 +139,21 @@ def test_tests_that_fail_or_were_killed_are_in_the_rows(tmp_path: Path) -> None:
     report = tmp_path / "parity.xml"
     assert gpu.passed(report) == {"passed": 0, "skipped": 0, "failures": ["no report: the tests were killed"]}
     report.write_text(
-        """<testsuites><testsuite><testcase classname="a.b" name="c[cuda]"><failure message="assert 1 == 2&#10;and more">x</failure></testcase>
+        """<testsuites><testsuite>
+        <testcase classname="a.b" name="c[cuda]"><failure message="assert 1 == 2&#10;and more">x</failure></testcase>
         <testcase classname="a.b" name="d"/><testcase classname="a.b" name="e"><skipped message="no second device"/></testcase>
-        <testcase classname="a" name="f"><error message="failed on setup"/></testcase></testsuite></testsuites>"""
+        <testcase classname="a" name="f"><error message="failed on setup"/></testcase>
+        </testsuite></testsuites>"""
     )
     assert gpu.passed(report) == {"passed": 1, "skipped": 1, "failures": ["a.b::c[cuda]: assert 1 == 2", "a::f: failed on setup"]}
 
 
 def test_bad_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(gpu, "probe", lambda device: {"gpu": None, "no_gpu": "The NVIDIA driver on your system is too old (found version 11040)."})
+    too_old = "The NVIDIA driver on your system is too old (found version 11040)."
+    monkeypatch.setattr(gpu, "probe", lambda device: {"gpu": None, "no_gpu": too_old})
     assert gpu.main(["-o", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert err == (
-        "gpu: --device cuda needs a CUDA device, and this PyTorch sees none: "
-        "The NVIDIA driver on your system is too old (found version 11040).\n"
-    )
+    assert err == (f"gpu: --device cuda needs a CUDA device, and this PyTorch sees none: {too_old}\n")
     (tmp_path / "file").touch()
     assert gpu.main(["-o", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err == f"gpu: {tmp_path / 'file'} cannot be written: File exists\n"
@@ -183,7 +184,7 @@ def test_ctrl_c_ends_the_part_and_still_packs(tmp_path: Path) -> None:
     assert (tmp_path / "gpu.tar.gz").exists()
 
 
-@pytest.mark.parametrize(("free", "batches"), [(140, [1, 64, 256, 8]), (14.5, [1, 64, 128, 8]), (1, [1, 16, 8])])
+@pytest.mark.parametrize(("free", "batches"), [(140, [1, 64, 256, 8]), (14.5, [1, 64, 128, 8]), (1, [1, 8])])
 def test_batches_are_as_large_as_the_memory_allows(free: float, batches: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     memory = {"free": int(free * 2**30), "total": 150 * 2**30}
     assert gpu.fitting({"gpu": "a card", "memory": memory, "nvml": {"other_processes": 2}}) == batches

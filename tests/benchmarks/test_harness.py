@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from sbldm_fast.benchmarks.harness import (
+    CAPTURED,
     Absent,
     Case,
+    bundled,
     cache_bytes,
     failures,
     host,
     interleaved,
+    interrupted,
     measure,
     relative,
     summary,
@@ -185,3 +188,52 @@ def test_no_precision_may_lose_more_than_a_fiftieth() -> None:
     assert not rows["plain"]["parity"]["ok"], "a plain loop that is this wrong is wrong"
     assert rows["ours"]["parity"]["allowed"] == pytest.approx(0.021)
     assert rows["ours"]["parity"]["ok"]
+
+
+def test_rounds_end_with_the_time_but_not_before_three() -> None:
+    calls: list[str] = []
+    cases = {name: Case(lambda name=name: lambda: calls.append(name) or torch.ones(1), "a", 0.0) for name in "ab"}  # type: ignore[misc]  # mypy cannot type a default in a lambda
+    rows = {row["provider"]: row for row in measure(cases, rounds=50, base="a", device=CPU, seconds=0.0)}
+    assert rows["a"]["n"] == rows["b"]["n"] == 3
+    assert not interrupted(list(rows.values()))
+
+
+@pytest.mark.parametrize("when", ["warming up", "timing"])
+def test_after_an_interrupt_there_are_rows(when: str) -> None:
+    """Ctrl-C, or the clock of whoever started it: what was warmed up has three rounds, what was not says so."""
+    calls = {"a": 0, "b": 0}
+
+    def case(name: str) -> Case:
+        def call() -> torch.Tensor:
+            calls[name] += 1
+            if name == "b" and calls[name] == (1 if when == "warming up" else 4):  # two calls of warming up, one round
+                raise KeyboardInterrupt
+            return torch.ones(1)
+
+        return Case(lambda: call, "a", 0.0)
+
+    rows = {row["provider"]: row for row in measure({name: case(name) for name in "ab"}, rounds=50, base="a", device=CPU)}
+    assert interrupted(list(rows.values()))
+    assert rows["a"]["n"] == 3
+    assert rows["a"]["interrupted"]
+    if when == "warming up":
+        assert rows["b"]["absent"] == "interrupted before its turn"
+        assert rows["b"]["interrupted"]
+    else:
+        assert rows["b"]["n"] == 2
+    assert failures(list(rows.values())) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_small_calls_are_captured_and_what_cannot_be_says_so() -> None:
+    device = torch.device("cuda")
+    x = torch.ones(8, device=device)
+    call, times, how = bundled(lambda: x * 2, device)
+    assert torch.equal(call(), x * 2)
+    assert times % CAPTURED == 0
+    assert how == f"captured, {CAPTURED} calls a graph"
+    call, times, how = bundled(lambda: x * float(x.sum()), device)  # it asks the device
+    assert torch.equal(call(), x * 8)
+    assert how.startswith("from Python: ")
+    assert torch.equal(bundled(lambda: x + 1, device)[0](), x + 1), "a capture that failed does not spoil the next"

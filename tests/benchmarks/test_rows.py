@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sbldm_fast.benchmarks.rows import append, head, latest, machine, machine_id, machine_name, problem, read_rows, source
+from sbldm_fast.benchmarks.rows import append, distribute, head, latest, machine, machine_id, machine_name, problem, read_rows, source
 
 
 def row(run: str = "1", **what: Any) -> dict[str, Any]:
@@ -82,3 +82,36 @@ def test_machines_of_one_name_are_told_apart() -> None:
     assert machine_id(env) == "AMD EPYC, 2 cores, 2 threads, AVX2"
     assert machine_id(env | {"cpu_model": "26/2/1"}) != machine_id(env)
     assert machine_id(env | {"gpu": "NVIDIA H200"}).startswith("NVIDIA H200, AMD")
+
+
+def test_rows_of_any_machine_find_their_place_once(tmp_path: Path) -> None:
+    """From one file of several machines and suites into benchmarks/results; again, nothing."""
+    card, cpu = ({"gpu": gpu, "cpu": "AMD EPYC", "cores": 2} for gpu in ("Tesla T4", None))
+    rows = [
+        {"target": target, "run": "2026-01-01", "env": env, "n": n}
+        for n, (target, env) in enumerate([("sampling", card), ("checks", card), ("sampling", card), ("sampling", cpu)])
+    ]
+    append(tmp_path / "rows.jsonl", rows)
+    results = tmp_path / "results"
+    counts = {"tesla-t4/sampling.jsonl": 2, "tesla-t4/checks.jsonl": 1, "amd-epyc-2-cores/sampling.jsonl": 1}
+    assert distribute(tmp_path / "rows.jsonl", results) == counts
+    assert [r["n"] for r in read_rows(results / "tesla-t4/sampling.jsonl")[0]] == [0, 2]
+    before = (results / "tesla-t4/sampling.jsonl").read_bytes()
+    assert b'"at"' not in before
+    assert distribute(tmp_path / "rows.jsonl", results) == dict.fromkeys(counts, 0)
+    assert (results / "tesla-t4/sampling.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"target": "../../x", "run": "1", "env": {"gpu": "a", "cpu": "", "cores": 1}}', r"target '\.\./\.\./x', allowed is a word"),
+        ('{"target": "sampling", "run"', "line 1 is not a row"),
+        ("", "has no rows"),
+    ],
+)
+def test_a_file_that_is_not_of_rows_changes_nothing(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        distribute(tmp_path / "rows.jsonl", tmp_path / "results")
+    assert not (tmp_path / "results").exists()

@@ -73,7 +73,7 @@ def test_an_absent_peer_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -
     rows = list(bench_sampling(steps=(1,), dtypes=("float32",), **QUICK))
     absent = {r["provider"]: r["absent"] for r in rows if "absent" in r}
     assert absent["diffusers"].startswith("not installed (import of diffusers halted")
-    assert {r["speedup"]["over"] for r in rows if "median_s" in r and r["parity"]["ok"]} == {"reference"}, "our textbook loop is the base then"
+    assert {r["speedup"]["over"] for r in rows if "median_s" in r} == {"reference"}, "our textbook loop is the base then"
     assert "diffusers, diffusers under FastSampler eager (not installed" in sampling_table(rows).markdown()
     assert not failures(rows)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from sbldm_fast.benchmarks.charts import standalone
-from sbldm_fast.benchmarks.table import Table, groups, headline, render, sampling_table
+from sbldm_fast.benchmarks.rows import append
+from sbldm_fast.benchmarks.table import Table, gpu_summary, groups, headline, render, sampling_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,6 +20,10 @@ def test_the_readme_is_its_rows() -> None:
     assert "<!-- headline: benchmarks/results/" in text[: text.index("\n## ")], "the first screen has figures"
     assert "<!-- sampling: benchmarks/results/" in text
     assert render(ROOT / "README.md") == text
+    assert "<!-- gpus: benchmarks/results -->" in text[: text.index("\n## ")], "the first screen says what ran on which GPU"
+    page = ROOT / "benchmarks" / "GPU.md"
+    assert "<!-- gpu: results -->" in page.read_text()
+    assert render(page) == page.read_text()
 
 
 def test_the_readmes_picture_is_its_rows() -> None:
@@ -103,3 +108,56 @@ def test_the_headline_by_hand() -> None:
         "fast as the fastest peer (diffusers torch.compile, 750 ms); 50 DDIM steps, batch 1, float32, NVIDIA T4."
     )
     assert "and within the noise as fast as the fastest peer (MONAI, 510 ms)" in headline([*rows, row("MONAI", 0.51)])
+
+
+def test_a_gpu_by_hand(tmp_path: Path) -> None:
+    """A folder of rows from a card that nobody here has: its line in the README and its section, with every failure."""
+    env = {"gpu": "Tesla T4", "cpu": "x", "cores": 2, "source": "b", "commit": "c", "packages": {"torch": "2.9.0", "triton": "3.5.0"}}
+    common = {"run": "2026-12-01T00:00:00", "env": env}
+    stale = common | {"env": env | {"source": "a"}}
+    rows: list[dict[str, Any]] = [
+        stale | {"target": "checks", "check": "of older sources", "ok": False, "error": 1.0, "allowed": 0.5},
+        common | {"target": "checks", "check": "philox_normal", "ok": True, "error": 0.0, "allowed": 1e-5},
+        common | {"target": "checks", "check": "diffuse", "failed": "RuntimeError: boom"},
+        common | {"target": "checks", "check": "solver_step", "ok": False, "error": 2e-3, "allowed": 1e-5},
+        common | {"target": "checks", "check": "loops", "absent": "no graphs"},
+        common
+        | {"target": "parity", "part": "parity: ops", "passed": 7, "skipped": 2, "failures": ["a::b: assert 1 == 2"], "seconds": 3.0},
+        common
+        | {
+            "target": "launches",
+            "preset": "paper",
+            "batch": 1,
+            "dtype": "float16",
+            "launches": 144.0,
+            "us": 523.4,
+            "modelled": {"launches": 137},
+        },
+    ]
+    for batch, provider, dtype, seconds in (
+        (1, "diffusers", "float32", 1.0),
+        (1, "FastSampler loop-graph float16", "float16", 0.1),
+        (64, "FastSampler loop-graph float16", "float16", 0.5),
+    ):
+        timed = {"median_s": seconds, "n": 3, "raw_s": [seconds] * 3, "peak_bytes": 2**20, "remarks": []}
+        per = {"ms_per_step": 20 * seconds, "ms_per_image": 1e3 * seconds / batch, "images_per_s": batch / seconds}
+        held = {
+            "parity": {"ok": True, "error": 2e-4},
+            "speedup": {"over": "diffusers", "factor": 1.0 / seconds} if batch == 1 else None,
+        }
+        what = {"target": "sampling", "preset": "paper", "steps": 50, "batch": batch, "provider": provider, "dtype": dtype}
+        rows.append(common | what | timed | per | held)
+    for row in rows:
+        path = tmp_path / "results" / "tesla-t4" / f"{row['target']}.jsonl"
+        append(path, [row])
+    (tmp_path / "README.md").write_text("<!-- gpus: results -->\n<!-- end gpus -->\n<!-- gpu: results -->\n<!-- end gpu -->\n")
+    text = render(tmp_path / "README.md")
+    assert "| Tesla T4 | 1 of 3 | 7 of 8 | -, 100 (10.00×) | -, 128 | torch 2.9.0, triton 3.5.0, 2026-12-01 |" in text
+    assert "## Tesla T4\n\nChecks: 1 passed, 1 skipped, 2 failed.\n\n- FAIL diffuse: RuntimeError: boom\n\n" in text
+    assert "\n- FAIL solver_step: error 2.0e-03, allowed 1.0e-05\n" in text
+    assert "parity: ops: 7 passed, 2 skipped, 1 failed in 3 s.\n\n- FAIL a::b: assert 1 == 2" in text
+    assert "| 1 | FastSampler loop-graph float16 | 2.000 | 10.0 | 1 | 2e-04 | 10.00 |" in text
+    assert "A step, batch 1, float16: 144 launches (137 modelled), 523 µs of kernels." in text
+    assert "of older sources" not in text
+    assert gpu_summary([]) == "Nothing was measured.\n"
+    assert gpu_summary(rows, ["training"]).endswith("Not done, the same command goes on: training.\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +246,55 @@ def test_cuda_modes_equal_eager(unet: UNet2D, mode: str, eta: float) -> None:
         with backend("torch"):  # else a wrong kernel would agree with itself
             expected = eager(3, seed=seed)
         assert relative(fast(3, seed=seed), expected) < 1e-4
+
+
+def test_float32_is_float32_inside_and_what_it_was_outside() -> None:
+    """PyTorch lets convolutions on CUDA use TF32 unless told otherwise; flags exist without a GPU too."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [f.allow_tf32 for f in flags]
+    try:
+        for outside in (True, False):
+            for f in flags:
+                f.allow_tf32 = outside
+            for asked in (True, False):
+                with pytest.raises(RuntimeError, match="out"), loop.float32_precision(cuda, asked):  # noqa: PT012  # both are of one run
+                    assert [f.allow_tf32 for f in flags] == [asked] * 2
+                    raise RuntimeError("out")
+                assert [f.allow_tf32 for f in flags] == [outside] * 2
+                with loop.float32_precision(cpu, asked):
+                    assert [f.allow_tf32 for f in flags] == [outside] * 2, "of CUDA alone"
+    finally:
+        for f, value in zip(flags, before, strict=True):
+            f.allow_tf32 = value
+
+
+def test_float32_is_float32_where_pytorchs_newer_names_are_used() -> None:
+    code = (
+        "import torch\n"
+        "from sbldm_fast.sampling.loop import float32_precision\n"
+        "conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul\n"
+        "conv.fp32_precision = matmul.fp32_precision = 'ieee'\n"
+        "with float32_precision(torch.device('cuda'), True):\n"
+        "    assert (conv.fp32_precision, matmul.fp32_precision) == ('tf32', 'tf32')\n"
+        "assert (conv.fp32_precision, matmul.fp32_precision) == ('ieee', 'ieee')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)  # these settings cannot be taken back
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", ["eager", "step-graph", "loop-graph"])
+def test_tf32_is_asked_for(unet: UNet2D, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = UNet2D(UNET).eval()
+    model.load_state_dict(unet.state_dict())
+    expected = FastSampler(model, scheduler(), shape=SHAPE, steps=10, mode="eager")(3)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model.cuda()
+    exact, rounded = (FastSampler(model, scheduler(), shape=SHAPE, steps=10, mode=mode, tf32=tf32) for tf32 in (False, True))
+    assert relative(exact(3).cpu(), expected) < 1e-5
+    assert torch.backends.cudnn.allow_tf32
+    assert relative(rounded(3).cpu(), expected) < 1e-2
 
 
 def test_a_sample_depends_on_its_seed_and_number_alone(unet: UNet2D) -> None:
