@@ -92,8 +92,8 @@ def by_batch(rows: Sequence[Row], link: Link) -> str | None:
     found: dict[str, list[Row]] = {}
     for r in sorted((r for r in rows if "median_s" in r), key=lambda r: int(r["batch"])):
         found.setdefault(r["provider"], []).append(r)
-    slow = ("reference", "diffusers under", "MONAI bf")
-    lines = {n: rs for n, rs in found.items() if len(rs) > 1 and not n.startswith(slow) and n != "MONAI" and "eager" not in n}
+    left_out = ("reference", "MONAI bf", "under FastSampler", "eager", "to images", "cudnn.benchmark")  # slow, or near another line
+    lines = {n: rs for n, rs in found.items() if len(rs) > 1 and not any(words in n for words in left_out) and n != "MONAI"}
     if not lines:
         return None
     fig, (left, right) = _figure(3.4, 2)

@@ -214,7 +214,7 @@ def headline(rows: Sequence[Row]) -> str:
     )
     return (
         f"**{own['ms_per_image']:.0f} ms an image** with `{own['provider']}`: {eager['median_s'] / own['median_s']:.2f} times as fast as "
-        f"diffusers' own loop ({eager['ms_per_image']:.0f} ms), and {beside} the fastest peer ({peer['provider']}, "
+        f"diffusers' own loop ({eager['ms_per_image']:.0f} ms), and {beside} the fastest peer timed ({peer['provider']}, "
         f"{peer['ms_per_image']:.0f} ms); {own['steps']} DDIM steps, batch {batch}, float32, {where}."
     )
 
