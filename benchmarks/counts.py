@@ -69,7 +69,7 @@ class _Counting(TorchDispatchMode):
             self.transfers += 1
         self.launches[name] += 1
         moved = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
-        flops = flop_registry.get(func._overloadpacket)
+        flops = flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), func._overloadpacket))  # addmm_ computes what addmm does
         self.work.append((moved, flops(*args, **(kwargs or {}), out_val=out) if flops else 0))
         if name == "convolution" and args[2] is not None:
             self.launches["bias of a convolution"] += 1

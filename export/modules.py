@@ -260,7 +260,8 @@ def first_not_finite(module: nn.Module, call: Callable[[], Any]) -> str:
 
     def look(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, out: Any) -> None:
-            if isinstance(out, Tensor) and not found and not out.isfinite().all():
+            tensors = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
+            if not found and not all(t.isfinite().all() for t in tensors):
                 found.append(name)
 
         return hook

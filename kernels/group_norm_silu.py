@@ -67,7 +67,8 @@ def group_norm_silu_reference(
 def _load_sum(x, conv_bias, residual, h, n, c, in_c, s, mask, size, strides, FLAT: tl.constexpr):
     v = tl.load(x + offsets(n, c, s, size, strides[0], FLAT), mask=mask, other=0.0).to(tl.float32)
     if conv_bias is not None:
-        v += tl.load(conv_bias + c, mask=in_c, other=0.0).to(tl.float32)[:, None]
+        # not where nothing is: the first mean would have it, and the second would have to take it out again
+        v += tl.where(mask, tl.load(conv_bias + c, mask=in_c, other=0.0).to(tl.float32)[:, None], 0.0)
     if residual is not None:
         v += tl.load(residual + offsets(n, c, s, size, strides[1], FLAT), mask=mask, other=0.0).to(tl.float32)
     if conv_bias is not None or residual is not None:
@@ -192,7 +193,7 @@ def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> tuple[
         dx, *found = torch.ops.sbldm_fast.group_norm_silu_backward(dy, dh if ctx.keep_sum else None, *saved, ctx.silu)
         rest = tuple(None if t is None else g for g, t in zip(found, saved[2:], strict=True))
     dconv_bias = None
-    if dx is not None and ctx.conv_bias is not None:
+    if dx is not None and ctx.needs_input_grad[1]:
         dconv_bias = dx.sum((0, 2, 3), dtype=torch.float32).to(ctx.conv_bias)
     dweight, dbias, dscale, dshift = rest
     return dx, dconv_bias, dx if ctx.residual else None, None, dweight, dbias, None, dscale, dshift, None, None

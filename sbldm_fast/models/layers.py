@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,23 @@ def added_by_norms(device: torch.device) -> bool:
     return resolve(device)[0] == "triton"
 
 
+def bare(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is a convolution and no more: one with hooks, or another in its place, is called as it is."""
+    return type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
+
+
 def convolve(conv: nn.Conv2d, x: Tensor) -> Sum:
     """A convolution whose bias waits for the norm behind it; on a CPU the convolution adds it for nothing."""
-    if added_by_norms(x.device):
+    if added_by_norms(x.device) and bare(conv):
         return Sum(conv._conv_forward(x, conv.weight, None), conv.bias)
     return Sum(conv(x))
+
+
+def norm_of(norm: nn.Module, x: Sum) -> Tensor:
+    """The norm of a sum that nobody else reads."""
+    out = norm(x.x, conv_bias=x.conv_bias, residual=x.residual)
+    y: Tensor = out if x.residual is None else out[0]
+    return y
 
 
 class ResBlock(nn.Module):
@@ -55,26 +67,24 @@ class ResBlock(nn.Module):
         y, entered = self.norm1(x.x, conv_bias=x.conv_bias, residual=x.residual, return_sum=True)
         h = convolve(self.conv1, y)
         out = convolve(self.conv2, self.dropout(self.norm2(h.x, scale, shift, conv_bias=h.conv_bias)))
-        if isinstance(self.skip, nn.Identity):
-            return entered, out._replace(residual=entered)
-        if not added_by_norms(entered.device):
-            return entered, out._replace(residual=self.skip(entered))
-        biases = [b for b in (self.conv2.bias, self.skip.bias) if b is not None]  # a sampler has made one of them
-        return entered, Sum(add_pointwise(out.x, self.skip.weight, entered), sum(biases[1:], biases[0]))
+        if out.conv_bias is None or not bare(self.skip):
+            return entered, out._replace(residual=self.skip(entered).to(out.x.dtype))
+        bias = out.conv_bias if self.skip.bias is None else out.conv_bias + self.skip.bias  # a sampler has made one of them
+        if torch.is_grad_enabled():
+            shortcut = self.skip._conv_forward(entered, self.skip.weight, None)
+            return entered, Sum(out.x, bias, shortcut.to(out.x.dtype))
+        return entered, Sum(add_pointwise_(out.x, self.skip.weight, entered), bias)
 
 
-def add_pointwise(out: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """`out + conv(x)` of a 1x1 convolution without bias, as one matrix product that adds to what is there; without gradient in place."""
+def add_pointwise_(out: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """`out += conv(x)` of a 1x1 convolution without bias, as one matrix product that adds to what is there."""
     x, W = x.to(out.dtype), weight.to(out.dtype).flatten(1)
-    in_place = not torch.is_grad_enabled()
     if out.is_contiguous(memory_format=torch.channels_last) and x.is_contiguous(memory_format=torch.channels_last):
-        pixels, features = out.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-        flat = pixels.reshape(-1, out.shape[1])
-        done = flat.addmm_(features, W.t()) if in_place else torch.addmm(flat, features, W.t())
-        return done.view(pixels.shape).permute(0, 3, 1, 2)
-    flat, features, W = out.flatten(2), x.flatten(2), W.expand(len(out), -1, -1)
-    done = flat.baddbmm_(W, features) if in_place else torch.baddbmm(flat, W, features)
-    return done.view(out.shape)
+        flat = out.permute(0, 2, 3, 1).view(-1, out.shape[1])
+        flat.addmm_(x.permute(0, 2, 3, 1).view(-1, x.shape[1]), W.t())
+    else:
+        out.view(*out.shape[:2], -1).baddbmm_(W.expand(len(out), -1, -1), x.flatten(2))
+    return out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -134,7 +144,7 @@ class Chain(nn.Sequential):
             elif isinstance(module, Attention):
                 h = module(h)
             elif isinstance(module, GroupNormSiLU):
-                h = Sum(module(h.x, conv_bias=h.conv_bias, residual=h.residual, return_sum=True)[0])
+                h = Sum(norm_of(module, h))
             elif isinstance(module, nn.Conv2d):
                 h = convolve(module, h.total())
             else:

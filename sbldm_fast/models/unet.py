@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sbldm_fast.kernels import GroupNormSiLU
 
 from .config import UNetConfig
-from .layers import Attention, Downsample, ResBlock, Sum, Upsample, convolve
+from .layers import Attention, Downsample, ResBlock, Sum, Upsample, convolve, norm_of
 from .weights import Pretrained
 
 
@@ -143,7 +143,7 @@ class UNet2D(Pretrained[UNetConfig]):
                 _, h = block(Sum(torch.cat([h.total(), skips.pop()], dim=1)), next(time), next(time))
             if level < len(self.upsample):
                 h = Sum(self.upsample[level](h.total()))
-        out: Tensor = self.conv_out(self.norm_out(h.x, conv_bias=h.conv_bias, residual=h.residual, return_sum=True)[0])
+        out: Tensor = self.conv_out(norm_of(self.norm_out, h))
         return out
 
     def forward(self, x: Tensor, t: Tensor | int, cond: None = None) -> Tensor:

@@ -224,25 +224,33 @@ class Looks:
 def float32_precision(device: torch.device, tf32: bool) -> Iterator[None]:
     """Inside, float32 convolutions and matrix products on CUDA are of float32, or with `tf32` of 10-bit mantissas on tensor cores.
 
-    PyTorch's default is TF32 for convolutions and float32 for matrix products. What was set before comes back.
+    PyTorch's default is TF32 for convolutions and float32 for matrix products. What was set before comes back. The settings are of the
+    process: threads that sample at the same time must ask for the same.
     """
-    flags: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    name, value = "allow_tf32", cast(Any, tf32)
-    try:
-        before = [getattr(f, name) for f in flags]
-    except RuntimeError:  # set by PyTorch's newer names: they must not be mixed
-        flags, name, value = (flags[0].conv, flags[1]), "fp32_precision", "tf32" if tf32 else "ieee"
-        before = [getattr(f, name) for f in flags]
     if device.type != "cuda":
         yield
         return
+    cudnn, matmul = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.cuda.matmul)
     try:
-        for f in flags:
-            setattr(f, name, value)
+        before = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by PyTorch's newer names: they must not be mixed
+        older = False
+        before = cudnn.conv.fp32_precision, matmul.fp32_precision
+    else:
+        older = True
+
+    def use(convolutions: Any, products: Any) -> None:
+        if older:  # not matmul.allow_tf32, after which Inductor could not ask for the precision
+            cudnn.allow_tf32 = convolutions
+            torch.set_float32_matmul_precision(products)
+        else:
+            cudnn.conv.fp32_precision, matmul.fp32_precision = convolutions, products
+
+    try:
+        use(*((tf32, "high" if tf32 else "highest") if older else ["tf32" if tf32 else "ieee"] * 2))
         yield
     finally:
-        for f, old in zip(flags, before, strict=True):
-            setattr(f, name, old)
+        use(*before)
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def phase_upsampling(model: UNet2D) -> UNet2D:
 
 
 def merged_biases(model: UNet2D) -> UNet2D:
-    """The model, each shortcut's bias moved into that of the convolution that it is added to, where norms add them up."""
+    """Each shortcut's bias moved into that of the convolution that it is added to; in place, of a copy that shares what does not change."""
     for block in model.modules():
         if isinstance(block, ResBlock) and isinstance(block.skip, nn.Conv2d) and block.skip.bias is not None:
             assert block.conv2.bias is not None
@@ -81,8 +81,10 @@ def _transposed(conv: nn.Conv2d) -> nn.ConvTranspose2d:
         zero = torch.zeros_like(flipped.narrow(axis, 0, 1))
         W = torch.cat([flipped, zero], axis) + torch.cat([zero, flipped], axis)
     out = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1, device=W.device, dtype=W.dtype)
-    out.weight, out.bias = nn.Parameter(W.transpose(0, 1).contiguous()), conv.bias
-    return out.requires_grad_(False)
+    # parameters of their own: what is said of these must not reach the caller's
+    bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), requires_grad=False)
+    out.weight, out.bias = nn.Parameter(W.transpose(0, 1).contiguous(), requires_grad=False), bias
+    return out
 
 
 def for_cpu(model: nn.Module) -> nn.Module:

@@ -121,7 +121,8 @@ class FastSampler:
         if parameter is not None and self.dtype != parameter.dtype:
             # half-precision convolutions want the channels side by side, on tensor cores as on AMX
             model = copy.deepcopy(model).to(self.dtype, memory_format=torch.channels_last)  # type: ignore[attr-defined]  # it has parameters
-            self.layout = torch.channels_last if len(self.shape) == 3 else torch.preserve_format
+            if len(self.shape) == 3 and any(isinstance(m, nn.Conv2d) for m in model.modules()):  # type: ignore[attr-defined]  # likewise
+                self.layout = torch.channels_last
         self.model = model.eval() if isinstance(model, nn.Module) else model
         self.predict = predictor(self.model)
         self._tails: OrderedDict[int, FastSampler] = OrderedDict()

@@ -23,7 +23,7 @@ from sbldm_fast.export.modules import (
 )
 from torch import Tensor, nn
 
-from sbldm_fast import DDIMScheduler, DDPMScheduler, FastSampler, Pipeline, SolverTable
+from sbldm_fast import AutoencoderKL, DDIMScheduler, DDPMScheduler, FastSampler, Pipeline, SolverTable, VAEConfig
 from sbldm_fast.sampling.noise import draw
 
 SCHEDULERS: dict[str, Any] = {
@@ -157,3 +157,10 @@ def test_the_first_module_that_is_not_finite_is_named() -> None:
     assert first_not_finite(model, lambda: model(torch.ones(1, 2))) == ""
     nn.init.constant_(model[1].weight, float("inf"))
     assert first_not_finite(model, lambda: model(torch.ones(1, 2))) == "1"
+
+
+def test_a_norm_that_also_gives_the_sum_is_named_too() -> None:
+    vae = AutoencoderKL(VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)).eval()
+    vae.decoder[2].norm1.bias.data[0] = float("nan")
+    with torch.no_grad():
+        assert first_not_finite(vae, lambda: vae.decode(torch.ones(1, 4, 8, 8))) == "decoder.2.norm1"

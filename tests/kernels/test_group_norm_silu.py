@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from sbldm_fast.kernels import GroupNormSiLU, _group_tiles, backend, group_norm_silu
 from sbldm_fast.kernels.group_norm_silu_backward import group_norm_silu_backward_reference
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 modules = tuple(importlib.import_module(f"sbldm_fast.kernels.group_norm_silu{part}") for part in ("", "_backward"))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -140,6 +141,40 @@ def test_gradients_may_lie_in_another_way(view: str, device: torch.device, three
         got.append(leaf.grad)
     exact = gradients(lambda **t: formula(groups=groups, silu=True, **t), {"x": x, **others}, torch.float64, dy, dy)
     three_way(*got, exact["dx"], gradient=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 6, 6, 4), (2, 4, 12, 12, 4), (1, 4, 96, 90, 2)])
+def test_a_large_bias_costs_no_digits_where_a_tile_is_not_full(shape: tuple[int, ...], device: torch.device, three_way: Any) -> None:
+    x, groups, others = problem(shape, torch.float32, device)
+    bias = 10 + torch.rand(shape[1], device=device)
+    compare(0.01 * x, groups, dict.fromkeys(others) | {"conv_bias": bias}, True, three_way)
+    with backend("triton"):
+        ours, of_the_sum = group_norm_silu(0.01 * x, groups, conv_bias=bias), group_norm_silu(0.01 * x + bias[:, None, None], groups)
+    assert (ours - of_the_sum).abs().max() < 2e-6
+
+
+def test_a_bias_that_asks_for_no_gradient_costs_none(device: torch.device) -> None:
+    x, groups, others = problem((2, 8, 4, 4, 2), torch.float32, device)
+    for asks in (False, True):
+        bias = others["conv_bias"].detach().requires_grad_(asks)  # type: ignore[union-attr]  # it is there
+        with backend("triton"):
+            y = group_norm_silu(x.detach().requires_grad_(), groups, conv_bias=bias)
+        with Ops() as ops:
+            y.sum().backward()
+        assert (torch.ops.aten.sum.dim_IntList in ops.seen) == asks
+        assert (bias.grad is not None) == asks
+
+
+class Ops(TorchDispatchMode):
+    """The operators that ran inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -27,7 +27,7 @@ def test_table_of_norms_is_what_the_presets_run() -> None:
         assert isinstance(module, GroupNormSiLU)
         x, terms = args[0], [name for key, name in (("conv_bias", "bias"), ("residual", "residual")) if given.get(key) is not None]
         words = ["time"] * (len(args) > 1 and args[1] is not None) + [module.activation, *terms]
-        words += ["sum"] * bool(terms and given.get("return_sum"))
+        words += ["sum"] * bool(given.get("residual") is not None or (terms and given.get("return_sum")))
         seen.add((module.num_channels, module.num_groups, x.shape[2] * x.shape[3], " ".join(words)))
 
     for p in PRESETS.values():

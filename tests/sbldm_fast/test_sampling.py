@@ -248,25 +248,26 @@ def test_cuda_modes_equal_eager(unet: UNet2D, mode: str, eta: float) -> None:
         assert relative(fast(3, seed=seed), expected) < 1e-4
 
 
-def test_float32_is_float32_inside_and_what_it_was_outside() -> None:
-    """PyTorch lets convolutions on CUDA use TF32 unless told otherwise; flags exist without a GPU too."""
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [f.allow_tf32 for f in flags]
+@pytest.mark.parametrize("products", ["highest", "high", "medium"])
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_float32_is_float32_inside_and_what_it_was_outside(convolutions: bool, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch lets convolutions on CUDA use TF32 unless told otherwise; the settings exist without a GPU too."""
+
+    def settings() -> tuple[bool, str]:
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()  # Inductor asks for the second
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", convolutions)
+    torch.set_float32_matmul_precision(products)
     try:
-        for outside in (True, False):
-            for f in flags:
-                f.allow_tf32 = outside
-            for asked in (True, False):
-                with pytest.raises(RuntimeError, match="out"), loop.float32_precision(cuda, asked):  # noqa: PT012  # both are of one run
-                    assert [f.allow_tf32 for f in flags] == [asked] * 2
-                    raise RuntimeError("out")
-                assert [f.allow_tf32 for f in flags] == [outside] * 2
-                with loop.float32_precision(cpu, asked):
-                    assert [f.allow_tf32 for f in flags] == [outside] * 2, "of CUDA alone"
+        for asked in (True, False):
+            with pytest.raises(RuntimeError, match="out"), loop.float32_precision(torch.device("cuda"), asked):  # noqa: PT012  # of one run
+                assert settings() == (asked, "high" if asked else "highest")
+                raise RuntimeError("out")
+            assert settings() == (convolutions, products)
+            with loop.float32_precision(torch.device("cpu"), asked):
+                assert settings() == (convolutions, products), "of CUDA alone"
     finally:
-        for f, value in zip(flags, before, strict=True):
-            f.allow_tf32 = value
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_float32_is_float32_where_pytorchs_newer_names_are_used() -> None:
@@ -460,11 +461,25 @@ def test_phase_convolutions_are_the_doubling_and_its_convolution(unet: UNet2D) -
         x = torch.randn(2, 5, height, width, dtype=torch.float64)
         torch.testing.assert_close(_transposed(layer.conv)(x), layer(x), rtol=1e-12, atol=1e-12)
     surgery = phase_upsampling(unet)
+    assert all(p.requires_grad for p in unet.parameters()), "the caller may go on training"
     assert not any(isinstance(m, Upsample) for m in surgery.modules())
     assert any(isinstance(m, Upsample) for m in unet.modules()), "the caller's model is left as it was"
     z, t = torch.randn(2, *SHAPE), torch.tensor([5, 900])
     with torch.no_grad():
         torch.testing.assert_close(surgery(z, t), unet(z, t), rtol=1e-5, atol=1e-5)
+
+
+def test_a_foreign_model_without_convolutions_keeps_its_layout_in_half_precision() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(256, 256)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.linear(x.view(len(x), -1)).view(x.shape)
+
+    out = FastSampler(Flat(), scheduler(), shape=(4, 8, 8), steps=2, mode="eager", dtype=torch.bfloat16)(2)
+    assert out.shape == (2, 4, 8, 8)
 
 
 def test_merged_biases_are_the_two_that_they_are_of(unet: UNet2D) -> None:
