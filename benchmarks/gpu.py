@@ -16,6 +16,7 @@ import ctypes
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import shlex
 import signal
@@ -34,6 +35,8 @@ from .table import gpu_summary
 
 GRACE = 25.0  # seconds that a part has to end after its interrupt
 LAST = 8.0  # seconds for the table and the archive
+PROBE = 60.0  # seconds to tell what machine this is
+INTERRUPTED = 130  # the exit code of a suite that was interrupted
 MEMORY = 100 * 2**20  # bytes that one sample of the headline wants, all providers together: 6.2 GiB at batch 64 on an H200
 WORKERS = max(1, min(14, (os.cpu_count() or 2) - 2))  # of parity: most of a test is compiling, on the processor
 BATCHES = (1, 64, 256, 8)  # of the headline, in the order of what matters
@@ -55,7 +58,6 @@ def plan(device: str, batches: Sequence[int] = BATCHES) -> list[Part]:
             Part("checks: ops", "checks ops", 120),
             Part("checks: loops", "checks graphs --preset demo", 60),
             Part("headline: batch 2", f"{tiny.format('sampling')} --steps 2 --dtype float32 --short --batch 2", 60),
-            Part("launches", "launches --preset demo", 60),
             Part("parity: ops", "pytest tests/kernels/test_philox_normal.py", 60),
             Part("ops: ceilings", "bench kernels --op ceilings --rounds 3 --seconds 2", 60),
             Part("training", f"{tiny.format('training')} --batch 2 --steps 1 --dtype float32", 60),
@@ -100,6 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="that the whole may take")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the command itself, dry, at tiny sizes")
     given = parser.parse_args(arguments)
+    if not 1 <= given.minutes < math.inf:
+        parser.error(f"--minutes: got {given.minutes}, allowed is 1 or more")
     deadline = time.monotonic() + 60 * given.minutes - LAST
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C: the part is ended, the table is made
     try:
@@ -108,20 +112,31 @@ def main(arguments: list[str] | None = None) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             env = probe(given.device)
             if given.device == "cuda" and not env["gpu"]:
-                print(f"gpu: --device cuda needs a CUDA device, and this PyTorch sees none: {env['no_gpu']}", file=sys.stderr)
-                return 2
+                raise ValueError(f"--device cuda needs a CUDA device, and this PyTorch sees none: {env['no_gpu']}")
             return run(given.out, given.device, env, deadline)
     except BlockingIOError:
         print(f"gpu: another run is at work in {given.out}; wait for it, or give another folder", file=sys.stderr)
     except OSError as error:
         print(f"gpu: {given.out} cannot be written: {error.strerror}", file=sys.stderr)
+    except ValueError as error:
+        print(f"gpu: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("gpu: interrupted before anything was begun", file=sys.stderr)
     return 2
 
 
 def probe(device: str) -> Row:
-    """The environment block of this machine, from a process of its own: one here would hold memory of the GPU while others are timed."""
+    """The environment block of this machine, from a process of its own: one here would hold memory of the GPU while others are timed.
+
+    Raises:
+        ValueError: the process failed, or did not end within a minute.
+    """
     command = [sys.executable, "-m", "sbldm_fast.benchmarks.rows"]
-    found: Row = json.loads(subprocess.run(command, env=variables(device), stdout=subprocess.PIPE, check=True).stdout)
+    try:
+        done = subprocess.run(command, env=variables(device), stdout=subprocess.PIPE, check=True, timeout=PROBE)
+    except subprocess.SubprocessError as error:
+        raise ValueError(f"this machine cannot be told: {error}") from error
+    found: Row = json.loads(done.stdout)
     return found
 
 
@@ -137,36 +152,41 @@ def run(folder: Path, device: str, env: Row, deadline: float) -> int:
     rows.touch()
     finished = {r["part"]: r["code"] for r in rows_of(rows, env) if r["target"] == "gpu"}
     parts = plan(device, fitting(env))
-    if not Path("tests").is_dir():
-        print("parity is left out: there is no folder tests here")
+    if why := no_tests():
+        print(f"parity is left out: {why}")
         parts = [p for p in parts if not p.command.startswith("pytest")]
     versions = ", ".join(f"{name} {env['packages'].get(name, 'absent')}" for name in ("torch", "triton", "diffusers", "monai"))
     print(f"{env['gpu'] or env['cpu']}: {versions}; {len(parts)} parts", flush=True)
-    left = [p.name for p in parts]
     with (folder / "log.txt").open("ab") as log, contextlib.suppress(KeyboardInterrupt):
         for part in parts:
             rest = deadline - time.monotonic() - GRACE
-            if finished.get(part.name, -1) < 0 and rest > part.seconds / 2:  # with less it would only be cut off
+            if finished.get(part.name) is None and rest > part.seconds / 2:  # with less it would only be cut off
                 begun = time.monotonic()
                 code = work(part, rows, device, log, min(part.seconds, rest), env)
                 seconds = round(time.monotonic() - begun, 1)
-                code = -1 if code == 130 else code  # interrupted by the clock: what it has is written, the rest is for the next time
                 append(rows, [note("gpu", env, part=part.name, code=code, seconds=seconds)])
                 finished[part.name] = code
-                print(f"{'cut off' if code < 0 else f'exit {code}'} after {seconds:5.1f} s: {part.name}", flush=True)
-            if finished.get(part.name, -1) >= 0:
-                left.remove(part.name)
-    text = gpu_summary(rows_of(rows, env), left)
+                print(f"{'cut off' if code is None else f'exit {code}'} after {seconds:5.1f} s: {part.name}", flush=True)
+    left = [p.name for p in parts if finished.get(p.name) is None]
+    failed = {p.name: code for p in parts if (code := finished.get(p.name))}
+    text = gpu_summary(rows_of(rows, env), failed, left)
     (folder / "table.md").write_text(text)
     with tarfile.open(folder / "gpu.tar.gz", "w:gz") as archive:
         for name in ("rows.jsonl", "log.txt", "table.md"):
             archive.add(folder / name, name)
     print(f"\n{text}\nrows, log and table are in {folder}, packed in gpu.tar.gz")
-    return 1 if left or any(finished.get(p.name) for p in parts) else 0
+    return 1 if left or failed else 0
 
 
-def work(part: Part, rows: Path, device: str, log: IO[bytes], seconds: float, env: Row) -> int:
-    """The exit code of a part, below 0 where its time was over; what it had started goes with it."""
+def no_tests() -> str | None:
+    """Why the tests cannot be run from here, or None."""
+    if not Path("tests/kernels/test_cuda.py").is_file():
+        return "the working folder is no checkout with its tests"
+    return None if importlib.util.find_spec("pytest") else "pytest is not installed"
+
+
+def work(part: Part, rows: Path, device: str, log: IO[bytes], seconds: float, env: Row) -> int | None:
+    """The exit code of a part, None where its time was over; what it had started goes with it."""
     words, report = shlex.split(part.command), rows.with_name("parity.xml")
     if tests := words[0] == "pytest":
         if importlib.util.find_spec("xdist") is None and "-n" in words:
@@ -175,29 +195,33 @@ def work(part: Part, rows: Path, device: str, log: IO[bytes], seconds: float, en
     else:
         module = "sbldm_fast" if words[0] == "bench" else f"sbldm_fast.benchmarks.{words.pop(0)}"
         command = ["-m", module, *words, "-o", str(rows)]
+    report.unlink(missing_ok=True)  # of a run that was killed
     log.write(f"\n$ python {shlex.join(command)}\n".encode())
     log.flush()
     begun, at = time.monotonic(), log.tell()
+    code: int | None
     start = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=variables(device), preexec_fn=_die_with_parent)
     with start as process:
         try:
             code = process.wait(seconds)
+            code = None if code == INTERRUPTED else code
         except subprocess.TimeoutExpired:
             _end(process)
-            code = -1
+            code = None
         except KeyboardInterrupt:
+            print(f"interrupted: {part.name} has {GRACE:.0f} s to write what it has", flush=True)
             _end(process)
             raise
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # workers that it has left
     if tests:
-        append(rows, [note("parity", env, part=part.name, seconds=round(time.monotonic() - begun, 1), **passed(report))])
+        append(rows, [note("parity", env, part=part.name, code=code, seconds=round(time.monotonic() - begun, 1), **passed(report, code))])
         report.unlink(missing_ok=True)
-    elif part.name.startswith("checks") or code:
+    elif part.name.startswith("checks") or code != 0:
         with Path(log.name).open("rb") as written:
             written.seek(at)
-            print(written.read().decode(errors="replace")[-3000 if code else -8000 :], flush=True)
+            print(written.read().decode(errors="replace")[-8000 if code == 0 else -3000 :], flush=True)
     return code
 
 
@@ -215,12 +239,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
 
 
-def passed(report: Path) -> Row:
-    """What pytest's report says: how many passed or were skipped, and each failure in a line."""
+def passed(report: Path, code: int | None) -> Row:
+    """What pytest's report says: how many passed or were skipped, and each failure in a line; `code` is how it ended."""
     try:
-        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+        # an interrupt leaves a case without a name behind
+        cases = [case for case in ElementTree.parse(report).getroot().iter("testcase") if case.get("name")]
     except (OSError, ElementTree.ParseError):
-        return {"passed": 0, "skipped": 0, "failures": ["no report: the tests were killed"]}
+        why = "were killed" if code is None else f"ended with {code}"
+        return {"passed": 0, "skipped": 0, "failures": [f"no report: the tests {why}"]}
     failures = [
         f"{case.get('classname')}::{case.get('name')}: {((fault.get('message') or '').strip().splitlines() or ['no message'])[0][:200]}"
         for case in cases
@@ -258,7 +284,10 @@ def rows_of(path: Path, env: Row) -> list[Row]:
     """The rows of one machine, one torch and these sources."""
 
     def alike(other: Row) -> bool:
-        return all(of(other) == of(env) for of in (machine_id, lambda e: e["source"], lambda e: e["packages"]["torch"]))
+        try:
+            return all(of(other) == of(env) for of in (machine_id, lambda e: e["source"], lambda e: e["packages"]["torch"]))
+        except (KeyError, TypeError):  # not of this project
+            return False
 
     return [r for r in read_rows(path)[0] if alike(r["env"])]
 

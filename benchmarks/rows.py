@@ -64,9 +64,16 @@ def source() -> str:
 
 
 def machine_name(env: Row) -> str:
-    """The folder of a machine's results: its GPU, or its processor and cores."""
+    """The folder of a machine's results: its GPU, or its processor and cores.
+
+    Raises:
+        ValueError: there is nothing in the names that a folder could be called by.
+    """
     name = env["gpu"] or f"{env['cpu']} {env['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+    folder = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+    if not folder:
+        raise ValueError(f"env: got a machine {name!r}, allowed is a name with letters or digits")
+    return folder
 
 
 def machine_id(env: Row) -> str:
@@ -104,22 +111,27 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             row = None
-        if isinstance(row, dict) and {"target", "run", "env"} <= set(row):
+        if isinstance(row, dict) and {"target", "run"} <= set(row) and isinstance(row.get("env"), dict):
             rows.append(row | {"at": f"{path.name}:{number}"})
         elif line and not isinstance(row, dict):
             faults.append(f"{path}, line {number} is not a row: cut off or damaged, left out")
     return rows, faults
 
 
-def distribute(file: str | Path, folder: str | Path) -> dict[str, int]:
-    """Add the rows of `file` to `folder/MACHINE/TARGET.jsonl`, each once; how many were new in each file.
+def distribute(file: str | Path, folder: str | Path) -> tuple[dict[str, int], list[str]]:
+    """Add the rows of `file` to `folder/MACHINE/TARGET.jsonl`, each once.
+
+    Returns:
+        How many were new in each file, and a sentence for each line that is no row.
 
     Raises:
-        ValueError: the file cannot be read, has a line that is no row, or a target that is no word.
+        ValueError: the file cannot be read or has no rows, or a row a target or a machine that no file can be called by.
     """
     rows, faults = read_rows(file)
-    if faults or not rows:
-        raise ValueError(faults[0] if faults else f"{file} has no rows")
+    if not rows:
+        raise ValueError(f"{file} has no rows")
+    if not all({"gpu", "cpu", "cores"} <= set(r["env"]) for r in rows):
+        raise ValueError(f"{file}: got a row without a machine, allowed are rows with gpu, cpu and cores in env")
     if odd := next((r["target"] for r in rows if not re.fullmatch("[a-z]+", str(r["target"]))), None):
         raise ValueError(f"{file}: got a row of target {odd!r}, allowed is a word of small letters")
     added: dict[str, int] = {}
@@ -131,7 +143,27 @@ def distribute(file: str | Path, folder: str | Path) -> dict[str, int]:
         if new:
             append(path, new)
         added[name] = len(new)
-    return added
+    return added, faults
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The environment block of this machine, or the rows of a file into a folder; exit code 1 where a line was no row, 2 for bad usage."""
+    if not arguments:
+        print(json.dumps(machine()))
+        return 0
+    if len(arguments) != 2:
+        print("usage: python -m sbldm_fast.benchmarks.rows [FILE FOLDER]", file=sys.stderr)
+        return 2
+    try:
+        added, faults = distribute(*arguments)
+    except (ValueError, OSError) as error:
+        print(f"rows: {error}", file=sys.stderr)
+        return 2
+    for name, new in added.items():
+        print(f"{new} new rows in {name}")
+    for line in faults:
+        print(line, file=sys.stderr)
+    return 1 if faults else 0
 
 
 def problem(row: Row) -> tuple[Any, ...]:
@@ -157,4 +189,4 @@ def _git(*arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(distribute(*sys.argv[1:]) if sys.argv[1:] else machine()))
+    sys.exit(main(sys.argv[1:]))

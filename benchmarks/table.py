@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +72,9 @@ def below(rows: Sequence[Row], what: str) -> list[str]:
     versions = ", ".join(
         f"{p} {v}" for p, v in e["packages"].items() if p in ("torch", "triton", "diffusers", "monai", "onnxruntime", "openvino")
     )
-    n = f", median of {row['n']} interleaved runs" if "n" in row else ""
+    counts = sorted({r["n"] for r in rows if "n" in r})
+    n = f", median of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} interleaved runs" if counts else ""
+    n += " (some were cut off)" if any(r.get("interrupted") for r in rows) else ""
     preset = f"Preset `{row['preset']}`, " if "preset" in row else ""
     text = f"{preset}{what}{n}; {where}; {versions}; commit {e['commit'] or e.get('source')}, {row['run'][:10]}."
     reasons: dict[str, dict[str, None]] = {}
@@ -247,19 +249,22 @@ def render(readme: str | Path) -> str:
     return re.sub(rf"<!-- ({kinds}): (\S+) -->.*?<!-- end \1 -->", block, readme.read_text(), flags=re.DOTALL)
 
 
-def gpu_summary(rows: Sequence[Row], left: Sequence[str] = ()) -> str:
-    """What the rows of one GPU say, in the order of what matters, with every failure; `left`: what was not done."""
-    if not rows:
-        return "Nothing was measured.\n"
+def gpu_summary(rows: Sequence[Row], failed: Mapping[str, int] | None = None, left: Sequence[str] = ()) -> str:
+    """What the rows of one GPU say, in the order of what matters, with every failure.
+
+    `failed`: parts that ended with another exit code than 0; `left`: what was not done.
+    """
     checks, parity = _checked(rows)
-    parts = ["## " + (rows[0]["env"]["gpu"] or rows[0]["env"]["cpu"])]
+    parts = ["## " + (rows[0]["env"]["gpu"] or rows[0]["env"]["cpu"]) if rows else "Nothing was measured."]
     if checks:
         bad = [r for r in checks if not r.get("ok") and "absent" not in r]
         skipped = sum("absent" in r for r in checks)
         parts.append(f"Checks: {len(checks) - len(bad) - skipped} passed, {skipped} skipped, {len(bad)} failed.")
         parts += [f"- FAIL {r['check']}: {r.get('failed') or off(r)}" for r in bad]
     for r in parity:
-        parts.append(f"{r['part']}: {r['passed']} passed, {r['skipped']} skipped, {len(r['failures'])} failed in {r['seconds']:.0f} s.")
+        cut = "cut off, until then " if r.get("code", 0) is None else ""
+        said = f"{r['passed']} passed, {r['skipped']} skipped, {len(r['failures'])} failed in {r['seconds']:.0f} s"
+        parts.append(f"{r['part']}: {cut}{said}.")
         parts += [f"- FAIL {line}" for line in r["failures"][:12]]
     of: dict[str, list[Row]] = {}
     for row in latest([r for r in rows if r["target"] in (*TABLES, "launches")]):
@@ -272,6 +277,8 @@ def gpu_summary(rows: Sequence[Row], left: Sequence[str] = ()) -> str:
         parts.append(f"A step, batch {r['batch']}, {r['dtype']}: {found}.")
     parts += [TABLES[target](of[target]).markdown() for target in ("training", "kernels") if target in of]
     parts += [f"- FAILED {r['target']} {r['provider']}: {r['failed']}" for name in TABLES for r in of.get(name, []) if "failed" in r]
+    if failed:
+        parts.append(f"Parts that failed: {', '.join(f'{name} (exit {code})' for name, code in failed.items())}.")
     if left:
         parts.append(f"Not done, the same command goes on: {', '.join(left)}.")
     return "\n\n".join(parts) + "\n"
@@ -335,7 +342,8 @@ def gpus_table(folder: Path) -> Table:
         body.append([
             env["gpu"],
             f"{sum(bool(r.get('ok')) for r in checks)} of {len(checks)}",
-            f"{sum(r['passed'] for r in parity)} of {sum(r['passed'] + len(r['failures']) for r in parity)}",
+            f"{sum(r['passed'] for r in parity)} of {sum(r['passed'] + len(r['failures']) for r in parity)}"
+            + ", cut off" * any(r.get("code", 0) is None for r in parity),
             cell(1, "ms_per_image", ".0f"),
             cell(64, "images_per_s", ".0f"),
             f"torch {env['packages']['torch']}, triton {env['packages']['triton']}, {day}",

@@ -50,29 +50,33 @@ def bench(
         return
     if not suites:
         raise typer.BadParameter(f"got none, allowed are {', '.join(Suite)}, or --compare BEFORE AFTER", param_hint="SUITES")
-    from sbldm_fast.benchmarks.harness import failures
+    from sbldm_fast.benchmarks.harness import failures, interrupted
     from sbldm_fast.benchmarks.rows import append, machine, machine_name
     from sbldm_fast.benchmarks.suites import SUITES
     from sbldm_fast.benchmarks.table import TABLES, groups
 
     given = {"preset_name": preset, "steps": _sizes(steps, "steps"), "batch": _sizes(batch, "batch"), "rounds": rounds, "seconds": seconds,
              "processes": _sizes(processes, "processes"), "ops": op, "large": large, "compiled": compiled, "short": short,
-             "dtypes": dtype.split(",") if dtype else None, "energy": energy}  # fmt: skip
-    wrong, stopped = [], False
+             "dtypes": dtype.split(",") if dtype is not None else None, "energy": energy}  # fmt: skip
+    if seconds is not None and not seconds > 0:
+        raise typer.BadParameter(f"got {seconds}, allowed is above 0", param_hint="--seconds")
+    chosen = {k: v for k, v in given.items() if v is not None}
+    asked = {}  # all of it is understood before any of it runs
     for suite in suites:
-        if stopped:
-            break
         run, briefly = SUITES[suite.value]
-        arguments = (briefly if quick else {}) | _arguments(run, {k: v for k, v in given.items() if v is not None}, suite.value)
-        file, rows = out or Path("results") / machine_name(machine()) / f"{suite.value}.jsonl", []
+        asked[suite.value] = run, (briefly if quick else {}) | _arguments(run, chosen, suite.value)
+    wrong, stopped = [], False
+    for name, (run, arguments) in asked.items():
+        file, rows = out or Path("results") / machine_name(machine()) / f"{name}.jsonl", []
         for row in run(**arguments, say=say):
             append(file, [row])
             rows.append(row)
-        stopped = stopped or any(row.get("interrupted") for row in rows)
         wrong += failures(rows)
-        tables = [] if as_json else [TABLES[suite.value](group).markdown() for group in groups(rows)]
+        tables = [] if as_json else [TABLES[name](group).markdown() for group in groups(rows)]
         print("\n".join(json.dumps(row) for row in rows) if as_json else "\n\n".join(tables))
         say(f"{len(rows)} rows appended to {file}; sbldm-fast report {file.parent} shows them")
+        if stopped := interrupted(rows):
+            break
     for line in wrong:
         print(f"FAILED {line}", file=sys.stderr)
     if wrong or stopped:

@@ -65,7 +65,7 @@ class FastSampler:
         stop, threshold: see above; a threshold of None is 0.05, 0.001, 0.01.
         check_every: steps between two looks at whether all samples have stopped.
         tf32: on CUDA, let float32 convolutions and matrix products round their inputs to 10 bits of mantissa, which PyTorch does for
-            convolutions unless told otherwise; the paper's UNet is off by 2e-4 of the largest value then, and 2.4 times as fast on an H200
+            convolutions unless told otherwise; the paper's UNet is off by 2e-4 of the largest value then, and 2.5 times as fast on an H200
             (benchmarks/GPU.md); float16 is off by 3e-4 and 4 times as fast.
         device: of a callable without parameters; others bring their own.
 

@@ -1,8 +1,9 @@
 """What both training stages share: precision, learning rate, EMA, the step without a wait, the loop that loses nothing.
 
 A step never waits for the device: the loss, the gradient's norm and the first step that was not finite stay there and are read every
-50 steps. On CUDA the whole step is one graph, to the bit what the step is without (a test, run on an H200). All randomness of a step
-is a function of the seed and of its number, so that a run that was cut off and continued is the uninterrupted run, to the bit on a CPU.
+50 steps. On CUDA the whole step is one graph; with deterministic convolutions and plain attention it is to the bit what the step is
+without (a test, run on an H200). All randomness of a step is a function of the seed and of its number, so that a run that was cut off
+and continued is the uninterrupted run, to the bit on a CPU.
 """
 
 from __future__ import annotations

@@ -59,16 +59,15 @@ def test_the_whole_command_dry_killed_at_random_and_gone_on_with(tmp_path: Path)
     assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     before = parts_of(tmp_path)
     done = run(tmp_path, "--device", "cpu")
-    assert done.returncode == 1, "the launches of a step cannot be profiled without CUDA"
+    assert done.returncode == 0, done.stderr
     names = [part.name for part in gpu.plan("cpu")]
     assert [name for name, _ in parts_of(tmp_path)] == names, "each part once, in the order of the plan"
     assert parts_of(tmp_path)[: len(before)] == before
-    assert {name for name, code in parts_of(tmp_path) if code} == {"launches"}
     table = (tmp_path / "table.md").read_text()
     assert table in done.stdout
     assert "Checks: " in table
     assert " 0 failed." in table
-    for text in ("| 2 | FastSampler eager float32 |", "parity: ops: ", "| sbldm_fast float32 |", "| ceilings |", "launches"):
+    for text in ("| 2 | FastSampler eager float32 |", "parity: ops: ", "| sbldm_fast float32 |", "| ceilings |"):
         assert text in table
     assert len(list(tmp_path.iterdir())) <= 6
     with tarfile.open(tmp_path / "gpu.tar.gz") as archive:
@@ -77,7 +76,7 @@ def test_the_whole_command_dry_killed_at_random_and_gone_on_with(tmp_path: Path)
         assert packed is not None
         assert packed.read() == (tmp_path / "rows.jsonl").read_bytes()
     again = run(tmp_path, "--device", "cpu")
-    assert again.returncode == 1, "what failed goes on failing"
+    assert again.returncode == 0
     assert "exit " not in again.stdout, "what is done is not done again"
 
 
@@ -90,6 +89,7 @@ def test_a_part_is_run_once_on_one_machine_with_one_source(
     assert gpu.run(tmp_path, "cpu", env, time.monotonic() + 300) == 1
     assert parts_of(tmp_path) == [("headline: batch 1", 0), ("checks: loops", 0), ("wrong", 1)]
     out = capfd.readouterr().out
+    assert "Parts that failed: wrong (exit 1)." in out
     assert "steps, batch, rounds: got [0]" in out, "what a part that failed has said is shown"
     assert "PASS FastSampler eager" in out
     ran: list[str] = []
@@ -112,7 +112,7 @@ def test_a_part_that_takes_too_long_writes_what_it_has(
     timed = [r for r in rows if "median_s" in r]
     assert len(timed) >= 5
     assert all(r["interrupted"] and r["n"] >= 3 for r in timed)
-    assert parts_of(tmp_path) == [("headline", -1)]
+    assert parts_of(tmp_path) == [("headline", None)]
     assert "Not done, the same command goes on: headline." in capfd.readouterr().out
 
 
@@ -129,21 +129,24 @@ def test_a_part_that_does_not_end_is_killed(tmp_path: Path, env: dict[str, Any],
     monkeypatch.setattr(gpu.subprocess, "Popen", started)
     with (tmp_path / "log.txt").open("ab") as log:
         begun = time.monotonic()
-        assert gpu.work(part, tmp_path / "rows.jsonl", "cpu", log, 1.0, env) == -1
+        assert gpu.work(part, tmp_path / "rows.jsonl", "cpu", log, 1.0, env) is None
         assert time.monotonic() - begun < 10
 
 
 def test_tests_that_fail_or_were_killed_are_in_the_rows(tmp_path: Path) -> None:
     report = tmp_path / "parity.xml"
-    assert gpu.passed(report) == {"passed": 0, "skipped": 0, "failures": ["no report: the tests were killed"]}
+    assert gpu.passed(report, None) == {"passed": 0, "skipped": 0, "failures": ["no report: the tests were killed"]}
+    report.write_text("<testsuites><testsuite><testca")
+    assert gpu.passed(report, 4)["failures"] == ["no report: the tests ended with 4"]
     report.write_text(
         """<testsuites><testsuite>
         <testcase classname="a.b" name="c[cuda]"><failure message="assert 1 == 2&#10;and more">x</failure></testcase>
         <testcase classname="a.b" name="d"/><testcase classname="a.b" name="e"><skipped message="no second device"/></testcase>
         <testcase classname="a" name="f"><error message="failed on setup"/></testcase>
+        <testcase time="0.000" />
         </testsuite></testsuites>"""
     )
-    assert gpu.passed(report) == {"passed": 1, "skipped": 1, "failures": ["a.b::c[cuda]: assert 1 == 2", "a::f: failed on setup"]}
+    assert gpu.passed(report, 1) == {"passed": 1, "skipped": 1, "failures": ["a.b::c[cuda]: assert 1 == 2", "a::f: failed on setup"]}
 
 
 def test_bad_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,9 +158,47 @@ def test_bad_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     (tmp_path / "file").touch()
     assert gpu.main(["-o", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err == f"gpu: {tmp_path / 'file'} cannot be written: File exists\n"
-    with pytest.raises(SystemExit) as stop:
-        gpu.main([])
-    assert stop.value.code == 2
+    for arguments in ([], ["-o", str(tmp_path), "--minutes", "nan"], ["-o", str(tmp_path), "--minutes", "0.2"]):
+        with pytest.raises(SystemExit) as stop:
+            gpu.main(arguments)
+        assert stop.value.code == 2
+    assert "--minutes: got 0.2, allowed is 1 or more" in capsys.readouterr().err
+
+
+def test_a_machine_that_cannot_be_told_is_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "PROBE", 0.01)
+    assert gpu.main(["-o", str(tmp_path)]) == 2
+    assert "gpu: this machine cannot be told: " in capsys.readouterr().err
+
+
+def test_a_crash_is_a_failure_and_not_a_lack_of_time(
+    tmp_path: Path, env: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    crash = tmp_path / "test_crash.py"
+    crash.write_text("import os\n\n\ndef test_crash():\n    os.abort()\n")
+    (tmp_path / "parity.xml").write_text('<testsuites><testsuite><testcase classname="a" name="of another part"/></testsuite></testsuites>')
+    monkeypatch.setattr(gpu, "plan", lambda *_: [gpu.Part("parity: crash", f"pytest {crash}", 60)])
+    assert gpu.run(tmp_path, "cpu", env, time.monotonic() + 300) == 1
+    assert parts_of(tmp_path) == [("parity: crash", -signal.SIGABRT)]
+    out = capfd.readouterr().out
+    assert "Parts that failed: parity: crash (exit -6)." in out
+    assert "parity: crash: 0 passed, 0 skipped, 1 failed" in out
+    assert "no report: the tests ended with -6" in out
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: None)
+    assert gpu.run(tmp_path, "cpu", env, time.monotonic() + 300) == 0
+    assert "parity is left out: pytest is not installed" in capfd.readouterr().out
+
+
+def test_rows_of_who_knows_what_are_no_obstacle(tmp_path: Path, env: dict[str, Any]) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"target": "gpu", "run": "1", "env": e}
+        for e in ({}, None, env | {"source": "other"}, {k: v for k, v in env.items() if k != "source"}, env)
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows) + "\x00\xff{half")
+    assert [r["env"] for r in gpu.rows_of(path, env)] == [env]
 
 
 def test_a_second_run_beside_the_first_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

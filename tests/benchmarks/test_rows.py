@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sbldm_fast.benchmarks.rows import append, distribute, head, latest, machine, machine_id, machine_name, problem, read_rows, source
+from sbldm_fast.benchmarks.rows import append, distribute, head, latest, machine, machine_id, machine_name, main, problem, read_rows, source
 
 
 def row(run: str = "1", **what: Any) -> dict[str, Any]:
@@ -94,11 +95,15 @@ def test_rows_of_any_machine_find_their_place_once(tmp_path: Path) -> None:
     append(tmp_path / "rows.jsonl", rows)
     results = tmp_path / "results"
     counts = {"tesla-t4/sampling.jsonl": 2, "tesla-t4/checks.jsonl": 1, "amd-epyc-2-cores/sampling.jsonl": 1}
-    assert distribute(tmp_path / "rows.jsonl", results) == counts
+    assert distribute(tmp_path / "rows.jsonl", results) == (counts, [])
     assert [r["n"] for r in read_rows(results / "tesla-t4/sampling.jsonl")[0]] == [0, 2]
     before = (results / "tesla-t4/sampling.jsonl").read_bytes()
     assert b'"at"' not in before
-    assert distribute(tmp_path / "rows.jsonl", results) == dict.fromkeys(counts, 0)
+    with (tmp_path / "rows.jsonl").open("a") as f:
+        f.write('{"target": "sampling", "run"')
+    added, faults = distribute(tmp_path / "rows.jsonl", results)
+    assert added == dict.fromkeys(counts, 0)
+    assert faults[0].endswith("line 5 is not a row: cut off or damaged, left out")
     assert (results / "tesla-t4/sampling.jsonl").read_bytes() == before
 
 
@@ -106,7 +111,9 @@ def test_rows_of_any_machine_find_their_place_once(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ('{"target": "../../x", "run": "1", "env": {"gpu": "a", "cpu": "", "cores": 1}}', r"target '\.\./\.\./x', allowed is a word"),
-        ('{"target": "sampling", "run"', "line 1 is not a row"),
+        ('{"target": "sampling", "run"', "has no rows"),
+        ('{"target": "sampling", "run": "1", "env": {"gpu": "漢字", "cpu": "", "cores": 1}}', "got a machine '漢字'"),
+        ('{"target": "sampling", "run": "1", "env": {"gpu": null}}', "a row without a machine"),
         ("", "has no rows"),
     ],
 )
@@ -115,3 +122,15 @@ def test_a_file_that_is_not_of_rows_changes_nothing(text: str, says: str, tmp_pa
     with pytest.raises(ValueError, match=says):
         distribute(tmp_path / "rows.jsonl", tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert json.loads(capsys.readouterr().out)["source"] == source()
+    append(tmp_path / "rows.jsonl", [row(env={"gpu": "Tesla T4", "cpu": "", "cores": 2})])
+    assert main([str(tmp_path / "rows.jsonl"), str(tmp_path / "results")]) == 0
+    assert capsys.readouterr().out == "1 new rows in tesla-t4/sampling.jsonl\n"
+    assert main([str(tmp_path / "absent.jsonl"), str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"rows: {tmp_path / 'absent.jsonl'} cannot be read")
+    assert main(["one"]) == 2
+    assert "usage: " in capsys.readouterr().err

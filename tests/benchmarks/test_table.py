@@ -105,7 +105,7 @@ def test_the_headline_by_hand() -> None:
     ]
     assert headline(rows) == (
         "**500 ms an image** with `FastSampler compile float32`: 4.00 times as fast as diffusers' own loop (2000 ms), and 1.50 times as "
-        "fast as the fastest peer (diffusers torch.compile, 750 ms); 50 DDIM steps, batch 1, float32, NVIDIA T4."
+        "fast as the fastest peer timed (diffusers torch.compile, 750 ms); 50 DDIM steps, batch 1, float32, NVIDIA T4."
     )
     assert "and within the noise as fast as the fastest peer (MONAI, 510 ms)" in headline([*rows, row("MONAI", 0.51)])
 
@@ -159,5 +159,8 @@ def test_a_gpu_by_hand(tmp_path: Path) -> None:
     assert "| 1 | FastSampler loop-graph float16 | 2.000 | 10.0 | 1 | 2e-04 | 10.00 |" in text
     assert "A step, batch 1, float16: 144 launches (137 modelled), 523 µs of kernels." in text
     assert "of older sources" not in text
-    assert gpu_summary([]) == "Nothing was measured.\n"
-    assert gpu_summary(rows, ["training"]).endswith("Not done, the same command goes on: training.\n")
+    assert gpu_summary([], left=["all"]) == "Nothing was measured.\n\nNot done, the same command goes on: all.\n"
+    ended = gpu_summary(rows, {"energy": 1}, ["training"])
+    assert ended.endswith("Parts that failed: energy (exit 1).\n\nNot done, the same command goes on: training.\n")
+    cut = gpu_summary([*rows, rows[5] | {"code": None}])
+    assert "parity: ops: cut off, until then 7 passed" in cut
