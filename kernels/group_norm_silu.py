@@ -24,6 +24,7 @@ from ._arguments import check_first_derivative, check_float, check_like, check_s
 from ._backend import needs_grad, resolve, tl, triton
 from ._group_tiles import (
     affine_arguments,
+    inverse_root,
     is_flat,
     load_affine,
     load_pairs,
@@ -82,10 +83,11 @@ def _load_sum(x, conv_bias, residual, h, n, c, in_c, s, mask, size, strides, FLA
 
 @triton.jit
 def _centred(v, mask, count, TILE):
+    share = tl.div_rn(1.0, count)  # once, for the whole program: exact where the count is a power of two, as in every preset
     # twice: the mean of what is left after the rounded mean restores the digits that a sum far from zero has lost
-    mean = tl.div_rn(per_group(tl.sum(v, axis=1), TILE), count)
+    mean = per_group(tl.sum(v, axis=1), TILE) * share
     d = tl.where(mask, v - mean[:, None], 0.0)
-    rest = tl.div_rn(per_group(tl.sum(d, axis=1), TILE), count)
+    rest = per_group(tl.sum(d, axis=1), TILE) * share
     d = tl.where(mask, d - rest[:, None], 0.0)
     return d, mean + rest, per_group(tl.sum(d * d, axis=1), TILE)
 
@@ -107,19 +109,20 @@ def _group_norm_silu_kernel(
     n, chunk, c, in_c, s, mask = place(size, TILE)
     v = _load_sum(x, conv_bias, residual, h, n, c, in_c, s, mask, size, strides, FLAT)
     count = tl.cast(size[1], tl.float32) * TILE[0]
+    share = tl.div_rn(1.0, count)
     if pairs is None:
         d, mean, squares = _centred(v, mask, count, TILE)
     else:
         means, within = load_pairs(pairs, n, c, size, TILE)
         counts = tl.maximum(tl.minimum(size[1] - tl.arange(0, TILE[4]) * TILE[3], TILE[3]), 0).to(tl.float32)[:, None] * TILE[0]
-        about = tl.div_rn(tl.sum(means * counts, axis=0), count)
+        about = tl.sum(means * counts, axis=0) * share
         between = means - about[None, :]
-        rest = tl.div_rn(tl.sum(between * counts, axis=0), count)
+        rest = tl.sum(between * counts, axis=0) * share
         between = between - rest[None, :]
         squares = spread(tl.sum(within + between * between * counts, axis=0), TILE)
         mean = spread(about + rest, TILE)
         d = v - spread(about, TILE)[:, None] - spread(rest, TILE)[:, None]
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, count) + eps))
+    rstd = inverse_root(squares * share + eps)
     store_pair(stats, mean, rstd, n, c // TILE[0], in_c & (c % TILE[0] == 0) & (chunk == 0), size[0] // TILE[0])
     a, b = load_affine(n, c, in_c, affine)
     v = d * (rstd * a)[:, None] + b[:, None]

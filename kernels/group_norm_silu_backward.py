@@ -96,8 +96,8 @@ def _group_norm_silu_backward_kernel(
     else:
         of_u, of_one = load_pairs(pairs, n, c, size, TILE)
         by_u, by_one = spread(tl.sum(of_u, axis=0), TILE), spread(tl.sum(of_one, axis=0), TILE)
-    count = tl.cast(size[1], tl.float32) * TILE[0]
-    d = (a[:, None] * q - tl.div_rn(by_one, count)[:, None] - u * tl.div_rn(by_u, count)[:, None]) * rstd[:, None]
+    share = tl.div_rn(1.0, tl.cast(size[1], tl.float32) * TILE[0])
+    d = (a[:, None] * q - (by_one * share)[:, None] - u * (by_u * share)[:, None]) * rstd[:, None]
     if dh is not None:
         d += tl.load(dh + offsets(n, c, s, size, strides[2], FLAT), mask=mask, other=0.0).to(tl.float32)
     tl.store(dx + offsets(n, c, s, size, strides[3], FLAT), d.to(dx.dtype.element_ty), mask=mask)
