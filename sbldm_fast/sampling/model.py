@@ -87,6 +87,16 @@ def _transposed(conv: nn.Conv2d) -> nn.ConvTranspose2d:
     return out
 
 
+def half(model: nn.Module, dtype: torch.dtype, dims: int) -> tuple[nn.Module, torch.memory_format]:
+    """A copy in half precision, and how samples of `dims` dimensions should lie.
+
+    Convolutions in half precision want the channels side by side, on tensor cores as on AMX.
+    """
+    images = dims == 3 and any(isinstance(m, nn.Conv2d) for m in model.modules())
+    model = copy.deepcopy(model).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+    return model, torch.channels_last if images else torch.preserve_format
+
+
 def for_cpu(model: nn.Module) -> nn.Module:
     """A copy as a CPU wants it: weights for oneDNN with the channels side by side, attention over a few pixels written out.
 

@@ -19,7 +19,7 @@ from sbldm_fast.models import UNet2D
 from sbldm_fast.models.layers import added_by_norms
 
 from .loop import Callback, CaptureFailed, Loop, float32_precision
-from .model import Cond, merged_biases, named, phase_upsampling, predictor
+from .model import Cond, half, merged_biases, named, phase_upsampling, predictor
 from .modes import choose, parse_mode
 from .noise import Parts, Request, draw, numbered
 
@@ -43,8 +43,7 @@ class FastSampler:
     - `auto`: on CUDA `loop-graph`, beyond 100 steps `step-graph`; on a CPU `eager`, and `compile` from the first call on that is
       long enough to win the minute of compiling back. `reason` says why.
 
-    What they cost on the GPUs that were measured: benchmarks/GPU.md. A graph cannot be left inside: with `stop` or a
-    callback `loop-graph` replays steps.
+    Measured: benchmarks/GPU.md. A graph cannot be left inside: with `stop` or a callback `loop-graph` replays steps.
 
     Stopping early, sample by sample, `stop=`: `eps_norm` when the RMS of the model's output is below the threshold (paper 001; a
     noise prediction has RMS near 1 at every step, so 0.05 is hardly ever reached), `convergence` when that RMS changes by less than
@@ -64,9 +63,8 @@ class FastSampler:
         fuse: replace each GroupNorm + SiLU of a foreign model by `group_norm_silu`; `stats()["fused"]` says how many there were.
         stop, threshold: see above; a threshold of None is 0.05, 0.001, 0.01.
         check_every: steps between two looks at whether all samples have stopped.
-        tf32: on CUDA, let float32 convolutions and matrix products round their inputs to 10 bits of mantissa, which PyTorch does for
-            convolutions unless told otherwise; the paper's UNet is off by 2e-4 of the largest value then, and 2.5 times as fast on an H200
-            (benchmarks/GPU.md); float16 is off by 3e-4 and 4 times as fast.
+        tf32: on CUDA, let float32 convolutions and matrix products round their inputs to 10 bits of mantissa, as PyTorch's convolutions do
+            by default: the paper's UNet is off by 2e-4 then and 2.5 times as fast on an H200; float16 is off by 3e-4 and 4 times as fast.
         device: of a callable without parameters; others bring their own.
 
     Raises:
@@ -88,14 +86,13 @@ class FastSampler:
             raise ValueError(f"stop: got {stop!r}, allowed are {', '.join(STOPS)} and None")
         if check_every < 1:
             raise ValueError(f"check_every: got {check_every}, allowed is 1 or more")
-        self.stop, self.check_every = stop, check_every
-        self.tf32 = tf32
+        self.stop, self.check_every, self.tf32 = stop, check_every, tf32
         self.threshold = threshold if threshold is not None else STOPS[stop] if stop else 0.0
         self.shape, self.eta, self.decode, self.fuse, self.counts = tuple(shape), eta, decode, fuse, Counter[str]()
         self._scheduler, self._asked = scheduler, steps
         self.table: SolverTable
         self._linear = True
-        if threshold is not None and not threshold > 0:
+        if not (threshold is None or threshold > 0):
             raise ValueError(f"threshold: got {threshold}, allowed is above 0")
         if isinstance(model, UNet2D) and (len(self.shape) != 3 or self.shape[0] != model.config.in_channels):
             raise ValueError(f"shape: got {self.shape}, allowed for this model is ({model.config.in_channels}, H, W)")
@@ -115,14 +112,10 @@ class FastSampler:
                     ) from why
         if isinstance(model, UNet2D):
             model = phase_upsampling(model)
-            if added_by_norms(self.device):
-                model = merged_biases(model)
+            model = merged_biases(model) if added_by_norms(self.device) else model
         self.layout = torch.preserve_format
-        if parameter is not None and self.dtype != parameter.dtype:
-            # half-precision convolutions want the channels side by side, on tensor cores as on AMX
-            model = copy.deepcopy(model).to(self.dtype, memory_format=torch.channels_last)  # type: ignore[attr-defined]  # it has parameters
-            if len(self.shape) == 3 and any(isinstance(m, nn.Conv2d) for m in model.modules()):  # type: ignore[attr-defined]  # likewise
-                self.layout = torch.channels_last
+        if isinstance(model, nn.Module) and parameter is not None and self.dtype != parameter.dtype:
+            model, self.layout = half(model, self.dtype, len(self.shape))
         self.model = model.eval() if isinstance(model, nn.Module) else model
         self.predict = predictor(self.model)
         self._tails: OrderedDict[int, FastSampler] = OrderedDict()
