@@ -92,7 +92,7 @@ class FastSampler:
         self._scheduler, self._asked = scheduler, steps
         self.table: SolverTable
         self._linear = True
-        if not (threshold is None or threshold > 0):
+        if threshold is not None and not threshold > 0:
             raise ValueError(f"threshold: got {threshold}, allowed is above 0")
         if isinstance(model, UNet2D) and (len(self.shape) != 3 or self.shape[0] != model.config.in_channels):
             raise ValueError(f"shape: got {self.shape}, allowed for this model is ({model.config.in_channels}, H, W)")
@@ -111,8 +111,7 @@ class FastSampler:
                         f"mode, stop: got {mode!r}, {stop!r}, allowed for {type(scheduler).__name__} are 'eager', None"
                     ) from why
         if isinstance(model, UNet2D):
-            model = phase_upsampling(model)
-            model = merged_biases(model) if added_by_norms(self.device) else model
+            model = merged_biases(phase_upsampling(model)) if added_by_norms(self.device) else phase_upsampling(model)
         self.layout = torch.preserve_format
         if isinstance(model, nn.Module) and parameter is not None and self.dtype != parameter.dtype:
             model, self.layout = half(model, self.dtype, len(self.shape))
