@@ -50,8 +50,8 @@ class Part(NamedTuple):
     seconds: float
 
 
-def plan(device: str, batches: Sequence[int] = BATCHES) -> list[Part]:
-    """The parts in the order of what matters; on a CPU tiny ones, to try the command itself."""
+def plan(device: str, batches: Sequence[int] = BATCHES, sm: int = 80) -> list[Part]:
+    """The parts in the order of what matters; on a CPU tiny ones, to try the command itself. Below sm 80 bfloat16 is emulated: left out."""
     if device == "cpu":
         tiny = "bench {} --preset demo --rounds 3 --no-compile"
         return [
@@ -62,7 +62,7 @@ def plan(device: str, batches: Sequence[int] = BATCHES) -> list[Part]:
             Part("ops: ceilings", "bench kernels --op ceilings --rounds 3 --seconds 2", 60),
             Part("training", f"{tiny.format('training')} --batch 2 --steps 1 --dtype float32", 60),
         ]
-    headline = "bench sampling --short --no-compile --dtype float32,float16,bfloat16"
+    headline = f"bench sampling --short --no-compile --dtype float32,float16{',bfloat16' * (sm >= 80)}"
     parts = [Part(f"headline: batch {b}", f"{headline} --batch {b} --rounds 9 --seconds 12", 90) for b in batches]
     ops = "bench kernels --no-large --no-compile --rounds 7 --seconds 1"
     others = "--op ddim_step --op solver_step --op frequency_loss --op spectral_mse --op philox_normal --op diffuse"
@@ -151,7 +151,7 @@ def run(folder: Path, device: str, env: Row, deadline: float) -> int:
     rows = folder / "rows.jsonl"
     rows.touch()
     finished = {r["part"]: r["code"] for r in rows_of(rows, env) if r["target"] == "gpu"}
-    parts = plan(device, fitting(env))
+    parts = plan(device, fitting(env), env.get("sm", 0))
     if why := no_tests():
         print(f"parity is left out: {why}")
         parts = [p for p in parts if not p.command.startswith("pytest")]

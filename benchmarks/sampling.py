@@ -26,9 +26,9 @@ def bench_sampling(
     """One row for each provider, batch and number of steps: seconds for `batch` latents of DDIM, noise to latent.
 
     The providers are those of `providers` (or `who`), in `dtypes` (none: float32 and the machine's native half precision); without
-    `compiled` those that compile nothing; with `short` those of `brief`, which also decode; with
-    `energy` the joules of a run on CUDA. The speed-up is over `base`, eager
-    float32 diffusers, or where it is not installed over our textbook loop. `seconds`: after which a problem's rounds end.
+    `compiled` those that compile nothing; with `short` those of `brief`, which also decode; with `energy` the
+    joules of a run on CUDA. The speed-up is over `base`, eager float32 diffusers, or where it is not installed over our textbook loop.
+    `seconds`: after which a problem's rounds end.
 
     Raises:
         ValueError: steps, batches or rounds below 1, or an unknown dtype.

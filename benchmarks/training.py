@@ -40,9 +40,8 @@ def bench_training(
 
     The model is our UNet in every loop. `plain PyTorch`: F.group_norm, F.silu, torch.randn, mse_loss, torch.optim.AdamW and AveragedModel
     as they come, `loss.item()` each step; and the same through torch.compile, each in `dtypes` of autocast (none: float32 and the machine's
-    native half precision).
-    `sbldm_fast`: the loop of `train`, on CUDA as one graph, and beside it uncaptured. All start from the same weights, and in the warm-up
-    get the same noise: a provider whose loss is not that of the plain float32 loop has no speed-up.
+    native half precision). `sbldm_fast`: the loop of `train`, on CUDA as one graph, and beside it uncaptured. All start from the same
+    weights, and in the warm-up get the same noise: a provider whose loss is not that of the plain float32 loop has no speed-up.
 
     Raises:
         ValueError: batch, steps or rounds below 1, or an unknown dtype.

@@ -246,6 +246,7 @@ def test_every_part_is_a_command(device: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         "sbldm_fast.benchmarks.table.TABLES", {name: lambda _: type("T", (), {"markdown": lambda _: ""})() for name in SUITES}
     )
+    assert not any("bfloat16" in part.command for part in gpu.plan(device, sm=75))
     parts = gpu.plan(device)
     assert len({part.name for part in parts}) == len(parts)
     for part in parts:
