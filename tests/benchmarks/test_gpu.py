@@ -55,8 +55,10 @@ def test_the_whole_command_dry_killed_at_random_and_gone_on_with(tmp_path: Path)
         time.sleep(random.uniform(0, 20))
         process.kill()
     assert not read_rows(tmp_path / "rows.jsonl")[1]
-    time.sleep(0.5)
-    assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    until = time.monotonic() + 30
+    while str(tmp_path) in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout:
+        assert time.monotonic() < until, "a part outlives the command"
+        time.sleep(0.2)
     before = parts_of(tmp_path)
     done = run(tmp_path, "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -104,13 +106,13 @@ def test_a_part_that_takes_too_long_writes_what_it_has(
 ) -> None:
     """An interrupt comes first: rounds end, the rows of the problem are written and say so, and the part is run again the next time."""
     endless = "bench sampling --preset demo --steps 5 --batch 1,2 --rounds 100000 --short --no-compile --dtype float32"
-    long = gpu.Part("headline", endless, 14)
+    long = gpu.Part("headline", endless, 25)
     monkeypatch.setattr(gpu, "plan", lambda *_: [long])
     assert gpu.run(tmp_path, "cpu", env, time.monotonic() + 300) == 1
     rows = read_rows(tmp_path / "rows.jsonl")[0]
     assert [r["batch"] for r in rows[:-1]] == [1] * (len(rows) - 1), "the second batch is not begun"
     timed = [r for r in rows if "median_s" in r]
-    assert len(timed) >= 5
+    assert len(timed) >= 3
     assert all(r["interrupted"] and r["n"] >= 3 for r in timed)
     assert parts_of(tmp_path) == [("headline", None)]
     assert "Not done, the same command goes on: headline." in capfd.readouterr().out
