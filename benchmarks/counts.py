@@ -1,7 +1,7 @@
 """What a step does on CUDA, counted without a GPU: operators are dispatched on meta tensors and compute nothing.
 
 Meta tensors take CUDA's path through our ops; attention is the flash operator that PyTorch takes there in half precision, and a
-convolution with a bias is two launches, as cuDNN has none that adds it (seen by `launches`, as is that it takes about 8 memsets more).
+convolution with a bias is two launches, as cuDNN has none that adds it (seen by `launches`, as is that it takes 7 or 8 memsets more).
 
 python -m sbldm_fast.benchmarks.counts > benchmarks/counts.json     a test fails when they differ
 """

@@ -36,6 +36,7 @@ from .table import gpu_summary
 GRACE = 25.0  # seconds that a part has to end after its interrupt
 LAST = 8.0  # seconds for the table and the archive
 PROBE = 60.0  # seconds to tell what machine this is
+LOOK = 0.2  # seconds between two looks at the clock and at signals
 INTERRUPTED = 130  # the exit code of a suite that was interrupted
 MEMORY = 100 * 2**20  # bytes that one sample of the headline wants, all providers together: 6.2 GiB at batch 64 on an H200
 WORKERS = max(1, min(14, (os.cpu_count() or 2) - 2))  # of parity: most of a test is compiling, on the processor
@@ -105,7 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not 1 <= given.minutes < math.inf:
         parser.error(f"--minutes: got {given.minutes}, allowed is 1 or more")
     deadline = time.monotonic() + 60 * given.minutes - LAST
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C: the part is ended, the table is made
+    # noted, not raised: an exception that comes while a process is forked is lost in Python's own handlers
+    asked: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         given.out.mkdir(parents=True, exist_ok=True)
         with (given.out / "lock").open("w") as lock:
@@ -113,15 +116,16 @@ def main(arguments: list[str] | None = None) -> int:
             env = probe(given.device)
             if given.device == "cuda" and not env["gpu"]:
                 raise ValueError(f"--device cuda needs a CUDA device, and this PyTorch sees none: {env['no_gpu']}")
-            return run(given.out, given.device, env, deadline)
+            return run(given.out, given.device, env, deadline, asked)
     except BlockingIOError:
         print(f"gpu: another run is at work in {given.out}; wait for it, or give another folder", file=sys.stderr)
     except OSError as error:
         print(f"gpu: {given.out} cannot be written: {error.strerror}", file=sys.stderr)
     except ValueError as error:
         print(f"gpu: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("gpu: interrupted before anything was begun", file=sys.stderr)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
     return 2
 
 
@@ -146,8 +150,11 @@ def variables(device: str) -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1", **dry}
 
 
-def run(folder: Path, device: str, env: Row, deadline: float) -> int:
-    """The parts that `folder` does not record as finished on this machine with these sources, until `deadline`; then the table."""
+def run(folder: Path, device: str, env: Row, deadline: float, asked: Sequence[int] = ()) -> int:
+    """The parts that `folder` does not record as finished on this machine with these sources; then the table.
+
+    Until `deadline`, or until `asked` has a signal.
+    """
     rows = folder / "rows.jsonl"
     rows.touch()
     finished = {r["part"]: r["code"] for r in rows_of(rows, env) if r["target"] == "gpu"}
@@ -157,12 +164,12 @@ def run(folder: Path, device: str, env: Row, deadline: float) -> int:
         parts = [p for p in parts if not p.command.startswith("pytest")]
     versions = ", ".join(f"{name} {env['packages'].get(name, 'absent')}" for name in ("torch", "triton", "diffusers", "monai"))
     print(f"{env['gpu'] or env['cpu']}: {versions}; {len(parts)} parts", flush=True)
-    with (folder / "log.txt").open("ab") as log, contextlib.suppress(KeyboardInterrupt):
+    with (folder / "log.txt").open("ab") as log:
         for part in parts:
-            rest = deadline - time.monotonic() - GRACE
+            rest = 0.0 if asked else deadline - time.monotonic() - GRACE
             if finished.get(part.name) is None and rest > part.seconds / 2:  # with less it would only be cut off
                 begun = time.monotonic()
-                code = work(part, rows, device, log, min(part.seconds, rest), env)
+                code = work(part, rows, device, log, min(part.seconds, rest), env, asked)
                 seconds = round(time.monotonic() - begun, 1)
                 append(rows, [note("gpu", env, part=part.name, code=code, seconds=seconds)])
                 finished[part.name] = code
@@ -185,8 +192,10 @@ def no_tests() -> str | None:
     return None if importlib.util.find_spec("pytest") else "pytest is not installed"
 
 
-def work(part: Part, rows: Path, device: str, log: IO[bytes], seconds: float, env: Row) -> int | None:
-    """The exit code of a part, None where its time was over; what it had started goes with it."""
+def work(
+    part: Part, rows: Path, device: str, log: IO[bytes], seconds: float, env: Row, asked: Sequence[int] = ()
+) -> int | None:  # fmt: skip
+    """The exit code of a part, None where its time was over or an end was asked for; what it had started goes with it."""
     words, report = shlex.split(part.command), rows.with_name("parity.xml")
     if tests := words[0] == "pytest":
         if importlib.util.find_spec("xdist") is None and "-n" in words:
@@ -199,22 +208,19 @@ def work(part: Part, rows: Path, device: str, log: IO[bytes], seconds: float, en
     log.write(f"\n$ python {shlex.join(command)}\n".encode())
     log.flush()
     begun, at = time.monotonic(), log.tell()
-    code: int | None
     start = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=variables(device), preexec_fn=_die_with_parent)
     with start as process:
-        try:
-            code = process.wait(seconds)
-            code = None if code == INTERRUPTED else code
-        except subprocess.TimeoutExpired:
+        while (code := process.poll()) is None and not asked and time.monotonic() - begun < seconds:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LOOK)
+        if code is None:
+            if asked:
+                print(f"interrupted: {part.name} has {GRACE:.0f} s to write what it has", flush=True)
             _end(process)
+        elif code == INTERRUPTED:
             code = None
-        except KeyboardInterrupt:
-            print(f"interrupted: {part.name} has {GRACE:.0f} s to write what it has", flush=True)
-            _end(process)
-            raise
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # workers that it has left
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # workers that it has left
     if tests:
         append(rows, [note("parity", env, part=part.name, code=code, seconds=round(time.monotonic() - begun, 1), **passed(report, code))])
         report.unlink(missing_ok=True)

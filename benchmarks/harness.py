@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sbldm_fast.sampling.loop import capture
+
 from .nvml import Gpu
 from .rows import Row
 
@@ -296,29 +298,16 @@ def bundled(call: Output, device: torch.device) -> tuple[Output, int, str]:
     inner, how = 1, "from Python"
     if device.type == "cuda":
         try:
-            call, inner, how = _in_a_graph(_several(call, CAPTURED)), CAPTURED, f"captured, {CAPTURED} calls a graph"
+            call, inner, how = (
+                capture(_several(call, CAPTURED), lambda: None, device, None),
+                CAPTURED,
+                f"captured, {CAPTURED} calls a graph",
+            )
         except RuntimeError as error:  # a provider that waits for the device, or asks it something
             torch.cuda.synchronize(device)
             how = f"from Python: {str(error).strip().splitlines()[0][:120]}"
     outer = max(1, round(SAMPLE_SECONDS / min(_seconds(call, device)[0] for _ in range(3))))
     return _several(call, outer), inner * outer, how
-
-
-def _in_a_graph(call: Output) -> Output:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-
-    def replay() -> Any:
-        graph.replay()
-        return out
-
-    return replay
 
 
 def _several(call: Output, times: int) -> Output:

@@ -20,6 +20,7 @@ from .problem import Problem
 from .rows import Row, append, head
 from .sampling import DTYPES
 
+NAME = 160  # letters of a kernel's name that are kept: templates go on for thousands
 LONG, SHORT = 11, 1  # steps of two runs; their difference has nothing of what surrounds the loop
 
 
@@ -39,11 +40,12 @@ def kernels_of_a_step(problem: Problem, dtype: torch.dtype) -> Row:
         counted[steps], spent[steps] = Counter(), Counter()
         for event in profiler.events():
             if event.device_type.name == "CUDA" and not event.is_user_annotation:
-                counted[steps][event.name] += 1
-                spent[steps][event.name] += event.time_range.elapsed_us()
+                name = event.name[:NAME]
+                counted[steps][name] += 1
+                spent[steps][name] += event.time_range.elapsed_us()
     per = LONG - SHORT
     kernels: dict[str, Any] = {
-        name[:160]: {"launches": (n - counted[SHORT][name]) / per, "us": (spent[LONG][name] - spent[SHORT][name]) / per}
+        name: {"launches": (n - counted[SHORT][name]) / per, "us": (spent[LONG][name] - spent[SHORT][name]) / per}
         for name, n in counted[LONG].most_common()
         if n > counted[SHORT][name]
     }

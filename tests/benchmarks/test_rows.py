@@ -130,6 +130,10 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixt
     append(tmp_path / "rows.jsonl", [row(env={"gpu": "Tesla T4", "cpu": "", "cores": 2})])
     assert main([str(tmp_path / "rows.jsonl"), str(tmp_path / "results")]) == 0
     assert capsys.readouterr().out == "1 new rows in tesla-t4/sampling.jsonl\n"
+    with (tmp_path / "rows.jsonl").open("a") as f:
+        f.write('{"target"')  # of a run that was killed: what is whole is taken
+    assert main([str(tmp_path / "rows.jsonl"), str(tmp_path / "results")]) == 0
+    assert "line 2 is not a row: cut off or damaged, left out" in capsys.readouterr().err
     assert main([str(tmp_path / "absent.jsonl"), str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"rows: {tmp_path / 'absent.jsonl'} cannot be read")
     assert main(["one"]) == 2
