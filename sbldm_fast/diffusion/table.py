@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
+import operator
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -64,12 +67,12 @@ class SolverTable:
         return bool((self.rows[:, 3] != 0).any())
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any, steps: int, *, eta: float = 0.0, start: int = 0) -> Self:
+    def from_scheduler(cls, scheduler: Any, steps: int, *, eta: float | None = None, start: int = 0) -> Self:
         """The table of a scheduler of ours, diffusers, MONAI or their protocol; the scheduler itself is left as it is.
 
         Args:
             steps: for `set_timesteps`; a solver of second order may make more model calls than that.
-            eta: of schedulers whose `step` takes it, 0 deterministic to 1 the variance of DDPM.
+            eta: of schedulers whose `step` takes it, 0 deterministic to 1 the variance of DDPM; None: the scheduler's own default.
             start: the timestep to begin with, counted from the first: the run of an img2img.
 
         Raises:
@@ -79,6 +82,10 @@ class SolverTable:
         own = prepared(scheduler, steps, eta)
         if not 0 <= start < len(own.timesteps):
             raise ValueError(f"start: got {start}, allowed is 0 to {len(own.timesteps) - 1}")
+        if start == 0:
+            _warn_of_a_late_start(own, steps)
+        if str(getattr(getattr(own, "config", own), "variance_type", None)).startswith("learned"):
+            raise NotLinear("its model also predicts the variance, in as many channels again")
         alpha, sigma = (v[start:] for v in _levels(own))
         run = _run(prepared(scheduler, steps, eta, start), eta, start, seed=0)
         c, clip_range = _predictions(run, scheduler, alpha, sigma)
@@ -156,52 +163,79 @@ class SolverTable:
                 init_noise_sigma=float(values["init_noise_sigma"]),
                 clip_range=None if values["clip_range"] is None else float(values["clip_range"]),
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError, RuntimeError) as wrong:
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as wrong:
             raise ValueError(f"{source}: not a solver table ({type(wrong).__name__}: {wrong})") from None
-        if values.get("format") != 1 or table.timesteps.dim() != 1 or not 0 < table.init_noise_sigma < float("inf"):
+        if values.get("format") != 1 or table.timesteps.dim() != 1 or not 0 < table.init_noise_sigma < math.inf:
             raise ValueError(f"{source}: format, timesteps, init_noise_sigma: allowed are 1, a list and a number above 0")
+        if timesteps.dtype == torch.bool or not ((table.timesteps >= 0) & (table.timesteps < 2**24)).all():
+            raise ValueError(f"{source}: timesteps: got one that no model is asked for, allowed are numbers from 0 to 2^24")
+        if table.clip_range is not None and not 0 < table.clip_range < math.inf:
+            raise ValueError(f"{source}: clip_range: got {table.clip_range}, allowed is null or a number above 0")
         S, width = table.rows.shape if table.rows.dim() == 2 else (0, 0)
         if S < 1 or width < 6 or width % 2 or any(len(v) != S for v in (table.timesteps, table.input_scale, table.alpha, table.sigma)):
             raise ValueError(f"{source}: rows: got {list(table.rows.shape)}, allowed are [steps, 6 + 2 K] and as many of the others")
         if not table.rows[:, 2:].isfinite().all() or not table.input_scale.isfinite().all():
             raise ValueError(f"{source}: rows, input_scale: got a number that is not finite")
+        if any(v.isinf().any() for v in (table.rows, table.alpha, table.sigma)):
+            raise ValueError(f"{source}: rows, alpha, sigma: got infinity, allowed are numbers, and null where one is not known")
         return table
 
 
-def prepared(scheduler: Any, steps: int, eta: float = 0.0, start: int = 0) -> Any:
+def prepared(scheduler: Any, steps: int, eta: float | None = None, start: int = 0) -> Any:
     """A copy of `scheduler` with its timesteps set, to be stepped from timestep number `start` on.
 
     Raises:
-        ValueError: it has no `set_timesteps` or `step`, or does not take `steps` or `eta`.
+        ValueError: it has no `set_timesteps` or `step`, or does not take `steps` or `eta`, or its timesteps are no list of numbers.
     """
     name = type(scheduler).__name__
     if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):
         raise ValueError(f"scheduler: got {name}, allowed is a scheduler with set_timesteps and step, or a SolverTable")
     config = getattr(scheduler, "config", scheduler)
     T = getattr(config, "num_train_timesteps", None) or 1000
-    if not isinstance(steps, int) or not 1 <= steps <= T:
-        raise ValueError(f"steps: got {steps}, allowed is 1 to num_train_timesteps = {T}")
-    if not 0 <= eta <= 1 or (eta and "eta" not in inspect.signature(scheduler.step).parameters):
+    if isinstance(steps, bool) or not isinstance(steps, SupportsIndex) or not 1 <= operator.index(steps) <= T:
+        raise ValueError(f"steps: got {steps!r}, allowed is 1 to num_train_timesteps = {T}")
+    if eta is not None and (not 0 <= eta <= 1 or (eta and "eta" not in inspect.signature(scheduler.step).parameters)):
         raise ValueError(f"eta: got {eta}, allowed is 0 to 1, and 0 alone for a scheduler whose step does not take it")
     own = copy.deepcopy(scheduler)
     try:
-        own.set_timesteps(steps)
-    except (TypeError, IndexError, AttributeError, ValueError) as wrong:
-        raise ValueError(f"scheduler: {name}.set_timesteps({steps}) failed: {wrong}") from wrong
+        own.set_timesteps(operator.index(steps))
+    except Exception as wrong:  # whatever another library raises
+        raise ValueError(f"scheduler: {name}.set_timesteps({steps}) failed: {type(wrong).__name__}: {wrong}") from wrong
+    times = own.timesteps
+    if not isinstance(times, Tensor) or times.dim() != 1 or not len(times) or not times.double().isfinite().all():
+        raise ValueError(f"scheduler: {name} has timesteps {times}, allowed is a tensor of finite numbers, one for each model call")
     if start and hasattr(own, "set_begin_index"):
         own.set_begin_index(start)
     return own
 
 
+def _warn_of_a_late_start(own: Any, steps: int) -> None:
+    """A run starts from pure noise: where its first timestep is far below T - 1, the model takes some of that noise for an image."""
+    T, times = getattr(getattr(own, "config", own), "num_train_timesteps", None), own.timesteps
+    first = float(times[0])
+    # leading starts a stride late by its nature, and a tenth is what it rounds; timesteps up to 1 are of another unit
+    if T and steps > 1 and first > max(1.0, float(times[-1])) and first < T - 1 - 1.1 * T / steps:
+        warnings.warn(
+            f"{type(own).__name__}: a run of {steps} steps starts at t = {first:g}, not at {T - 1}, from pure noise; "
+            "timestep_spacing='trailing' starts there",
+            stacklevel=3,
+        )
+
+
 def scheduler_step(
-    scheduler: Any, m: Tensor, i: int, x: Tensor, eta: float, noise: torch.Generator | Tensor
+    scheduler: Any, m: Tensor, i: int, x: Tensor, eta: float | None, noise: torch.Generator | Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Step i of a prepared scheduler in whichever protocol it speaks: the next x, and x0 if it tells."""
     takes = inspect.signature(scheduler.step).parameters
     t = scheduler.timesteps
-    following = t[i + 1] if i + 1 < len(t) else torch.zeros_like(t[0])
+    following = t[i + 1] if i + 1 < len(t) else None
     source = "variance_noise" if isinstance(noise, Tensor) else "generator"
-    optional = {"eta": eta or None, source: noise, "next_timestep": following}
+    optional = {
+        "eta": eta,
+        source: noise,
+        "next_timestep": torch.zeros_like(t[0]) if following is None else following,  # MONAI's RFlow
+        "prev_timestep": following,  # diffusers' UnCLIP, which takes t - 1 for what it is not told
+    }
     out = scheduler.step(m, t[i], x, **{k: v for k, v in optional.items() if k in takes and v is not None})
     if hasattr(out, "prev_sample"):
         return out.prev_sample, getattr(out, "pred_original_sample", None)
@@ -229,7 +263,7 @@ class _Run(NamedTuple):
     input_scale: list[float]
 
 
-def _run(scheduler: Any, eta: float, start: int, seed: int) -> _Run:
+def _run(scheduler: Any, eta: float | None, start: int, seed: int) -> _Run:
     random, noise = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 2)
     shape = (1, 1, 8, ELEMENTS // 8)
     size = torch.tensor(SIZES, dtype=torch.float64).repeat(ELEMENTS // len(SIZES)).reshape(shape)
@@ -268,7 +302,10 @@ def _levels(scheduler: Any) -> tuple[Tensor, Tensor]:
     one = torch.ones(len(t), 1, 1, 1, dtype=torch.float64)
     if not hasattr(scheduler, "add_noise"):
         return (one * torch.nan).flatten(), (one * torch.nan).flatten()
-    alpha, sigma = scheduler.add_noise(one, 0 * one, t), scheduler.add_noise(0 * one, one, t)
+    try:
+        alpha, sigma = scheduler.add_noise(one, 0 * one, t), scheduler.add_noise(0 * one, one, t)
+    except Exception:  # whatever another library raises, RePaint that it must not be asked: then it is not known
+        return (one * torch.nan).flatten(), (one * torch.nan).flatten()
     return alpha.double().flatten(), sigma.double().flatten()
 
 

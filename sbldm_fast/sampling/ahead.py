@@ -1,14 +1,19 @@
 """A step compiled ahead of time for a CPU and kept on disk, so that a second process loads it instead of compiling again.
 
-AOTInductor makes a shared library of the whole step, weights packed for oneDNN inside it; no Python runs between its operators.
+AOTInductor makes a shared library of the whole step, weights packed for oneDNN inside it; no Python runs between its operators. To load
+one is to run its code, so only what this user alone can have written is loaded, and its name is a hash of all that it depends on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +23,72 @@ from torch import Tensor, nn
 KEPT = 8  # packages, each about as large as the weights
 
 
+class Unavailable(ValueError):
+    """Nothing can be compiled here, or nowhere be kept; the message says why."""
+
+
+class NotTraceable(ValueError):
+    """torch.export cannot trace a model; the message is its own."""
+
+
 def cache_folder() -> Path:
     """Where packages are kept: `SBLDM_FAST_CACHE`, or `sbldm_fast` in the user's cache folder; only the user may write there.
 
     Raises:
-        ValueError: the folder belongs to somebody else, who could have put code there.
+        Unavailable: the folder or one above it belongs to somebody else, or can be written by others, who could put code there.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = Path(os.environ.get("SBLDM_FAST_CACHE", base / "sbldm_fast"))
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
-        raise ValueError(f"SBLDM_FAST_CACHE: {folder} can be written by others, allowed is a folder that only its user may write to")
+    folder = Path(os.environ.get("SBLDM_FAST_CACHE", base / "sbldm_fast")).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = folder.resolve(strict=True)
+    except OSError as error:
+        raise Unavailable(
+            f"SBLDM_FAST_CACHE: {folder} cannot be made: {error.strerror}; allowed is a folder that its user may write to"
+        ) from None
+    for path in (folder, *folder.parents):
+        found = path.stat()
+        shared = found.st_mode & 0o022 and not (path != folder and found.st_mode & stat.S_ISVTX)  # in a sticky folder each has his own
+        if found.st_uid not in (os.getuid(), *([0] if path != folder else [])) or shared:
+            where = f"{folder} can be written by others" if path == folder else f"{path}, above {folder}, can be written by others"
+            raise Unavailable(
+                f"SBLDM_FAST_CACHE: {where}, allowed is a folder that only its user may write to, in folders of the same kind"
+            )
     return folder
+
+
+def compiler() -> None:
+    """Look for the C++ compiler that Inductor would call.
+
+    Raises:
+        Unavailable: there is none.
+    """
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, OSError, RuntimeError):
+        raise Unavailable("mode: compiling on a CPU needs a C++ compiler, and none was found: install g++, or name one in CXX") from None
+
+
+@contextmanager
+def private_caches(device: torch.device) -> Iterator[None]:
+    """Inside, Inductor keeps its files below `cache_folder`, not in a folder of /tmp whose owner nobody asks for.
+
+    Raises:
+        Unavailable: as `cache_folder`; and, to compile for a CPU, without a compiler.
+    """
+    if device.type == "cpu":
+        compiler()
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        else:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
 
 
 def compiled_ahead(
@@ -37,10 +96,12 @@ def compiled_ahead(
 ) -> tuple[Callable[..., Tensor], bool]:
     """`function` of tensors, and of dicts of them, compiled for just these shapes; and whether it was on disk.
 
-    The name of the package is a hash of the traced graph, the weights, the mode, torch, the processor and its threads.
+    The name of the package is a hash of the traced program with all graphs inside it, its weights and constants, the options of
+    Inductor, torch, the library, the processor and its threads.
 
     Raises:
-        Exception: whatever torch.export raises on a model that it cannot trace.
+        NotTraceable: torch.export cannot trace it.
+        Unavailable: no compiler, or no folder that is the user's own.
     """
 
     class Traced(nn.Module):
@@ -51,31 +112,63 @@ def compiled_ahead(
         def forward(self, *arguments: Any) -> Tensor:
             return function(*arguments)
 
-    with torch.no_grad():
-        program = torch.export.export(Traced(), arguments, strict=False)
-        path = cache_folder() / f"{_digest(program, arguments, mode)}.pt2"
-        if path.exists():
+    with torch.no_grad(), private_caches(torch.device("cpu")):
+        try:
+            program = torch.export.export(Traced(), arguments, strict=False)
+        except Exception as failure:  # whatever the tracer raises on a foreign model
+            raise NotTraceable(str(failure) or type(failure).__name__) from failure
+        options = {**torch._inductor.list_mode_options(mode), "freezing": True}
+        path = cache_folder() / f"{_digest(program, arguments, options)}.pt2"
+        if _own(path):
             try:
                 path.touch()  # used last
                 return torch._inductor.aoti_load_package(str(path)), True
-            except RuntimeError:  # cut short, or of another build
-                path.unlink(missing_ok=True)
-        options = {**torch._inductor.list_mode_options(mode), "freezing": True}
+            except RuntimeError:  # cut short
+                pass
+        path.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/step.pt2", inductor_configs=options)
+            try:
+                made = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/step.pt2", inductor_configs=options)
+            except Exception as failure:  # whatever Inductor meets in a foreign model, or the compiler in what Inductor wrote
+                raise NotTraceable(str(failure) or type(failure).__name__) from failure
+            Path(made).chmod(0o600)
             Path(made).replace(path)
-    for old in sorted(path.parent.glob("*.pt2"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
+    for old in sorted(path.parent.glob("*.pt2"), key=lambda p: p.lstat().st_mtime)[:-KEPT]:
         old.unlink(missing_ok=True)
     return torch._inductor.aoti_load_package(str(path)), False
 
 
-def _digest(program: Any, arguments: tuple[Any, ...], mode: str) -> str:
+def _own(path: Path) -> bool:
+    """Whether there is a package that this user alone can have written: a file, no link."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _digest(program: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
+    from torch._inductor import config
+
+    import sbldm_fast
+
     shapes = [(tuple(t.shape), t.stride(), str(t.dtype)) for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
-    where = (torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), mode, shapes)
-    digest = hashlib.sha256(f"{program.graph_module.code}{where}".encode())
+    where = torch.__version__, torch.__config__.show(), sbldm_fast.__version__, torch.get_num_threads(), _processor()
+    digest = hashlib.sha256(repr((where, sorted(options.items()), config.get_hash(), shapes)).encode())
+    for name, module in program.graph_module.named_modules():  # a region with numbers of its own is a graph inside the graph
+        digest.update(f"{name}{getattr(module, 'code', '')}".encode())
     for tensors in (program.state_dict, program.constants):
         for name, value in sorted(tensors.items()):
-            digest.update(name.encode())
+            digest.update(f"{name}{getattr(value, 'shape', value)}{getattr(value, 'dtype', '')}".encode())
             if isinstance(value, Tensor):
                 digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+@cache
+def _processor() -> str:
+    """What machine code may depend on: the instructions that the processor has, not its clock."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
+    wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if not info.is_file() or line.split(":")[0].strip() in wanted}))

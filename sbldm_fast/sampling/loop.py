@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sbldm_fast.kernels import solver_step
 from sbldm_fast.models import UNet2D
 
-from .ahead import compiled_ahead
+from .ahead import NotTraceable, Unavailable, compiled_ahead, private_caches
 from .model import Named, Predict, for_cpu, fused, predictor
 from .modes import OWN_GRAPHS
 
@@ -20,10 +21,39 @@ if TYPE_CHECKING:
     from .sampler import FastSampler
 
 Callback = Callable[[int, float, Tensor], None]
+_COMPILING = threading.RLock()
 
 
-class CaptureFailed(ValueError):
-    """A model, or a decode, that waits for the device or asks it something; the message says what CUDA said."""
+class ModeFailed(ValueError):
+    """The mode cannot be had: a model that cannot be captured, no compiler, no folder for what is compiled; the message says why."""
+
+
+class Turn:
+    """A lock for those who share buffers; who has it already is told so, instead of waiting for ever."""
+
+    def __init__(self) -> None:
+        self._lock, self._owner = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            raise ValueError("sampler: got a call from its own callback, model or decode, allowed is another sampler: this one is at work")
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = 0
+        self._lock.release()
+
+
+def broken(x: Tensor) -> list[int]:
+    """The samples of a batch with NaN or infinity."""
+    return (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+
+
+def modules_of(decode: object) -> list[nn.Module]:
+    """The modules behind a decoding function: itself, its owner, or its owner's parts."""
+    owner = getattr(decode, "__self__", decode)
+    return [m for m in (owner, *getattr(owner, "__dict__", {}).values()) if isinstance(m, nn.Module)]
 
 
 class Buffers(NamedTuple):
@@ -99,20 +129,21 @@ class Loop:
             x = torch.cat([self.x] * (1 + guided)).to(s.dtype)
             predict, s.counts["fused"] = fused(predict, model, x, s.rows[:1], self.cond)
         self.step = make_step(predict, s.dtype, s.layout, s.table.clip_range, s.stop, s.threshold)
-        if s.compiled and (s.device.type != "cpu" or not self._ahead(model, s.compiled)):
+        self.traced = s.compiled is not None and (s.device.type != "cpu" or not self._ahead(model, s.compiled))
+        if self.traced:
             # a graph break in our own model would be a defect; a foreign model may have its reasons
             self.step = torch.compile(self.step, fullgraph=isinstance(s.model, UNet2D), dynamic=False, mode=s.compiled)
         self.graphs: dict[str, Callable[[], Tensor]] = {}
         # a graph keeps addresses, not tensors: without this a model that moves away would leave it freed memory
-        owner = getattr(s.decode, "__self__", s.decode)
-        parts = [m for m in (s.model, owner, *getattr(owner, "__dict__", {}).values()) if isinstance(m, nn.Module)]
+        parts = [m for m in (s.model, *modules_of(s.decode)) if isinstance(m, nn.Module)]
         self.held = [t.data for m in parts for t in (*m.parameters(), *m.buffers())]
 
     def run(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, real: int, callback: Callback | None) -> Tensor:
         """From the first x to the last, or to what `decode` makes of it; `real` of the samples are not padding."""
         s, b = self.sampler, self.buffers
         whole = s.graph == "loop-graph" and callback is None and s.stop is None
-        with torch.no_grad(), float32_precision(s.device, s.tf32), compilation(s.device) if s.compiled else nullcontext():
+        with torch.no_grad(), float32_precision(s.device, s.tf32), compilation(s.device) if self.traced else nullcontext():
+            self.traced = False  # from its second run on there is nothing to compile
             replay = self._captured(whole) if s.graph else None
             self.x.copy_(x)
             self._rewind()
@@ -157,8 +188,11 @@ class Loop:
         kept = {name: t for name, t in self.buffers._asdict().items() if t is not None} | {"table": s.numbers}
         scale = {} if s.input_scale is None else {"scale": s.input_scale[0]}
         try:
-            call, found = compiled_ahead(packed, model, (self.x, s.rows[:1], kept | scale, self.cond), mode)
-        except Exception as failure:  # whatever the tracer raises on a foreign model
+            with _COMPILING:
+                call, found = compiled_ahead(packed, model, (self.x, s.rows[:1], kept | scale, self.cond), mode)
+        except Unavailable as failure:
+            raise ModeFailed(str(failure)) from failure
+        except NotTraceable as failure:
             s.reason += f"; torch.compile, for it cannot be compiled ahead of time: {str(failure).splitlines()[0]}"
             return False
         s.counts["loaded" if found else "compiled"] += 1
@@ -195,7 +229,7 @@ class Loop:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                raise CaptureFailed(f"mode: got {s.graph!r}, and {type(s.model).__name__} or decode cannot be captured: {error}") from error
+                raise ModeFailed(f"mode: got {s.graph!r}, and {type(s.model).__name__} or decode cannot be captured: {error}") from error
             s.counts["captures"] += 1
         s.counts["replays"] += 1
         return self.graphs[name]
@@ -258,12 +292,26 @@ def compilation(device: torch.device) -> Iterator[None]:
     """How a step is compiled: on a CPU with frozen weights, which Inductor packs for oneDNN; on CUDA that would gain nothing.
 
     Freezing must be set while Dynamo traces: as an option of torch.compile it leaves the weights unpacked. Every sampler and
-    every batch size is a version of one step, so Dynamo's limit of 8, made for accidents, is lifted.
-    """
-    from torch._inductor import config  # half a second that only this mode pays
+    every batch size is a version of one step, so Dynamo's limit of 8, made for accidents, is lifted. The settings are of the process:
+    one thread compiles at a time.
 
-    with config.patch(freezing=device.type == "cpu"), torch._dynamo.config.patch(recompile_limit=256):
-        yield
+    Raises:
+        ModeFailed: there is no C++ compiler for a CPU, or no folder for what it makes.
+    """
+    from torch._inductor import config, exc  # half a second that only this mode pays
+
+    try:
+        with (
+            _COMPILING,
+            private_caches(device),
+            config.patch(freezing=device.type == "cpu"),
+            torch._dynamo.config.patch(recompile_limit=256),
+        ):
+            yield
+    except Unavailable as failure:
+        raise ModeFailed(str(failure)) from failure
+    except exc.InductorError as failure:  # a compiler that is there and fails
+        raise ModeFailed(f"mode: the step cannot be compiled: {str(failure).strip().splitlines()[0]}") from failure
 
 
 def capture(work: Callable[[], Tensor], reset: Callable[[], Any], device: torch.device, pool: Any) -> Callable[[], Tensor]:

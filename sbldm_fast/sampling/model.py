@@ -4,33 +4,71 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sbldm_fast.kernels import group_norm_silu
 from sbldm_fast.models import UNet2D
-from sbldm_fast.models.layers import Attention, ResBlock, Upsample
+from sbldm_fast.models.layers import Attention, ResBlock, Upsample, added_by_norms
 
-Cond = Tensor | Mapping[str, Tensor] | None  # what a caller gives
-Named = dict[str, Tensor]  # what the loop handles; "" is a tensor that came without a name
+Cond = Tensor | Mapping[str, Any] | None  # what a caller gives
+Named = dict[str, Tensor]  # what the loop handles; "" is a tensor that came without a name, "a/b" one inside another mapping
 Predict = Callable[[Tensor, Tensor, Named], Tensor]
 COND_NAMES = ("encoder_hidden_states", "context", "class_labels", "cond")  # diffusers', MONAI's, both, ours
 
 
-def named(cond: Cond) -> Named:
-    """A conditioning as tensors by name."""
-    return {} if cond is None else {"": cond} if isinstance(cond, Tensor) else dict(cond)
+def named(cond: Cond, argument: str = "cond") -> Named:
+    """A conditioning as tensors by name: what lies deeper, as SDXL's `added_cond_kwargs` does, by `outer/inner`; None is left out.
+
+    Raises:
+        ValueError: something that is neither a tensor nor an array, nor a mapping of them, nor a list in a mapping.
+    """
+    if cond is None:
+        return {}
+    if isinstance(cond, Mapping):
+        found: Named = {}
+        for key, value in cond.items():
+            inner: Any = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
+            found |= {f"{key}/{rest}" if rest else str(key): v for rest, v in named(inner, f"{argument}[{key!r}]").items()}
+        return found
+    tensor = torch.from_numpy(cond) if isinstance(cond, np.ndarray) else cond
+    if not isinstance(tensor, Tensor) or not tensor.dim():
+        got = "a number" if isinstance(tensor, Tensor) else type(cond).__name__
+        raise ValueError(f"{argument}: got {got}, allowed are tensors and arrays with a row for each sample, and mappings of them")
+    return {"": tensor}
+
+
+def _nested(cond: Named) -> dict[str, Any]:
+    """What `named` took apart, a list as a tuple."""
+    out: dict[str, Any] = {}
+    for path, value in cond.items():
+        *outer, last = path.split("/")
+        at = out
+        for key in outer:
+            at = at.setdefault(key, {})
+        at[last] = value
+    return {k: _listed(v) for k, v in out.items()}
+
+
+def _listed(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    inner = {k: _listed(v) for k, v in value.items()}
+    return tuple(inner[k] for k in sorted(inner, key=int)) if all(k.isdecimal() for k in inner) else inner
 
 
 def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
     """`(x, row, cond) -> prediction` for any model; `row` is `[1, R]` of `UNet2D.time_rows` for ours, else the timestep `[1]`.
 
-    What a model takes is read from its signature: `timesteps` (MONAI) must be one per sample, as with `each`, where `row` may also
-    have a timestep per sample; `return_dict` (diffusers) is set to
-    False, a conditioning without a name goes by the first of the names above, or else as the third argument.
+    What a model takes is read from its signature. The timestep comes as `[1]`, which goes with any batch, except that `timesteps` (MONAI)
+    gets one per sample, as every model does with `each`, where `row` may also have a timestep per sample. `return_dict` (diffusers) is set
+    to False. A conditioning without a name goes by the first of the names above, whole numbers by `class_labels` if there is such an
+    argument, or else as the third argument.
     """
     if isinstance(model, UNet2D):
         return lambda x, row, cond: model.forward_rows(x, row)
@@ -40,14 +78,47 @@ def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
     each = each or "timesteps" in takes
 
     def predict(x: Tensor, row: Tensor, cond: Named) -> Tensor:
-        t = row.expand(x.shape[0]) if each else row[0]
-        by_name = {k or name or "": v for k, v in cond.items()}
-        unnamed = [by_name.pop("")] if "" in by_name else []
-        out = model(x, t, *unnamed, **by_name, **options)
+        t = row.expand(x.shape[0]) if each else row
+        given = _nested(cond)
+        unnamed = [given.pop("")] if "" in given else []
+        if unnamed and name:
+            known = "class_labels" if "class_labels" in takes and not unnamed[0].is_floating_point() else name
+            given[known] = unnamed.pop()
+        watched = not torch.compiler.is_compiling() and not x.is_inference()
+        before = x._version if watched else 0
+        out = model(x, t, *unnamed, **given, **options)
+        if watched and x._version != before:
+            raise ValueError("model: it writes into its input x, allowed is one that leaves x as it is: the step needs it")
         prediction: Tensor = out if isinstance(out, Tensor) else out.sample if hasattr(out, "sample") else out[0]
         return prediction
 
     return predict
+
+
+def ready(model: Any, dtype: torch.dtype, device: torch.device, dims: int) -> tuple[Any, torch.memory_format]:
+    """The model as the loop wants it, and the layout of its input: `model` itself, or a copy where something is to be changed."""
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    layout = torch.preserve_format
+    if isinstance(model, UNet2D):
+        model = phase_upsampling(model).eval()
+        model = merged_biases(model) if added_by_norms(device) else model
+    if parameter is not None and dtype != parameter.dtype:
+        model, layout = half(model, dtype, dims)
+        model.eval()
+    return model, layout
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """Inside, a module is in evaluation mode; what of it was training goes on training."""
+    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
 
 
 def phase_upsampling(model: UNet2D) -> UNet2D:
@@ -93,8 +164,7 @@ def half(model: nn.Module, dtype: torch.dtype, dims: int) -> tuple[nn.Module, to
     Convolutions in half precision want the channels side by side, on tensor cores as on AMX.
     """
     images = dims == 3 and any(isinstance(m, nn.Conv2d) for m in model.modules())
-    model = copy.deepcopy(model).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
-    return model, torch.channels_last if images else torch.preserve_format
+    return _channels_last(copy.deepcopy(model).to(dtype)), torch.channels_last if images else torch.preserve_format
 
 
 def for_cpu(model: nn.Module) -> nn.Module:
@@ -102,10 +172,17 @@ def for_cpu(model: nn.Module) -> nn.Module:
 
     `softmax(q k^T / sqrt(d)) v` in three operators that Inductor fuses with their neighbours; PyTorch's own is made for long sequences.
     """
-    model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+    model = _channels_last(copy.deepcopy(model))
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = _attention
+    return model
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    # not Module.to, which refuses a model that has weights of volumes among those of images
+    for p in model.parameters():
+        p.data = p.data.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p.data
     return model
 
 
@@ -136,6 +213,8 @@ def fused(predict: Predict, model: Callable[..., Any], x: Tensor, row: Tensor, c
     for norm in list(graph.graph.nodes):
         readers = list(norm.users)
         if norm.target is not torch.ops.aten.group_norm.default or [r.target for r in readers] != [torch.ops.aten.silu.default]:
+            continue
+        if norm.args[0].meta["val"].dim() != 4:  # the kernel is one of images
             continue
         found += 1
         with graph.graph.inserting_before(readers[0]):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .ahead import Unavailable, cache_folder, compiler
+
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 GRAPHS = ("step-graph", "loop-graph")
 COMPILE_PAYS = 5_000  # model calls of one call on a CPU that win the minute of compiling back
@@ -17,6 +19,11 @@ def choose(device: torch.device, n: int, steps: int) -> tuple[str, str]:
         whole = steps <= WHOLE_LOOP
         return ("loop-graph", "step-graph")[not whole], f"CUDA device, {steps} steps: one launch a {'run' if whole else 'step'}"
     if n * steps >= COMPILE_PAYS:
+        try:
+            compiler()
+            cache_folder()
+        except Unavailable as why:
+            return "eager", f"{n} samples of {steps} steps would win the minute of compiling back, but {why}"
         return "compile", f"{n} samples of {steps} steps win the minute of compiling back"
     return "eager", f"{device.type} has no CUDA graphs, and a few images take less than compiling; mode='compile' is faster after it"
 

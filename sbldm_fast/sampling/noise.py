@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Iterator, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,11 +31,11 @@ class Request:
         self.shape, self.device, self.guidance = shape, device, None
         self.x, self.seeds = numbered(shape, device, n, seed, noise, indices)
         count = self.count = len(self.seeds)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, allowed is 1 or more")
-        self.size = batch_size or count
+        self.size = count if batch_size is None else whole("batch_size", batch_size, 1)
         conds = self.conds = named(cond)
-        others = self.others = named(uncond) or {k: torch.zeros_like(v) for k, v in conds.items()}
+        if uncond is not None and guidance_scale is None:
+            raise ValueError("uncond: got a value, allowed without guidance_scale is None: there is no second pass")
+        others = self.others = named(uncond, "uncond") or {k: torch.zeros_like(v) for k, v in conds.items()}
         if bad := sorted(conds.keys() ^ others.keys()) or [k for k, v in conds.items() if others[k].shape != v.shape or len(v) != count]:
             raise ValueError(
                 f"cond, uncond: got {bad[0] or 'tensors'} of another shape, allowed is one row for each of {count} samples, in both alike"
@@ -44,6 +44,8 @@ class Request:
             if cond is None:
                 raise ValueError("guidance_scale: got a value without cond, allowed is None")
             guidance = torch.as_tensor(guidance_scale, dtype=torch.float32).reshape(-1)
+            if not guidance.isfinite().all():
+                raise ValueError(f"guidance_scale: got {guidance_scale}, allowed are finite numbers")
             if len(guidance) not in (1, count):
                 raise ValueError(f"guidance_scale: got {len(guidance)} values, allowed is one, or one for each of {count} samples")
             self.guidance = guidance.expand(count)
@@ -77,24 +79,47 @@ def numbered(
     Raises:
         ValueError: none of n, noise and indices, counts that differ, a wrong shape, or a number out of range.
     """
-    if noise is not None and tuple(noise.shape[1:]) != shape:
-        raise ValueError(f"noise: got shape {tuple(noise.shape)}, allowed is [n, {', '.join(map(str, shape))}]")
-    counts = [c for c in (n, None if noise is None else len(noise), None if indices is None else len(indices)) if c is not None]
+    given = None if noise is None else torch.as_tensor(noise)
+    if given is not None and (not given.dim() or tuple(given.shape[1:]) != shape):
+        raise ValueError(f"noise: got shape {tuple(given.shape)}, allowed is [n, {', '.join(map(str, shape))}]")
+    many = None if indices is None else list(indices)
+    asked = None if n is None else whole("n", n, 1)
+    counts = [c for c in (asked, None if given is None else len(given), None if many is None else len(many)) if c is not None]
     if not counts or min(counts) != max(counts):
         raise ValueError(f"n, noise, indices: got {counts or 'none of them'}, allowed is one of them, or the same number of samples")
-    count = operator.index(counts[0])
+    count = counts[0]
     if count < 1:
         raise ValueError(f"n: got {count}, allowed is 1 or more")
-    one = isinstance(seed, SupportsIndex) and not isinstance(seed, Tensor)
-    listed = [operator.index(v) for v in (itertools.repeat(seed, count) if one else seed)]  # type: ignore[arg-type,union-attr]  # a number is one
-    if len(listed) != count:
-        raise ValueError(f"seed: got {len(listed)} seeds for {count} samples, allowed is one seed or one for each sample")
-    numbers = [operator.index(v) for v in indices] if indices is not None else list(range(count)) if one else [0] * count
+    one = isinstance(seed, SupportsIndex) and not isinstance(seed, (Tensor, np.ndarray))
+    try:
+        given_seeds: list[Any] = [seed] * count if one else list(seed)  # type: ignore[arg-type]  # a number is one
+    except TypeError:
+        raise ValueError(f"seed: got {seed!r}, allowed is a whole number, or one for each sample") from None
+    if len(given_seeds) != count:
+        raise ValueError(f"seed: got {len(given_seeds)} seeds for {count} samples, allowed is one seed or one for each sample")
+    listed = [whole("seed", v) for v in given_seeds]
+    numbers = [whole("indices", v) for v in many] if many is not None else list(range(count)) if one else [0] * count
     for name, values, top in (("seed", listed, 2**63), ("indices", numbers, 2**31)):
         if bad := [v for v in values if not 0 <= v < top]:
             raise ValueError(f"{name}: got {bad[0]}, allowed is 0 to 2^{top.bit_length() - 1} - 1")
-    given = None if noise is None else noise.to(device, torch.float32).contiguous()
+    if given is not None:
+        given = given.to(device, torch.float32).contiguous()
     return given, torch.tensor([listed, numbers], dtype=torch.int64).T.contiguous()
+
+
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """A whole number of any kind, NumPy's and PyTorch's among them, as Python's.
+
+    Raises:
+        ValueError: it is none, or below `least`.
+    """
+    try:
+        number = operator.index(value)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"{name}: got {value!r}, allowed is a whole number") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name}: got {number}, allowed is {least} or more")
+    return number
 
 
 def draw(seeds: Tensor, shape: tuple[int, ...], device: torch.device, stream: int = 0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +15,8 @@ from sbldm_fast.diffusion import DDIMScheduler, DDPMScheduler, DPMSolverMultiste
 from sbldm_fast.files import whole_folder, write_json
 from sbldm_fast.models import AutoencoderKL, SchedulerConfig, UNet2D
 
+from .content import fingerprint
+from .noise import whole
 from .sampler import MAX_LOOPS, FastSampler
 
 SCHEDULERS: dict[str, Any] = {
@@ -25,12 +28,24 @@ BUNDLED = {"demo": Path(__file__).parents[1] / "assets" / "demo"}
 class Pipeline:
     """An autoencoder, a UNet and a noise schedule: what makes images.
 
-    Saved as a folder in diffusers' layout: `model_index.json`, `vae/`, `unet/`, `scheduler/`.
+    Saved as a folder in diffusers' layout: `model_index.json`, `vae/`, `unet/`, `scheduler/`. The three are attributes that may be changed
+    or replaced: the next call samples with what is there. Threads may share a pipeline: their batches take turns.
+
+    Raises:
+        ValueError: a part of another library; `FastSampler` takes those.
     """
 
     def __init__(self, vae: AutoencoderKL, unet: UNet2D, scheduler: SchedulerConfig) -> None:
-        self.vae, self.unet, self.scheduler = vae.eval(), unet.eval(), DDIMScheduler.from_config(scheduler)
+        for name, part, kind in (("vae", vae, AutoencoderKL), ("unet", unet, UNet2D), ("scheduler", scheduler, SchedulerConfig)):
+            if not isinstance(part, kind):
+                got = f"{type(part).__module__.partition('.')[0]}'s {type(part).__name__}"
+                raise ValueError(
+                    f"{name}: got {got}, allowed is a {kind.__name__} of sbldm_fast; FastSampler(unet, scheduler, shape=...) takes others"
+                )
+        self.vae, self.unet = vae, unet
+        self.scheduler: Any = DDIMScheduler.from_config(scheduler)
         self._samplers: dict[tuple[object, ...], FastSampler] = {}
+        self._lock = threading.Lock()
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> Self:
@@ -75,42 +90,42 @@ class Pipeline:
         return self.vae.decode(z / self.vae.config.scaling_factor)
 
     def sampler(
-        self, steps: int = 50, mode: str = "auto", *, scheduler: Any = "ddim", eta: float = 0.0, dtype: torch.dtype | None = None
+        self, steps: int = 50, mode: str = "auto", *, scheduler: Any = None, eta: float | None = None, dtype: torch.dtype | None = None
     ) -> FastSampler:
         """The sampler from noise to images; kept, so that a second call neither compiles nor captures again.
 
-        `scheduler`: `ddim`, `ddpm`, `dpm` or `unipc` on the pipeline's schedule, or any scheduler object.
+        `scheduler`: `ddim`, `ddpm`, `dpm` or `unipc` on the pipeline's schedule, or any scheduler object; None: the pipeline's own.
+        `dpm` and `unipc` begin at t = T - 1 (`timestep_spacing="trailing"`): begun where `leading` begins, more steps are no better.
 
         Raises:
             ValueError: an unknown name, and as `FastSampler`.
         """
+        who: Any = self.scheduler if scheduler is None else scheduler
         if isinstance(scheduler, str):
             if scheduler not in SCHEDULERS:
                 raise ValueError(f"scheduler: got {scheduler!r}, allowed are {', '.join(SCHEDULERS)}")
-            name: Any = scheduler
-            scheduler = SCHEDULERS[scheduler].from_config(self.scheduler.config)
-        else:
-            name = scheduler  # itself, not its id: an id is given again
-        # weights that were trained or loaded since are other weights
-        stamp = hash(tuple((p.data_ptr(), p._version) for p in self.unet.parameters()))
-        key = (steps, mode, name, eta, dtype, stamp)
-        if key not in self._samplers:
-            if len(self._samplers) == MAX_LOOPS:
-                self._samplers.pop(next(iter(self._samplers)))
-            self._samplers[key] = FastSampler(
-                self.unet,
-                scheduler or self.scheduler,
-                shape=self.latent_shape,
-                steps=steps,
-                mode=mode,
-                dtype=dtype,
-                eta=eta,
-                decode=self.decode,
-            )
-        return self._samplers[key]
+            spacing = {"timestep_spacing": "trailing"} if scheduler in ("dpm", "unipc") else {}
+            who = scheduler, fingerprint(self.scheduler.config)
+            scheduler = SCHEDULERS[scheduler].from_config(self.scheduler.config, **spacing)
+        key = (self.unet, steps, mode, who, eta, dtype)  # objects themselves, not their ids: an id is given again
+        with self._lock:
+            if key not in self._samplers:
+                if len(self._samplers) == MAX_LOOPS:
+                    self._samplers.pop(next(iter(self._samplers)))
+                self._samplers[key] = FastSampler(
+                    self.unet,
+                    self.scheduler if scheduler is None else scheduler,
+                    shape=self.latent_shape,
+                    steps=steps,
+                    mode=mode,
+                    dtype=dtype,
+                    eta=eta,
+                    decode=self.decode,
+                )
+            return self._samplers[key]
 
     def sample(
-        self, n: int, *, seed: int = 0, steps: int = 50, mode: str = "auto", scheduler: Any = "ddim", eta: float = 0.0,
+        self, n: int, *, seed: int = 0, steps: int = 50, mode: str = "auto", scheduler: Any = None, eta: float | None = None,
         dtype: torch.dtype | None = None, batch_size: int = 16, progress: bool = False,
     ) -> Tensor:  # fmt: skip
         """Images `[n, 1, S, S]` in [-1, 1], on the CPU. Synthetic, not for diagnosis.
@@ -120,8 +135,7 @@ class Pipeline:
         Raises:
             ValueError: as `FastSampler`, or a batch size below 1.
         """
-        if n < 1 or batch_size < 1:
-            raise ValueError(f"n, batch_size: got {n}, {batch_size}, allowed is 1 or more")
+        n, batch_size = whole("n", n, 1), whole("batch_size", batch_size, 1)
         sampler, size = self.sampler(steps, mode, scheduler=scheduler, eta=eta, dtype=dtype), even_batch(n, batch_size)
         batches = tqdm(
             sampler.stream(n, seed=seed, batch_size=size), desc="sample", unit="batch", total=math.ceil(n / size), disable=not progress

@@ -1,0 +1,63 @@
+"""The loop of a scheduler that no table describes: stepped as it is, model call by model call."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbldm_fast.diffusion.table import prepared, scaled_input, scheduler_step
+
+from .noise import Parts, draw
+
+Callback = Callable[[int, float, Tensor], None]
+
+
+def stepped(
+    predict: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor], scheduler: Any, steps: int, eta: float | None, parts: Parts,
+    callback: Callback | None,
+) -> Tensor:  # fmt: skip
+    """x after the scheduler's own steps; `predict` gets the timestep `[1]`, and the loop is the caller's `no_grad`.
+
+    Noise is each sample's own: a step that takes it, as `variance_noise`, gets ours; where it draws, each sample is stepped by a copy of
+    the scheduler with a generator of its seed and number.
+
+    Raises:
+        ValueError: the scheduler's step fails on this model's output.
+        FloatingPointError: the scheduler makes NaN or infinity of finite numbers.
+    """
+    x, seeds, cond, guidance = parts
+    name, shape, own = type(scheduler).__name__, tuple(x.shape[1:]), prepared(scheduler, steps, eta)
+    takes = inspect.signature(own.step).parameters
+    size = 1 if "generator" in takes and "variance_noise" not in takes else len(x)
+    copies = [copy.deepcopy(own) for _ in range(len(x) // size)]
+    generators = [torch.Generator(x.device).manual_seed(seed ^ number << 32) for seed, number in seeds.tolist()]
+    times = own.timesteps.to(x.device)
+    for i, t in enumerate(own.timesteps):
+        h = torch.cat([scaled_input(one, part, t) for one, part in zip(copies, x.split(size), strict=True)])
+        if guidance is None:
+            m = predict(h, times[i : i + 1], cond)
+        else:
+            m_u, m_c = predict(torch.cat([h, h]), times[i : i + 1], cond).chunk(2)
+            m = m_u + guidance.to(x.device).reshape(-1, *[1] * len(shape)) * (m_c - m_u)
+        noise: list[Any] = [draw(seeds.cpu(), shape, x.device, i + 1)] if "variance_noise" in takes else generators
+        try:
+            after = torch.cat([
+                scheduler_step(one, outputs, i, samples, eta, source)[0]
+                for one, outputs, samples, source in zip(copies, m.split(size), x.split(size), noise, strict=False)
+            ])  # fmt: skip
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as failure:  # whatever another library raises
+            why = f"{type(failure).__name__}: {failure}"
+            raise ValueError(f"scheduler: {name} failed at step {i} of {len(times)} on what this model gives: {why}") from failure
+        if not after.isfinite().all() and m.isfinite().all() and x.isfinite().all():
+            raise FloatingPointError(f"scheduler: {name} makes NaN or infinity of finite numbers at step {i} (timestep {float(t):g})")
+        x = after
+        if callback is not None:
+            callback(i, float(t), x)
+    return x

@@ -1,0 +1,393 @@
+"""What a sampler was made from, against what its caller has since: weights, buffers, modules, schedulers."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sbldm_fast import AutoencoderKL, DDIMScheduler, FastSampler, Pipeline, SchedulerConfig, SolverTable, UNet2D, UNetConfig, VAEConfig
+from sbldm_fast.sampling.content import COLUMNS, digest, fingerprint, structure
+
+loop = importlib.import_module("sbldm_fast.sampling.loop")
+SHAPE = (4, 8, 8)
+UNET = UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+                  attention_resolutions=(4,), norm_num_groups=8, time_embed_dim=32)  # fmt: skip
+VAE = VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)
+
+
+def scheduler(**config: Any) -> DDIMScheduler:
+    return DDIMScheduler(**({"beta_schedule": "cosine_ramp", "clip_sample": False} | config))
+
+
+def make(model: nn.Module, **arguments: Any) -> FastSampler:
+    return FastSampler(model, scheduler(), **({"shape": SHAPE, "steps": 3, "mode": "eager"} | arguments))
+
+
+@pytest.fixture
+def unet() -> UNet2D:
+    torch.manual_seed(1)
+    return UNet2D(UNET).eval()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+class Holds(nn.Module):
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__()
+        for i, t in enumerate(tensors):
+            self.register_buffer(f"t{i}", t)
+
+
+@given(st.integers(1, 3 * COLUMNS), st.sampled_from(["float32", "float16", "bfloat16", "float64", "int64", "bool", "complex64"]), st.data())
+def test_any_bit_any_exchange_and_any_sign_changes_the_digest(n: int, dtype: str, data: Any) -> None:
+    values = torch.randn(n).to(getattr(torch, dtype))
+    before = digest(Holds(values))
+    assert before == digest(Holds(values.clone()))
+    raw = values.clone().view(torch.uint8)
+    at = data.draw(st.integers(0, len(raw) - 1))
+    raw[at] ^= 1 << data.draw(st.integers(0, 7)) if dtype != "bool" else 1
+    assert digest(Holds(raw.view(values.dtype))) != before
+    i, j = data.draw(st.integers(0, n - 1)), data.draw(st.integers(0, n - 1))
+    exchanged = values.clone()
+    exchanged[[i, j]] = values[[j, i]]
+    # elements a multiple of 1,021 apart fall into one column: what the sum cannot tell apart
+    assert (digest(Holds(exchanged)) != before) == (not torch.equal(exchanged, values)) or (i - j) % COLUMNS == 0
+    if dtype not in ("bool", "int64"):
+        assert digest(Holds(-values)) != before
+
+
+def test_exchanged_channels_layouts_and_names_are_told_apart() -> None:
+    conv = nn.Conv2d(64, 64, 3)
+    before = digest(conv), structure(conv)
+    with torch.no_grad():
+        conv.weight.copy_(conv.weight.flip(0))
+    assert digest(conv) != before[0]
+    with torch.no_grad():
+        conv.weight.copy_(conv.weight.flip(0))
+    assert (digest(conv), structure(conv)) == before
+    a, b = torch.ones(3), torch.zeros(3)
+    assert digest(Holds(a, b)) != digest(Holds(b, a))
+    conv.train(False)
+    assert structure(conv) == before[1], "whether it trains is not what it computes"
+    conv.padding = (1, 1)
+    assert structure(conv) != before[1]
+    assert digest(Holds(torch.empty(0), torch.tensor(1.5))) != digest(Holds(torch.empty(0), torch.tensor(-1.5)))
+    strided = torch.arange(12.0).reshape(3, 4)[:, ::2]
+    assert digest(Holds(strided)) == digest(Holds(strided.clone()))
+
+
+def fused_adamw(model: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def through_data(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data.mul_(1.1)
+
+
+def new_data(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data = p.data * 1.1
+
+
+def loaded(model: nn.Module) -> None:
+    model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()})
+
+
+def assigned(model: nn.Module) -> None:
+    model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}, assign=True)
+
+
+def average(model: nn.Module) -> None:
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        for mine, averaged in zip(model.parameters(), ema.module.parameters(), strict=True):
+            mine.set_((averaged * 1.1).untyped_storage(), 0, mine.shape, averaged.stride())
+
+
+def buffers(model: nn.Module) -> None:
+    for b in model.buffers():
+        b.mul_(1.5)
+
+
+class Adapted(nn.Module):
+    """A convolution with a low-rank update beside it, as adapters put it into a model."""
+
+    def __init__(self, inner: nn.Conv2d) -> None:
+        super().__init__()
+        self.inner, self.scaling = inner, {"default": 0.5}
+        self.down, self.up = nn.Conv2d(inner.in_channels, 2, 1), nn.Conv2d(2, inner.out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x) + self.scaling["default"] * self.up(self.down(x))
+        return out
+
+
+class Small(nn.Module):
+    """A model that is not ours: live in eager mode, a copy in half precision and when it is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.register_buffer("gain", torch.tensor(0.5))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(self.conv(x)) * self.gain + t / 5000
+
+
+def adapter(model: nn.Module) -> None:
+    assert isinstance(model, Small)
+    model.conv = Adapted(model.conv)  # type: ignore[assignment]
+
+
+CHANGES: list[Callable[[nn.Module], None]] = [fused_adamw, through_data, new_data, loaded, assigned, average]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("arguments", [{}, {"dtype": torch.bfloat16}, {"fuse": True}], ids=["eager", "half", "fuse"])
+def test_a_sampler_runs_the_weights_that_its_model_has_now(unet: UNet2D, change: Any, arguments: dict[str, Any]) -> None:
+    model: nn.Module = Small() if "fuse" in arguments else unet
+    sampler = make(model, **arguments)
+    before = sampler(2)
+    change(model)
+    after = sampler(2)
+    assert relative(after, before) > 1e-3
+    assert torch.equal(after, make(model, **arguments)(2))
+
+
+def test_buffers_that_are_in_no_state_dict_are_seen_too() -> None:
+    model = UNet2D(UNetConfig(**{**vars(UNET), "time_embedding_type": "fourier"})).eval()
+    sampler = make(model)
+    before = sampler(2)
+    buffers(model)
+    assert relative(sampler(2), before) > 1e-3
+    assert torch.equal(sampler(2), make(model)(2))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dtype": torch.bfloat16}, {"fuse": True}], ids=["eager", "half", "fuse"])
+def test_an_adapter_that_is_put_in_and_its_scale_are_seen(arguments: dict[str, Any]) -> None:
+    model = Small()
+    sampler = make(model, **arguments)
+    outs = [sampler(2)]
+    adapter(model)
+    outs.append(sampler(2))
+    model.conv.scaling["default"] = 5.0  # type: ignore[union-attr]
+    outs.append(sampler(2))
+    assert relative(outs[1], outs[0]) > 1e-3
+    assert relative(outs[2], outs[1]) > 1e-3
+    assert torch.equal(outs[2], make(model, **arguments)(2))
+
+
+def test_a_compiled_step_is_compiled_again_for_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def record(function: Any, model: nn.Module, *_: Any) -> Any:
+        made.append(digest(model))
+        frozen = copy.deepcopy(model)  # as a package has them
+        return lambda x, row, tensors, cond: frozen_call(function, model, frozen, (x, row, tensors, cond)), False
+
+    def frozen_call(function: Any, model: nn.Module, frozen: nn.Module, arguments: Any) -> Tensor:
+        model.load_state_dict(frozen.state_dict())
+        out: Tensor = function(*arguments)
+        return out
+
+    monkeypatch.setattr(loop, "compiled_ahead", record)
+    model = Small()
+    sampler = make(model, mode="compile")
+    sampler(2)
+    sampler(2)
+    assert len(made) == 1
+    for change in CHANGES[:4]:
+        change(model)
+        assert relative(sampler(2), make(model)(2)) < 1e-6
+    assert len(set(made)) == 5
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FastSampler]:
+    """A graph on a CPU: a recording goes on with the tensors that were there when it was made, whatever the modules hold later."""
+
+    def record(work: Any, reset: Any, device: Any, pool: Any) -> Any:
+        work()
+        reset()
+        return work
+
+    monkeypatch.setattr(loop, "capture", record)
+    monkeypatch.setattr(importlib.import_module("sbldm_fast.sampling.sampler"), "parse_mode", lambda mode, device: (mode, None))
+
+    def graphed(model: nn.Module, **arguments: Any) -> FastSampler:
+        return make(model, mode="loop-graph", **arguments)
+
+    return graphed
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dtype": torch.bfloat16}], ids=["float32", "half"])
+def test_a_graph_goes_on_after_changes_in_place_and_is_recorded_anew_after_others(
+    unet: UNet2D, recorded: Any, arguments: dict[str, Any]
+) -> None:
+    graphed = recorded(unet, **arguments)
+    graphed(2)
+    for change in (fused_adamw, through_data, loaded):
+        change(unet)
+        assert relative(graphed(2), make(unet, **arguments)(2)) < 1e-5
+        assert graphed.stats()["captures"] == 1, "what was recorded reads the new numbers"
+    held = {t.data_ptr() for t in next(iter(graphed._loops.values())).held}
+    for i, change in enumerate((new_data, assigned), 2):
+        change(unet)
+        assert relative(graphed(2), make(unet, **arguments)(2)) < 1e-5
+        assert graphed.stats()["captures"] == i
+    assert held != {t.data_ptr() for t in next(iter(graphed._loops.values())).held}
+
+
+def test_a_graph_of_the_loop_is_recorded_anew_when_the_decoder_is_another(unet: UNet2D, recorded: Any) -> None:
+    pipe = Pipeline(AutoencoderKL(VAE).eval(), unet, SchedulerConfig(beta_schedule="cosine_ramp", clip_sample=False))
+    graphed = recorded(unet, decode=pipe.decode)
+    graphed(2)
+    through_data(pipe.vae)
+    graphed(2)
+    assert graphed.stats()["captures"] == 1
+    torch.manual_seed(7)
+    pipe.vae = AutoencoderKL(VAE).eval()
+    assert relative(graphed(2), make(unet, decode=pipe.decode)(2)) < 1e-5
+    assert graphed.stats()["captures"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("arguments", [{}, {"dtype": torch.float16}], ids=["float32", "half"])
+def test_cuda_graphs_run_the_weights_that_their_model_has_now(unet: UNet2D, change: Any, arguments: dict[str, Any]) -> None:
+    unet.cuda()
+    graphed = make(unet, mode="loop-graph", **arguments)
+    before = graphed(2)
+    change(unet)
+    after = graphed(2)
+    assert relative(after, before) > 1e-3
+    assert relative(after, make(unet, **arguments)(2)) < (1e-2 if arguments else 1e-4)
+
+
+def test_a_model_that_trains_goes_on_training() -> None:
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.drop = nn.Conv2d(4, 4, 1), nn.Dropout(0.5)
+            self.drop.eval()
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            assert not self.training
+            return self.drop(self.conv(x))
+
+    model = Drops()
+    make(model)(2)
+    assert [m.training for m in model.modules()] == [True, True, False]
+    model.conv = nn.Conv2d(4, 5, 1)
+    with pytest.raises(ValueError, match="model: got an output"):
+        make(model)(1)
+    assert [m.training for m in model.modules()] == [True, True, False], "also after a failure"
+
+
+def test_a_caller_who_drops_a_model_keeps_no_second_copy(unet: UNet2D) -> None:
+    sampler = make(unet, dtype=torch.bfloat16)
+    first = sampler(2)
+    gone = torch.nn.utils.parametrize  # any module that stays
+    del unet
+    assert gone
+    assert torch.equal(sampler(2), first)
+
+
+def test_a_scheduler_that_is_changed_is_read_again(unet: UNet2D) -> None:
+    sched = scheduler()
+    sampler = FastSampler(unet, sched, shape=SHAPE, steps=3, mode="eager")
+    before, table = sampler(2), sampler.table
+    sched.set_timesteps(7)  # a run of the caller's own is no change
+    assert torch.equal(sampler(2), before)
+    assert sampler.rows is not None
+    assert sampler.steps == 3
+    sched.alphas_cumprod = sched.alphas_cumprod * 0.9
+    after = sampler(2)
+    assert relative(after, before) > 1e-3
+    assert torch.equal(after, FastSampler(unet, sched, shape=SHAPE, steps=3, mode="eager")(2))
+    rows = table.rows.clone()
+    given = FastSampler(unet, SolverTable(**{**vars(table), "rows": rows}), shape=SHAPE, mode="eager")
+    assert torch.equal(given(2), before)
+    rows[:, 4:6] *= 1.1
+    assert relative(given(2), before) > 1e-3
+
+
+def test_a_diffusers_scheduler_that_is_configured_anew_is_read_again(unet: UNet2D) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers brings this scheduler")
+    sched = diffusers.DPMSolverMultistepScheduler(timestep_spacing="trailing")
+    sampler = FastSampler(unet, sched, shape=SHAPE, steps=4, mode="eager")
+    before = sampler(2)
+    sched.register_to_config(prediction_type="sample")
+    after = sampler(2)
+    assert relative(after, before) > 1e-3
+    assert torch.equal(after, FastSampler(unet, sched, shape=SHAPE, steps=4, mode="eager")(2))
+
+
+def test_a_pipeline_samples_with_the_parts_that_it_has_now() -> None:
+    torch.manual_seed(2)
+    pipe = Pipeline(AutoencoderKL(VAE), UNet2D(UNET), SchedulerConfig(beta_schedule="cosine_ramp", clip_sample=False))
+
+    def fresh() -> Tensor:
+        other = Pipeline(pipe.vae, pipe.unet, SchedulerConfig(beta_schedule="cosine_ramp", clip_sample=False))
+        other.scheduler = pipe.scheduler
+        return other.sample(2, steps=3)
+
+    seen = [pipe.sample(2, steps=3)]
+    for change in (
+        lambda: fused_adamw(pipe.unet),
+        lambda: fused_adamw(pipe.unet),
+        lambda: through_data(pipe.vae),
+        lambda: setattr(pipe, "scheduler", scheduler(prediction_type="v_prediction")),
+        lambda: setattr(pipe.scheduler, "alphas_cumprod", pipe.scheduler.alphas_cumprod * 0.8),
+        lambda: setattr(pipe, "unet", UNet2D(UNET)),
+    ):
+        change()
+        seen.append(pipe.sample(2, steps=3))
+        assert torch.equal(seen[-1], fresh())
+        assert relative(seen[-1], seen[-2]) > 1e-4
+    names = [pipe.sample(2, steps=3, scheduler="ddim")]
+    pipe.scheduler = scheduler(beta_schedule="linear")
+    assert relative(pipe.sample(2, steps=3, scheduler="ddim"), names[0]) > 1e-3, "a name is a scheduler on the pipeline's schedule"
+
+
+def test_training_and_sampling_may_take_turns(tmp_path: Any) -> None:
+    """The library's own optimiser is a fused one, which leaves no trace in PyTorch's version counters."""
+    from sbldm_fast.training import Optimisation
+    from sbldm_fast.training.loop import Step
+
+    torch.manual_seed(2)
+    pipe = Pipeline(AutoencoderKL(VAE), UNet2D(UNET), SchedulerConfig(beta_schedule="cosine_ramp", clip_sample=False))
+    z = torch.randn(4, *SHAPE)
+    step = Step(pipe.unet, lambda m, index, number: ((m(z[index], 10) - z[index]).square().mean(), {}), Optimisation(9, 4, 5e-2, amp="off"))
+    for number in range(3):
+        before = pipe.sample(2, steps=3)
+        step(number, torch.arange(4))
+        after = pipe.sample(2, steps=3)
+        assert relative(after, before) > 1e-3
+        assert torch.equal(after, Pipeline(pipe.vae, pipe.unet, pipe.scheduler.config).sample(2, steps=3))
+
+
+def test_fingerprints_tell_values_and_not_objects() -> None:
+    assert fingerprint(scheduler()) == fingerprint(scheduler())
+    assert fingerprint(scheduler()) != fingerprint(scheduler(steps_offset=1))
+    nested: dict[str, Any] = {"a": [1, 2.0, None], "b": {"c": torch.ones(2, dtype=torch.bfloat16)}}
+    assert fingerprint(nested) == fingerprint(copy.deepcopy(nested))
+    nested["b"]["c"][1] = 2
+    assert fingerprint(nested) != fingerprint({"a": [1, 2.0, None], "b": {"c": torch.ones(2, dtype=torch.bfloat16)}})
+    nested["b"]["self"] = nested
+    assert fingerprint(nested), "a cycle ends"
