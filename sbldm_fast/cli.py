@@ -125,7 +125,7 @@ def train(
     compiled: Annotated[bool, typer.Option("--compile", help="Train through torch.compile.")] = False,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints and validations.")] = 1000,
     keep: Annotated[int, typer.Option(min=1, help="Checkpoints to keep of each stage, beside the best.")] = 3,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**40 - 1, help="Of weights, order and noise.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Train the VAE, then the UNet. Example: sbldm-fast train run --data data --preset demo --steps 200 --vae-steps 100
@@ -136,6 +136,7 @@ def train(
 
     from sbldm_fast import preset as find
     from sbldm_fast.training import Objective, Optimisation, Stopped, torchrun, train_pipeline
+    from sbldm_fast.training.checkpoint import read_log
 
     def stage(steps: int, batch: int, lr: float, ema: float) -> Optimisation:
         return Optimisation(steps, batch, lr, warmup=min(warmup, steps // 10), ema_decay=ema, seed=seed, amp=amp.value, compile=compiled,
@@ -158,7 +159,11 @@ def train(
         if torch.distributed.is_initialized() and torch.distributed.get_rank():
             return
     result |= {"pipeline": str(out / "pipeline"), "seconds": round(time.monotonic() - start, 1)}
-    text = f"trained on {result['slices']} slices of {result['subjects']} subjects in {result['seconds']} s: {result['pipeline']}"
+    people = f"{result['subjects']} subject{'s' * (result['subjects'] != 1)}"
+    # a run that was continued took longer than this part of it
+    result["training_seconds"] = round(sum({row["stage"]: row["seconds"] for row in read_log(out)}.values()), 1)
+    text = (f"trained on {result['slices']} slices of {people} in {result['seconds']} s, "
+            f"{result['training_seconds']} s of training in all: {result['pipeline']}")  # fmt: skip
     print(json.dumps(result) if as_json else text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -19,25 +20,51 @@ class Config:
         """The configuration in `content`; keys that begin with an underscore are passed over.
 
         Raises:
-            ValueError: a key that this configuration does not have.
+            ValueError: a key that this configuration does not have, or a value of another type or out of bounds.
         """
         names = {f.name for f in fields(cls)}
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if not k.startswith("_")}
+        listed = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in content.items() if not k.startswith("_")}  # betas as an array
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in listed.items()}
         if unknown := given.keys() - names:
             raise ValueError(f"{cls.__name__}: got {', '.join(sorted(unknown))}, allowed are {', '.join(sorted(names))}")
-        for f in fields(cls):
-            value, default = given.get(f.name, f.default), f.default
-            kind = (int, float) if isinstance(default, float) else type(default)
-            if default is not None and not isinstance(value, kind):
-                raise ValueError(f"{cls.__name__}: {f.name} is {value!r}, allowed is one like {default!r}")
         return cls(**given)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, likes = getattr(self, f.name), getattr(self, "LIKE", {}).get(f.name, f.default)
+            if f.default is None and value is None:
+                continue
+            several = isinstance(likes, tuple)
+            if several and not isinstance(value, (tuple, list)):
+                raise ValueError(f"{type(self).__name__}: {f.name} is {value!r}, allowed is one like {likes!r}")
+            for one in value if several else (value,):
+                like = likes[0] if several else likes
+                kinds = (int, float) if isinstance(like, float) else type(like)
+                # True is an int to Python, and to nobody else
+                if not isinstance(one, kinds) or isinstance(one, bool) != isinstance(like, bool):
+                    raise ValueError(f"{type(self).__name__}: {f.name} is {value!r}, allowed is one like {likes!r}")
+                if isinstance(one, (int, float)) and not abs(one) < math.inf:
+                    raise ValueError(f"{type(self).__name__}: {f.name} is {value!r}, allowed are finite numbers")
+            least, most = BOUNDS.get(f.name, (None, None))
+            if least is not None and not all(least <= one <= most for one in (value if several else (value,))):
+                raise ValueError(f"{type(self).__name__}: {f.name} is {value!r}, allowed is {least} to {most}")
+
+
+# beyond any model of these kinds: what a file may ask for before its weights are looked at
+BOUNDS = {
+    "in_channels": (1, 4096), "out_channels": (1, 4096), "latent_channels": (1, 4096), "sample_size": (1, 8192),
+    "layers_per_block": (1, 64), "block_out_channels": (1, 16384), "attention_resolutions": (1, 8192),
+    "attention_head_dim": (1, 16384), "norm_num_groups": (1, 16384),
+    "time_embed_dim": (2, 65536), "num_train_timesteps": (1, 100_000), "steps_offset": (0, 100_000), "clip_sample_range": (1e-6, 1e6),
+    "scaling_factor": (1e-6, 1e6), "gamma": (1e-3, 1e3),
+}  # fmt: skip
 
 
 def _check_groups(name: str, widths: tuple[int, ...], num_groups: int) -> None:
-    if not widths or min(widths) < 1:
-        raise ValueError(f"{name}: block_out_channels is {widths}, allowed is one width or more, each at least 1")
+    if not 1 <= len(widths) <= 12:
+        raise ValueError(f"{name}: block_out_channels is {widths}, allowed are 1 to 12 widths")
     for width in widths:
-        if num_groups < 1 or width % num_groups:
+        if width % num_groups:
             raise ValueError(f"{name}: norm_num_groups is {num_groups}, allowed are divisors of every width in {widths}")
 
 
@@ -58,11 +85,10 @@ class VAEConfig(Config):
     scaling_factor: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_groups("VAEConfig", self.block_out_channels, self.norm_num_groups)
         if self.sample_size % 2 ** (len(self.block_out_channels) - 1):
             raise ValueError(f"VAEConfig: sample_size is {self.sample_size}, allowed are multiples of 2^downsamplings")
-        if self.scaling_factor <= 0:
-            raise ValueError(f"VAEConfig: scaling_factor is {self.scaling_factor}, allowed is > 0")
 
     @property
     def latent_size(self) -> int:
@@ -91,12 +117,13 @@ class UNetConfig(Config):
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_groups("UNetConfig", self.block_out_channels, self.norm_num_groups)
         if self.sample_size % 2 ** (len(self.block_out_channels) - 1):
             raise ValueError(f"UNetConfig: sample_size is {self.sample_size}, allowed are multiples of 2^downsamplings")
         if self.time_embedding_type not in ("positional", "fourier"):
             raise ValueError(f"UNetConfig: time_embedding_type is {self.time_embedding_type!r}, allowed are positional, fourier")
-        if self.attention_head_dim < 1 or any(width % self.attention_head_dim for width in self.block_out_channels):
+        if any(width % self.attention_head_dim for width in self.block_out_channels):
             raise ValueError(
                 f"UNetConfig: attention_head_dim is {self.attention_head_dim}, allowed are divisors of {self.block_out_channels}"
             )
@@ -133,7 +160,10 @@ class SchedulerConfig(Config):
     prev: str = "stride"
     compat: str = "diffusers"
 
+    LIKE: ClassVar = {"trained_betas": (1e-4,)}
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, allowed in (
             ("beta_schedule", self.BETA_SCHEDULES),
             ("prediction_type", ("epsilon", "sample", "v_prediction")),
@@ -149,6 +179,8 @@ class SchedulerConfig(Config):
             raise ValueError(f"beta_start, beta_end: got {self.beta_start}, {self.beta_end}, allowed is 0 < start <= end < 1")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise ValueError(f"trained_betas: got {len(self.trained_betas)}, allowed is num_train_timesteps = {self.num_train_timesteps}")
+        if self.trained_betas is not None and not all(0 < beta < 1 for beta in self.trained_betas):
+            raise ValueError("trained_betas: got one that is not between 0 and 1, allowed are betas above 0 and below 1")
 
 
 class Preset(NamedTuple):

@@ -15,6 +15,7 @@ from sbldm_fast.files import read_json, whole_file, write_json
 from .config import Config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 C = TypeVar("C", bound=Config)
 
 
@@ -40,13 +41,18 @@ class Pretrained(nn.Module, Generic[C]):
         """The model in `folder`, in float32 and evaluation mode.
 
         Raises:
-            ValueError: a missing, unreadable or pickled file, or a tensor that is missing, left over or of another shape.
+            ValueError: a missing, unreadable or pickled file, or a tensor that is missing, left over, of another shape or of no
+                floating-point numbers.
         """
         folder = Path(folder)
         if folder.is_file():
             raise ValueError(f"{folder} is a file, allowed is a folder with config.json and {WEIGHTS} (no pickle is ever read)")
-        model = cls(cls.config_class.from_dict(read_json(folder / "config.json")))
-        load_tensors(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+        config = cls.config_class.from_dict(read_json(folder / "config.json"))
+        tensors = read_tensors(folder / WEIGHTS)
+        with torch.device("meta"):  # what a config asks for takes no memory before the weights are there to fill it
+            fit(cls(config), tensors, str(folder / WEIGHTS))
+        model = cls(config)
+        model.load_state_dict(tensors)
         return model.eval()
 
 
@@ -79,10 +85,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Copy `tensors` into `model`, which must have just these names and shapes.
+    """Copy `tensors` into `model`; errors as `fit`."""
+    fit(model, tensors, source)
+    model.load_state_dict(tensors)
+
+
+def fit(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Look whether `tensors` have just the names and shapes of `model`, and are floating-point numbers.
 
     Raises:
-        ValueError: naming the first tensor that is missing, left over or of another shape.
+        ValueError: naming the first tensor that is missing, left over, of another shape or of another kind.
     """
     own = model.state_dict()
     for name, value in own.items():
@@ -90,6 +102,9 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
             raise ValueError(f"{source}: tensor {name} is missing")
         if tensors[name].shape != value.shape:
             raise ValueError(f"{source}: tensor {name} has shape {list(tensors[name].shape)}, allowed is {list(value.shape)}")
+        if tensors[name].dtype not in FLOATS:
+            raise ValueError(
+                f"{source}: tensor {name} is of {str(tensors[name].dtype)[6:]}, allowed are {', '.join(str(d)[6:] for d in FLOATS)}"
+            )
     if extra := sorted(tensors.keys() - own.keys()):
         raise ValueError(f"{source}: tensor {extra[0]} is not in the model")
-    model.load_state_dict(tensors)

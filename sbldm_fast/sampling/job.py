@@ -7,12 +7,14 @@ import importlib.util
 import json
 import math
 import os
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from PIL import Image
 from tqdm import tqdm
 
@@ -20,11 +22,13 @@ from sbldm_fast.files import read_json, whole_file, write_json
 
 from .images import NOTICE, save_grid, save_nifti, save_png, to_uint8
 from .modes import choose
+from .noise import numbered
 from .pipeline import Pipeline, even_batch
 
 FORMATS = ("png", "npy", "nifti")
 GRID = 64  # images in the grid
 RECORD = "sample.json"  # what the images in a folder were made with
+WHOLE = {"png": "grid.png", "npy": "images.npy", "nifti": "images.nii.gz"}  # what is made of all images
 
 
 def sample_to_folder(
@@ -53,11 +57,12 @@ def sample_to_folder(
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     pipe = Pipeline.from_pretrained(pipeline).to(device)
-    size, reason = even_batch(n, min(batch_size, math.ceil(n / world))), "asked for"  # no rank without work
+    size, reason = even_batch(n, min(batch_size, math.ceil(n / world))), ""  # no rank without work
     if mode == "auto":  # settled by the whole job: a rank must not choose otherwise than one process would
         mode, reason = choose(device, n, steps)
     sampler = pipe.sampler(steps, mode, scheduler=scheduler, eta=eta, dtype=dtype)
-    _claim(out, form, {
+    numbered(pipe.latent_shape, device, 1, seed, None, None)  # a seed that is refused leaves no folder
+    _claim(out, n, form, {
         "pipeline": _identity(pipe), "seed": seed, "steps": steps, "scheduler": scheduler, "eta": eta,
         "dtype": str(sampler.dtype)[6:], "batch": batch_size, "format": form, "notice": NOTICE,
     })  # fmt: skip
@@ -82,7 +87,15 @@ def sample_to_folder(
     if rank == 0:
         _assemble(out, n, form)
     total = len(shared[0])
-    return {"out": str(out), "n": n, "made": total, "kept": n - total, "mode": sampler.mode, "reason": reason, "rank": rank}
+    return {
+        "out": str(out),
+        "n": n,
+        "made": total,
+        "kept": n - total,
+        "mode": sampler.mode,
+        "reason": reason or sampler.reason,
+        "rank": rank,
+    }
 
 
 def _identity(pipe: Pipeline) -> str:
@@ -94,14 +107,22 @@ def _identity(pipe: Pipeline) -> str:
     return digest.hexdigest()
 
 
-def _claim(out: Path, form: str, settings: dict[str, Any]) -> None:
-    """Write down what the images are made with, unless there are images of something else."""
-    there = read_json(out / RECORD) if (out / RECORD).exists() else {}
-    used = there.get("format", form)
+def _claim(out: Path, n: int, form: str, settings: dict[str, Any]) -> None:
+    """Write down what the images are made with, unless there are images of something else, or files that are not a run's."""
+    ours = (out / RECORD).exists()
+    there = read_json(out / RECORD) if ours else {}
+    used = there.get("format") if there.get("format") in FORMATS else form
+    found = [p.name for p in out.iterdir()] if out.is_dir() else []
+    images = [name for name in found if name in WHOLE.values() or re.fullmatch(r"\d{6}\.png", name)]
+    images += [f"parts/{p.name}" for p in (out / "parts").glob("[0-9]" * 6 + ".npy")]
+    if images and not ours:
+        raise ValueError(f"{out} holds {min(images)}, which no run of this command made; allowed is another folder")
     other = [k for k in settings if there.get(k) != settings[k]]
-    if other and any(_part(out, 0, used).parent.glob("[0-9]" * 6 + _part(out, 0, used).suffix)):
+    if other and images:
         k = other[0]
         raise ValueError(f"{out} holds images of {k} {there.get(k)}, this run's is {settings[k]}; allowed is another folder")
+    if stray := [name for name in images if name in WHOLE.values() and name != WHOLE[str(used)]]:
+        raise ValueError(f"{out} holds {stray[0]}, which no run of format {used} makes; allowed is another folder")
     write_json(out / RECORD, settings)
 
 
@@ -113,18 +134,23 @@ def _write_part(image: torch.Tensor, path: Path, form: str) -> None:
     if form == "png":
         save_png(to_uint8(image[None])[0], path)
         return
-    with whole_file(path) as aside, aside.open("wb") as file:
-        np.save(file, image[0].float().numpy(), allow_pickle=False)
+    _save(image[0].float().numpy(), path)
 
 
 def _assemble(out: Path, n: int, form: str) -> None:
     if form == "png":
         shown = [Image.open(_part(out, i, form)) for i in range(min(n, GRID))]
-        save_grid(np.stack([np.asarray(image) for image in shown]), out / "grid.png")
+        save_grid(np.stack([np.asarray(image) for image in shown]), out / WHOLE[form])
         return
     images = np.stack([np.load(_part(out, i, form), allow_pickle=False) for i in range(n)])
     if form == "nifti":
-        save_nifti(images, out / "images.nii.gz")
+        save_nifti(images, out / WHOLE[form])
     else:
-        with whole_file(out / "images.npy") as aside, aside.open("wb") as file:
-            np.save(file, images, allow_pickle=False)
+        _save(images, out / WHOLE[form])
+
+
+def _save(array: np.ndarray, path: Path) -> None:
+    """Write an array as np.save does, except that a full disk is called so."""
+    with whole_file(path) as aside, aside.open("wb") as file:
+        npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)

@@ -50,9 +50,13 @@ def load(path: Path, settings: dict[str, Any], model: nn.Module, ema: nn.Module 
     """Put a checkpoint back; return its state.
 
     Raises:
-        ValueError: it is of another model or of other settings.
+        ValueError: it is of another model or of other settings, or damaged.
     """
     state = read_json(path / "state.json")
+    wanted = {"step": int, "since": int, "seconds": (int, float), "loss": (int, float), "settings": dict, "scaler": dict}
+    for key, kind in wanted.items():
+        if not isinstance(state.get(key), kind) or isinstance(state[key], bool):  # type: ignore[arg-type]  # a tuple of types is one
+            raise ValueError(f"{path / 'state.json'}: {key} is {state.get(key)!r}, which is no state of a run: the file is damaged")
     for key, value in settings.items():
         if state["settings"].get(key) != value:
             raise ValueError(f"{key}: got {value}, but {path} was made with {state['settings'].get(key)}; use that or another run folder")
@@ -63,7 +67,11 @@ def load(path: Path, settings: dict[str, Any], model: nn.Module, ema: nn.Module 
     parameters = optimizer.param_groups[0]["params"]
     for key, value in read_tensors(path / "optimizer.safetensors").items():
         index, _, what = key.partition(".")
+        if not index.isdecimal() or int(index) >= len(parameters) or what not in ("step", "exp_avg", "exp_avg_sq"):
+            raise ValueError(f"{path / 'optimizer.safetensors'}: tensor {key} is of no parameter of this model")
         like = parameters[int(index)]
+        if value.shape != (like.shape if what != "step" else ()):
+            raise ValueError(f"{path / 'optimizer.safetensors'}: tensor {key} has shape {list(value.shape)}, allowed is {list(like.shape)}")
         # a fused step walks memory: the moments must lie as the weights do
         saved.setdefault(int(index), {})[what] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value.to(like.device)
     optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -86,14 +94,31 @@ def load_best(folder: Path, name: str, model: nn.Module) -> None:
 def kept(folder: Path, name: str, steps: int) -> int:
     """The step of the weights that a finished stage keeps."""
     path = folder / f"best-{name}" / "state.json"
-    return int(read_json(path)["step"]) if path.exists() else steps
+    if not path.exists():
+        return steps
+    step = read_json(path).get("step")
+    if not isinstance(step, int):
+        raise ValueError(f"{path}: step is {step!r}, allowed is a whole number: the file is damaged")
+    return step
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of `log.jsonl`; a last line that was cut off is left out."""
+    """The rows of `log.jsonl`; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: a whole line that is no row.
+    """
     path = folder / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            try:
+                rows.append(json.loads(line))
+                rows[-1]["stage"], rows[-1]["step"] + 0
+            except (json.JSONDecodeError, RecursionError, KeyError, TypeError):
+                raise ValueError(f"{path}, line {number} is no row of a run: the file is damaged") from None
+    return rows
 
 
 def rewind_log(folder: Path, name: str, step: int) -> None:

@@ -33,6 +33,7 @@ from .board import Board
 from .ranks import Ranks
 
 AMP = ("auto", "off", "fp16", "bf16")
+SEEDS = 2**40  # below it seed * 1,000,003 + step is one of PyTorch's
 READ_EVERY = 50  # steps between two looks at the device
 ASK_EVERY = 10  # steps between two agreements of several processes on a signal
 LossOf = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -71,6 +72,8 @@ class Optimisation:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 0 or more")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: got {self.ema_decay}, allowed is 0 to below 1")
+        if not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed: got {self.seed}, allowed is 0 to {SEEDS - 1}")
         if self.amp not in AMP:
             raise ValueError(f"amp: got {self.amp!r}, allowed are {', '.join(AMP)}")
 

@@ -41,7 +41,9 @@ class Objective:
         for name in ("cutoff", "cutmix_prob"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 0 to 1")
-        if self.snr_gamma is not None and not self.snr_gamma > 0:
+        if self.low_weight == self.high_weight == self.spectral_weight == 0:
+            raise ValueError("low_weight, high_weight, spectral_weight: got 0 three times, allowed is above 0 for one: the loss would be 0")
+        if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
             raise ValueError(f"snr_gamma: got {self.snr_gamma}, allowed is above 0, or none")
 
     def weights(self, alphas_cumprod: Tensor, prediction_type: str) -> Tensor:

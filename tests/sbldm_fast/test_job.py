@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -85,6 +86,51 @@ def test_a_folder_without_images_takes_new_settings(pipeline: Path, tmp_path: Pa
         make(pipeline, tmp_path, 2, seed=2**63)
     assert make(pipeline, tmp_path, 2, seed=3)["made"] == 2
 
+    assert {p.name for p in tmp_path.iterdir()} == {"000000.png", "000001.png", "grid.png", "sample.json"}
+    other = tmp_path / "other"
+    with pytest.raises(ValueError, match="seed: got"):
+        make(pipeline, other, 2, seed=2**63)
+    assert not other.exists(), "what is refused leaves nothing"
+
+
+@pytest.mark.parametrize("name", ["grid.png", "images.npy", "images.nii.gz", "000003.png", "parts/000000.npy"])
+@pytest.mark.parametrize("form", ["png", "npy"])
+def test_files_that_no_run_made_are_never_written_over(name: str, form: str, pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds {name}, which no run of this command made; allowed is another folder"):
+        make(pipeline, tmp_path, 1, form=form)
+    assert (tmp_path / name).read_text() == "mine"
+    assert not (tmp_path / "sample.json").exists()
+
+
+def test_a_finished_array_is_not_replaced_by_one_of_other_settings(pipeline: Path, tmp_path: Path) -> None:
+    make(pipeline, tmp_path, 2, form="npy")
+    before = (tmp_path / "images.npy").read_bytes()
+    shutil.rmtree(tmp_path / "parts")
+    with pytest.raises(ValueError, match="holds images of seed 1, this run's is 2"):
+        make(pipeline, tmp_path, 2, form="npy", seed=2)
+    assert (tmp_path / "images.npy").read_bytes() == before
+    assert make(pipeline, tmp_path, 2, form="npy")["made"] == 2
+    assert (tmp_path / "images.npy").read_bytes() == before
+    (tmp_path / "grid.png").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds grid\.png, which no run of format npy makes"):
+        make(pipeline, tmp_path, 2, form="npy")
+
+
+@pytest.mark.parametrize("form", ["png", "npy"])
+def test_a_full_disk_is_called_so(form: str, pipeline: Path, tmp_path: Path) -> None:
+    arguments = [*command(pipeline, tmp_path / "o", 1), "--format", form]
+
+    def small() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, preexec_fn=small)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("sbldm-fast: File too large")
+    assert not [p for p in (tmp_path / "o").rglob("*") if p.is_file() and p.name != "sample.json"]
+
 
 def test_another_schedule_is_another_pipeline(pipeline: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
@@ -143,7 +189,7 @@ def test_bad_input_is_named(pipeline: Path, tmp_path: Path) -> None:
         (lambda: make(pipeline, tmp_path / "a", 2, seed=2), "holds images of seed 1, this run's is 2"),
         (lambda: make(pipeline, tmp_path / "a", 2, steps=3), "holds images of steps 2, this run's is 3"),
         (lambda: make(Path("demo"), tmp_path / "a", 2), "holds images of pipeline"),
-        (lambda: make(pipeline, tmp_path / "b", 2), "holds images of pipeline None"),
+        (lambda: make(pipeline, tmp_path / "b", 2), "holds 000000.png, which no run of this command made"),
         (lambda: make(pipeline, tmp_path / "c", 2, form="gif"), "format: got 'gif', allowed are png, npy, nifti"),
         (lambda: make(pipeline, tmp_path / "c", 2, scheduler="fast"), "scheduler: got 'fast', allowed are ddim, ddpm, dpm, unipc"),
     ):

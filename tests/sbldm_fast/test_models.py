@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -313,7 +315,7 @@ def test_config_survives_json(config: Any) -> None:
         (lambda: replace(UNET, dropout=1.0), "dropout is 1.0"),
         (lambda: replace(VAE, norm_num_groups=3), "norm_num_groups is 3"),
         (lambda: replace(VAE, scaling_factor=0.0), "scaling_factor is 0.0"),
-        (lambda: replace(VAE, block_out_channels=()), "one width or more"),
+        (lambda: replace(VAE, block_out_channels=()), "allowed are 1 to 12 widths"),
         (lambda: SchedulerConfig(beta_schedule="sigmoid"), "beta_schedule: got 'sigmoid'"),
         (lambda: SchedulerConfig(thresholding=True), "thresholding: got True"),
         (lambda: SchedulerConfig(trained_betas=(0.1,)), "trained_betas: got 1"),
@@ -339,3 +341,54 @@ def test_bad_calls_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+BAD = [
+    *((k, v) for k in ("sample_size", "in_channels", "layers_per_block", "norm_num_groups", "time_embed_dim", "attention_head_dim")
+      for v in (0, -8, 10**18, True, 1.0, None, "8", [8], {})),
+    *(("block_out_channels", v) for v in (["a"], [None], [[8]], [True], [8.0], [0], [10**9, 2 * 10**9], [32] * 13, 32, "32", {"a": 1})),
+    *(("attention_resolutions", v) for v in ([0], [-1], ["8"], [10**9], 8)),
+    *(("dropout", v) for v in (-0.1, 1.0, float("nan"), float("inf"), "0", True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), BAD, ids=str)
+def test_what_a_config_file_asks_for_is_bounded(key: str, value: Any, tmp_path: Path) -> None:
+    UNet2D(UNET).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=key):
+        UNet2D.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("scaling_factor", float("inf")), ("scaling_factor", float("nan")), ("scaling_factor", 0.0), ("num_train_timesteps", 10**12),
+     ("num_train_timesteps", True), ("trained_betas", ["a"]), ("trained_betas", [2.0] * 1000), ("clip_sample", 1), ("steps_offset", -1)],
+)  # fmt: skip
+def test_numbers_that_would_sample_nonsense_are_refused(key: str, value: Any) -> None:
+    kind = VAEConfig if key == "scaling_factor" else SchedulerConfig
+    with pytest.raises(ValueError, match=key):
+        kind.from_dict({key: value})
+    assert SchedulerConfig.from_dict({"trained_betas": np.full(1000, 0.01)}).trained_betas == (0.01,) * 1000
+
+
+def test_a_config_that_asks_for_more_than_its_weights_hold_takes_no_memory(tmp_path: Path) -> None:
+    """16 levels of 16,384 channels would be 70 GB; they are compared with the file's shapes first."""
+    UNet2D(UNET).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"block_out_channels": [16384, 16384], "time_embed_dim": 65536}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"has shape \[.*, allowed is \["):
+        UNet2D.from_pretrained(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int64, torch.uint8, torch.float8_e4m3fn])
+def test_weights_that_are_no_floating_point_numbers_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    UNet2D(UNET).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    name = "conv_out.weight"
+    save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=f"tensor {name} is of {str(dtype)[6:]}, allowed are float32, float16"):
+        UNet2D.from_pretrained(tmp_path)

@@ -801,6 +801,28 @@ def test_a_pipeline_notices_new_weights_and_shares_the_old(pipeline: Pipeline) -
     assert len(pipeline._samplers) == module.MAX_LOOPS
 
 
+def test_solvers_by_name_start_at_the_last_timestep_and_more_steps_are_nearer(pipeline: Pipeline) -> None:
+    pytest.importorskip("diffusers", reason="diffusers does the arithmetic of these solvers")
+    wanted = pipeline.sampler(500)(4)
+    for name in ("dpm", "unipc"):
+        errors = []
+        for steps in (10, 20, 50, 100):
+            sampler = pipeline.sampler(steps, scheduler=name)
+            assert sampler.timesteps[0] == 999
+            errors.append(relative(sampler(4), wanted))
+        assert errors == sorted(errors, reverse=True), name
+    assert pipeline.sampler(10).timesteps[0] == 900, "DDIM is that of the paper"
+
+
+def test_a_pipelines_own_scheduler_may_be_any(pipeline: Pipeline) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers brings this scheduler")
+    own = pipeline.sample(2, steps=4)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config.to_dict() | {"beta_schedule": "linear"})
+    euler = pipeline.sample(2, steps=4)
+    assert relative(euler, own) > 1e-3
+    assert torch.equal(euler, pipeline.sample(2, steps=4, scheduler=pipeline.scheduler))
+
+
 def test_pipeline_survives_its_folder(pipeline: Pipeline, tmp_path: Path) -> None:
     pipeline.save(tmp_path / "p")
     assert sorted(str(p.relative_to(tmp_path / "p")) for p in (tmp_path / "p").rglob("*") if p.is_file()) == [

@@ -201,3 +201,46 @@ def test_a_start_inside_is_diffusers_begin_index() -> None:
     part = SolverTable.from_scheduler(DDIMScheduler(clip_sample=False), 10, start=4)
     for field in ("timesteps", "rows", "alpha", "sigma"):
         torch.testing.assert_close(getattr(whole.from_step(4), field), getattr(part, field), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("spacing", "steps", "first"), [("leading", 20, 940), ("leading", 50, 950), ("leading", 200, 800)])
+def test_a_late_start_is_said_with_its_mend(spacing: str, steps: int, first: int) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers brings this scheduler")
+    with pytest.warns(
+        UserWarning, match=f"UniPCMultistepScheduler: a run of {steps} steps starts at t = {first}, .*'trailing'"
+    ):
+        SolverTable.from_scheduler(diffusers.UniPCMultistepScheduler(timestep_spacing=spacing), steps)
+
+
+def test_a_start_that_is_near_enough_is_not_spoken_of(recwarn: pytest.WarningsRecorder) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers brings these schedulers")
+    for steps in (1, 7, 10, 50, 1000):
+        SolverTable.from_scheduler(DDIMScheduler(), steps)
+        SolverTable.from_scheduler(diffusers.UniPCMultistepScheduler(timestep_spacing="trailing"), min(steps, 50))
+        SolverTable.from_scheduler(diffusers.DDIMScheduler(), steps, start=steps // 2)
+    assert not [w for w in recwarn if "starts at" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timesteps": [900, -1, 0]}, "timesteps: got one that no model is asked for"),
+        ({"timesteps": [900, float("nan"), 0]}, "timesteps: got one that no model"),
+        ({"timesteps": [900, 10**30, 0]}, "not a solver table"),
+        ({"timesteps": [900, 10**400, 0]}, "not a solver table"),
+        ({"timesteps": [True, False, True]}, "timesteps: got one that no model"),
+        ({"timesteps": [900, None, 0]}, "not a solver table"),
+        ({"sigma": [float("inf"), 1.0, 1.0]}, "rows, alpha, sigma: got infinity"),
+        ({"alpha": "text"}, "not a solver table"),
+        ({"clip_range": float("nan")}, "clip_range: got nan"),
+        ({"clip_range": -1.0}, "clip_range: got -1.0"),
+        ({"init_noise_sigma": float("inf")}, "init_noise_sigma: allowed are"),
+        ({"init_noise_sigma": 10**400}, "not a solver table"),
+        ({"rows": None}, "not a solver table"),
+    ],
+    ids=str,
+)
+def test_a_table_that_no_run_has_is_refused(change: dict[str, Any], message: str) -> None:
+    good = SolverTable.from_scheduler(DDIMScheduler(), 3).to_dict()
+    with pytest.raises(ValueError, match=message):
+        SolverTable.from_dict(good | change)

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -277,6 +278,8 @@ def test_the_objective_is_its_formula() -> None:
         ({"cutoff": 1.5}, "cutoff: got 1.5, allowed is 0 to 1"),
         ({"high_weight": math.inf}, "high_weight: got inf"),
         ({"snr_gamma": 0.0}, "snr_gamma: got 0.0, allowed is above 0, or none"),
+        ({"snr_gamma": math.inf}, "snr_gamma: got inf"),
+        ({"low_weight": 0.0, "high_weight": 0.0}, "low_weight, high_weight, spectral_weight: got 0 three times"),
     ],
 )
 def test_bad_objective_is_named(values: dict[str, float], message: str) -> None:
@@ -504,6 +507,31 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
             train(Line(), loss_of, count, other, tmp_path, name="line", progress=False)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("state.json", "{}", "step is None, which is no state of a run"),
+        ("state.json", '{"step": "2", "since": 0, "seconds": 0, "loss": 0, "settings": {}, "scaler": {}}', "step is '2'"),
+        ("state.json", '{"step": 2, "since": 0, "seconds": 0, "loss": 0, "settings": null, "scaler": {}}', "settings is None"),
+        ("optimizer.safetensors", {"7.exp_avg": torch.zeros(1)}, "tensor 7.exp_avg is of no parameter of this model"),
+        ("optimizer.safetensors", {"first.step": torch.zeros(())}, "tensor first.step is of no parameter"),
+        ("optimizer.safetensors", {"0.exp_avg": torch.zeros(3)}, r"tensor 0.exp_avg has shape \[3\]"),
+        ("model.safetensors", {"a": torch.zeros(1, dtype=torch.int64)}, "tensor a is of int64"),
+        ("../log.jsonl", "[]\n", "log.jsonl, line 1 is no row of a run"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(file: str, content: Any, message: str, tmp_path: Path) -> None:
+    o = Optimisation(steps=2, batch_size=4, lr=0.1, amp="off")
+    train(Line(), loss_of, 8, o, tmp_path, name="line", progress=False)
+    path = tmp_path / "checkpoint-line-00000002" / file
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        save_file({k: v.reshape(Line().a.shape) if k == "a" else v for k, v in content.items()}, path)
+    with pytest.raises(ValueError, match=message):
+        train(Line(), loss_of, 8, o, tmp_path, name="line", progress=False)
+
+
 def test_an_epoch_meets_every_item_once_from_any_start() -> None:
     order = batches(10, 3, 7, 0)
     first = [next(order) for _ in range(7)]
@@ -552,6 +580,8 @@ def test_amp_dtype_by_name() -> None:
         ({"clip_norm": 0.0}, "clip_norm: got 0.0"),
         ({"ema_decay": 1.0}, "ema_decay: got 1.0"),
         ({"warmup": -1}, "warmup: got -1"),
+        ({"seed": 10**14}, "seed: got 100000000000000, allowed is 0 to 1099511627775"),
+        ({"seed": -1}, "seed: got -1"),
     ],
 )
 def test_bad_optimisation_is_named(values: dict[str, Any], message: str) -> None:
