@@ -9,7 +9,7 @@ against somebody who looks for two weights of one digest.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -23,31 +23,32 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _INTEGERS = {1: torch.uint8, 2: torch.int16}  # else int32, whose sums cannot overflow: two signs that change would be none
 
 
-def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(*models: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer by name, also what is left out of a state dict."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    for model in models:
+        yield from model.named_parameters()
+        yield from model.named_buffers()
 
 
-def structure(model: nn.Module) -> tuple[Any, ...]:
+def structure(*models: nn.Module) -> tuple[Any, ...]:
     """The modules with the numbers and words that they keep, and the kind of every tensor; nothing is read from a device."""
-    modules = tuple((name, type(m), _words(vars(m))) for name, m in model.named_modules())
-    return modules, tuple((name, t.shape, t.stride(), t.dtype, t.device) for name, t in tensors_of(model))
+    modules = tuple((name, type(m), _words(vars(m))) for model in models for name, m in model.named_modules())
+    return modules, tuple((name, t.shape, t.stride(), t.dtype, t.device) for name, t in tensors_of(*models))
 
 
-def addresses(modules: Iterable[nn.Module]) -> tuple[tuple[int, int], ...]:
+def addresses(*models: nn.Module) -> tuple[tuple[int, int], ...]:
     """Which tensors the modules hold and where: what a recorded graph reads, and keeps reading."""
-    return tuple((id(t), t.data_ptr()) for m in modules for _, t in tensors_of(m))
+    return tuple((id(t), t.data_ptr()) for _, t in tensors_of(*models))
 
 
-def digest(model: nn.Module) -> int:
+def digest(*models: nn.Module) -> int:
     """64 bits of the bits of every parameter and buffer, summed on its device: one number is fetched from each.
 
     `sum_k sum_c w_kc mix(sum_r bits_k[1021 r + c]) mod 2^64`, over groups k of tensors of one device and width, w random;
     mix(s) = s + s / 2^29 brings the signs of many elements down to where w has its bits.
     """
     groups: dict[tuple[torch.device, int], list[Tensor]] = {}
-    for _, t in tensors_of(model):
+    for _, t in tensors_of(*models):
         if t.numel() and not t.is_meta:
             groups.setdefault((t.device, t.itemsize), []).append(_bits(t))
     total = 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -50,10 +51,14 @@ def broken(x: Tensor) -> list[int]:
     return (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
 
 
-def modules_of(decode: object) -> list[nn.Module]:
-    """The modules behind a decoding function: itself, its owner, or its owner's parts."""
-    owner = getattr(decode, "__self__", decode)
-    return [m for m in (owner, *getattr(owner, "__dict__", {}).values()) if isinstance(m, nn.Module)]
+def modules_of(function: object) -> list[nn.Module]:
+    """The modules behind a function: itself, its owner and its owner's parts, and those that it names, in its closure or globally."""
+    owner = getattr(function, "__self__", function)
+    found = [owner, *getattr(owner, "__dict__", {}).values()]
+    with suppress(TypeError, ValueError):  # not a function of Python, or one whose variables are not there yet
+        variables = inspect.getclosurevars(function)  # type: ignore[arg-type]  # that is asked
+        found += [*variables.nonlocals.values(), *variables.globals.values()]
+    return [m for m in found if isinstance(m, nn.Module)]
 
 
 class Buffers(NamedTuple):
@@ -135,8 +140,7 @@ class Loop:
             self.step = torch.compile(self.step, fullgraph=isinstance(s.model, UNet2D), dynamic=False, mode=s.compiled)
         self.graphs: dict[str, Callable[[], Tensor]] = {}
         # a graph keeps addresses, not tensors: without this a model that moves away would leave it freed memory
-        parts = [m for m in (s.model, *modules_of(s.decode)) if isinstance(m, nn.Module)]
-        self.held = [t.data for m in parts for t in (*m.parameters(), *m.buffers())]
+        self.held = [t.data for part in (s.model, s.decode) for m in modules_of(part) for t in (*m.parameters(), *m.buffers())]
 
     def run(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, real: int, callback: Callback | None) -> Tensor:
         """From the first x to the last, or to what `decode` makes of it; `real` of the samples are not padding."""

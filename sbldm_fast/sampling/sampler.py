@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import traceback
 import warnings
 import weakref
@@ -58,9 +57,9 @@ class FastSampler:
 
     Args:
         model: a `UNet2D`, a diffusers or MONAI UNet, or any callable `(x, t) -> prediction`, x `[n, *shape]`, t the timestep `[1]`. A
-            module runs in evaluation mode. A callable's own weights are not seen when they change: give a module.
+            module runs in evaluation mode.
         scheduler: ours, diffusers', MONAI's or a `SolverTable`. One that no table describes is stepped as it is, with a warning, and
-            counted in `stats()["fallbacks"]`; its noise is each sample's own only if its `step` takes `variance_noise`.
+            counted in `stats()["fallbacks"]`.
         shape: of one sample, `(C, H, W)`.
         steps: for `set_timesteps`; a `SolverTable` brings its own.
         mode: one of the above.
@@ -170,14 +169,13 @@ class FastSampler:
 
     def _content(self, model: Any) -> tuple[Any, ...]:
         """What the sampler holds copies, addresses or traces of, as it is now; nothing where it calls the caller's module itself."""
-        if not isinstance(model, nn.Module):
-            return ()
         copied = self.compiled is not None or self.model is not model
         if not (copied or self.graph or self.fuse):
             first = _first(model)
             return () if first is None else (first.device, first.dtype)
-        read = addresses([model, *modules_of(self.decode)]) if self.graph or self.fuse else ()
-        return structure(model), read, digest(model) if copied else 0
+        modules = [model] if isinstance(model, nn.Module) else modules_of(model)
+        read = addresses(*modules, *modules_of(self.decode)) if self.graph or self.fuse else ()
+        return structure(*modules), read, digest(*modules) if copied else 0
 
     def _refresh(self) -> None:
         """Make anew what was made of weights, modules or settings that have been changed since."""
@@ -338,7 +336,7 @@ class FastSampler:
                 tail._start, tail._loops, tail._tails = start, OrderedDict(), OrderedDict()
                 if tail.linear:
                     tail._solve()
-                if not tail.linear or not math.isfinite(tail.table.alpha[0].item() + tail.table.sigma[0].item()):
+                if not tail.linear or not (tail.table.alpha[0] + tail.table.sigma[0]).isfinite():
                     name = type(self.scheduler).__name__
                     raise ValueError(f"scheduler: got {name}, allowed to start from latents is one with add_noise and a table")
                 tail._load()

@@ -216,6 +216,18 @@ def test_a_compiled_step_is_compiled_again_for_other_weights(monkeypatch: pytest
     assert len(set(made)) == 5
 
 
+def test_the_modules_that_a_function_names_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(loop, "compiled_ahead", lambda function, *_: (made.append(1) or function, False))
+    model = Small()
+    sampler = make(lambda x, t: 2 * model(x, t), mode="compile")  # type: ignore[arg-type]  # a function is one
+    sampler(2)
+    sampler(2)
+    through_data(model)
+    sampler(2)
+    assert len(made) == 2
+
+
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FastSampler]:
     """A graph on a CPU: a recording goes on with the tensors that were there when it was made, whatever the modules hold later."""

@@ -206,9 +206,7 @@ def test_a_start_inside_is_diffusers_begin_index() -> None:
 @pytest.mark.parametrize(("spacing", "steps", "first"), [("leading", 20, 940), ("leading", 50, 950), ("leading", 200, 800)])
 def test_a_late_start_is_said_with_its_mend(spacing: str, steps: int, first: int) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers brings this scheduler")
-    with pytest.warns(
-        UserWarning, match=f"UniPCMultistepScheduler: a run of {steps} steps starts at t = {first}, .*'trailing'"
-    ):
+    with pytest.warns(UserWarning, match=f"UniPCMultistepScheduler: a run of {steps} steps starts at t = {first}, .*'trailing'"):
         SolverTable.from_scheduler(diffusers.UniPCMultistepScheduler(timestep_spacing=spacing), steps)
 
 
