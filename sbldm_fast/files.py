@@ -1,30 +1,35 @@
-"""Files that are whole or not there: written aside, synced, renamed."""
+"""Files that are whole or not there: written aside, synced, renamed.
+
+What is written aside lies in a folder `.NAME.NUMBER.part`, which its process locks. A lock ends with its process, however that ends: so
+the next one that writes NAME clears what a dead one left, and passes over what a living one writes.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import itertools
 import json
 import os
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+PLACES = 4  # that are looked at for what dead processes left: as many as write one path at a time
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A path to write to; it becomes `path` when the block ends well and is gone when it does not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield aside
-        _sync(aside)
-        aside.replace(path)
+    path = Path(os.path.realpath(path))  # a link stays one
+    with _place(path) as place:
+        yield place / path.name
+        _sync(place / path.name)
+        (place / path.name).replace(path)
         _sync(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -34,40 +39,110 @@ def whole_folder(path: str | Path, lose: bool = False) -> Iterator[Path]:
     Raises:
         ValueError: `path` is a file, or holds something that the new folder does not and that must not be lost (`lose`).
     """
-    path = Path(path)
-    if path.is_file():
-        raise ValueError(f"{path} is a file, allowed is a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    old = aside.with_suffix(".old")
-    try:
-        yield aside
-        for file in aside.rglob("*"):
+    with suppress(OSError):  # not there
+        if not stat.S_ISDIR(Path(path).stat().st_mode):
+            raise ValueError(f"{path} is a file, allowed is a folder")
+    path = Path(os.path.realpath(path))
+    with _place(path) as place:
+        yield place
+        for file in place.rglob("*"):
             _sync(file)
-        aside.chmod(0o755)
-        if path.exists() and not lose and (lost := sorted({p.name for p in path.iterdir()} - {p.name for p in aside.iterdir()})):
-            raise ValueError(f"{path} holds {lost[0]}, which would be lost; allowed is a new folder or one that this command wrote")
-        if path.exists():
-            path.rename(old)
-        aside.rename(path)
-        _sync(path.parent)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            if (lost := sorted({p.name for p in path.iterdir()} - {p.name for p in place.iterdir()})) and not lose:
+                raise ValueError(f"{path} holds {lost[0]}, which would be lost; allowed is a new folder or one that this command wrote")
+        _put(place, path)
+
+
+def _put(place: Path, path: Path) -> None:
+    """Rename `place` to `path`; what was there goes."""
+    old = place.with_suffix(".old")
+    while True:
+        try:
+            with suppress(FileNotFoundError):
+                path.rename(old)
+            place.rename(path)
+            break
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                _remove(old)  # another process put its own there in this moment: that one is replaced, too
+                continue
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+    _remove(old)
+    _sync(path.parent)
 
 
 def recover(folder: str | Path) -> None:
-    """Clear what processes that were killed in `whole_file` or `whole_folder` left in `folder`; what was moved aside comes back."""
-    for path in [*Path(folder).glob(".*.old"), *Path(folder).glob(".*.part")]:
-        target = path.with_name(path.name[1:].rsplit(".", 2)[0])
-        if path.suffix == ".old" and not target.exists():
-            path.rename(target)
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """Clear what dead processes left in `folder` of `whole_file` or `whole_folder`; what they had moved aside comes back."""
+    for place in {path.with_suffix(".part") for end in ("old", "part") for path in Path(folder).glob(f".*.{end}")}:
+        _clear(place)
+
+
+@contextmanager
+def _place(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, locked, and gone in the end; what dead processes left of `path` is cleared first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    places = (path.with_name(f".{path.name}.{number}.part") for number in itertools.count())
+    for place in (first := list(itertools.islice(places, PLACES))):
+        _clear(place)
+    place, lock = next((place, lock) for place in itertools.chain(first, places) if (lock := _take(place)) is not None)
+    try:
+        yield place
+    finally:
+        if _same(lock, place):  # not where a folder has moved to its place and another process has taken this one
+            _remove(place)
+        os.close(lock)
+
+
+def _take(place: Path) -> int | None:
+    """The lock on the new folder `place`, or None: another one has it."""
+    try:
+        place.mkdir()
+    except FileExistsError:
+        return None
+    with suppress(FileNotFoundError):
+        lock = os.open(place, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if _same(lock, place):
+            return lock
+        os.close(lock)
+    return None  # before it was locked, another process cleared it as a dead one's
+
+
+def _clear(place: Path) -> None:
+    """Clear what a dead process left at `place`; what it had moved aside comes back. What a living one writes stays."""
+    old, target = place.with_suffix(".old"), place.with_name(place.name[1:].rsplit(".", 2)[0])
+    lock = None
+    try:
+        with suppress(FileNotFoundError):
+            lock = os.open(place, os.O_RDONLY | os.O_NONBLOCK)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock is None or _same(lock, place):
+            if old.exists() and not target.exists():
+                old.rename(target)
+            for path in (old, place) if lock is not None else (old,):
+                _remove(path)
+    except OSError:
+        pass  # locked by a living process; or nobody can know, where a file system has no locks; or another user's
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -88,14 +163,18 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: the file is missing, is not JSON, or is not an object.
+        ValueError: the file is missing, is no file, is not JSON, or is not an object.
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text())
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError("it is not a regular file")  # a pipe would be waited for
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"{path} is not readable as JSON: too many levels") from None
+    except (OSError, ValueError) as error:  # also bytes that are no text, and a number of thousands of digits
         raise ValueError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, allowed is an object")

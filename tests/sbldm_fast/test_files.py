@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,8 +38,9 @@ def test_a_failed_folder_leaves_the_old_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("cleared_by", ["recover", "the next one"])
 @pytest.mark.parametrize("point", ["filling", "between the renames", "after the renames"])
-def test_what_a_kill_left_is_cleared_or_comes_back(point: str, tmp_path: Path) -> None:
+def test_what_a_kill_left_is_cleared_or_comes_back(point: str, cleared_by: str, tmp_path: Path) -> None:
     path = tmp_path / "f"
     with whole_folder(path) as aside:
         (aside / "x").write_text("one")
@@ -54,12 +58,94 @@ def counted(self, target):
 pathlib.Path.rename = counted
 with whole_folder({str(path)!r}) as aside:
     (aside / "x").write_text("two")
-    (pathlib.Path({str(path)!r}).parent / ".y.json.77.part").write_text("half a file")
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
-    recover(tmp_path)
+    if cleared_by == "recover":
+        for name in (".y.json.77.part", ".z.k3j_2x9a.part"):  # as earlier versions named them
+            (tmp_path / name).write_text("half a file")
+        recover(tmp_path)
+    else:
+        with pytest.raises(RuntimeError), whole_folder(path):
+            raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
     assert (path / "x").read_text() == ("two" if point == "after the renames" else "one")
+
+
+HELD = """
+import sys
+from sbldm_fast.files import whole_file, whole_folder
+with whole_folder(sys.argv[1]) as folder, whole_file(sys.argv[2]) as file:
+    for path in (folder / "x", file):
+        path.write_text("one")
+    print("there", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_living_process_writes_stays_and_what_an_ended_one_left_goes(tmp_path: Path) -> None:
+    """SIGTERM ends Python without its `finally`."""
+    folder, file = tmp_path / "f", tmp_path / "a.txt"
+
+    def begun() -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HELD, str(folder), str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        return process
+
+    def write() -> None:
+        with whole_folder(folder) as aside:
+            (aside / "x").write_text("two")
+        with whole_file(file) as aside:
+            aside.write_text("two")
+
+    with begun() as ended:
+        ended.terminate()
+    assert ended.returncode == -signal.SIGTERM
+    with begun() as living:
+        write()
+        recover(tmp_path)
+        assert (folder / "x").read_text() == file.read_text() == "two"
+        assert len(list(tmp_path.iterdir())) == 4, "and both places of the living process"
+    assert living.returncode == 0
+    assert (folder / "x").read_text() == file.read_text() == "one", "which ended later"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "f"]
+
+
+def test_many_at_once_into_one_place(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        with whole_folder(tmp_path / "f") as folder:
+            (folder / "x").write_text(str(number))
+        with whole_file(tmp_path / "a") as file:
+            file.write_text(str(number))
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(write, range(60)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "f"]
+
+
+def test_a_link_stays_and_the_umask_holds(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "f").symlink_to(tmp_path / "disk" / "f")
+    before = os.umask(0o077)
+    try:
+        for _ in range(2):
+            with whole_folder(tmp_path / "f") as folder:
+                (folder / "x").write_text("one")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "f").is_symlink()
+    assert [p.stat().st_mode & 0o777 for p in (tmp_path / "disk").iterdir()] == [0o700]
+
+
+def test_json_that_waits_or_is_too_deep_or_too_long_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "deep.json").write_text('{"a":' * 100_000)
+    (tmp_path / "long.json").write_text('{"a": ' + "9" * 5000 + "}")
+    for name, message in (("pipe", "not a regular file"), ("deep", "too many levels"), ("long", "not readable as JSON: Exceeds the limit")):
+        with pytest.raises(ValueError, match=rf"{name}\.json .*{message}"):
+            read_json(tmp_path / f"{name}.json")
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "does not exist"), ("{", "not readable as JSON"), ("[1]", "holds a JSON list")])
