@@ -60,9 +60,9 @@ def print_doctor(report: dict[str, Any]) -> None:
 @app.command()
 def prepare(
     sources: Annotated[list[str], typer.Argument(help="NIfTI files, folders of NIfTI, DICOM or PNG/JPG, mni152, synthetic[:COUNT].")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    out: Annotated[str, typer.Option("-o", "--out", metavar="PATH", help="Folder to write; one that prepare wrote is replaced.")],
     split: Annotated[Split, typer.Option(help="subject keeps a subject in one split; slice leaks, as paper 001 does.")] = Split.subject,
-    seed: Annotated[int, typer.Option(help="Of the split and of the synthetic brains.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split and of the synthetic brains.")] = 42,
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of 4-D files.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Keep every n-th slice.")] = 1,
     subject: Annotated[str | None, typer.Option(help="Regular expression: its group is the subject in a file's name.")] = None,
@@ -80,10 +80,12 @@ def prepare(
         sources, out, split=split.value, seed=seed, volume=volume, every=every, subject=subject, covariates=covariates, strict=strict,
         workers=workers or os.cpu_count() or 1, progress=not as_json,
     )  # fmt: skip
-    done = {"out": str(out), "slices": len(manifest["slices"]), "subjects": manifest["subjects"], "split": manifest["split"]["slices"],
-            "skipped": manifest["skipped"]}  # fmt: skip
+    done = {"out": out, "slices": len(manifest["slices"]), "subjects": manifest["subjects"], "split": manifest["split"]["slices"],
+            "skipped": manifest["skipped"], "without_covariates": manifest["without_covariates"]}  # fmt: skip
     for one in manifest["skipped"]:
         print(f"skipped {one['source']}: {one['reason']}", file=sys.stderr)
+    for one in manifest["without_covariates"]:
+        print(f"without covariates {one}: {covariates} has no row for it; its slices are kept", file=sys.stderr)
     if as_json:
         print(json.dumps(done))
         return
@@ -96,8 +98,13 @@ def prepare(
     print(f"{'source':24} {'modality':9} {'split':6} {'subjects':>8} {'scans':>6} {'slices':>7}")
     for (source, modality, part), (people, scans, count) in sorted(table.items()):
         print(f"{source[:24]:24} {modality:9} {part:6} {len(people):8} {len(scans):6} {count:7}")
-    summary = f"{done['slices']} slices of {done['subjects']} subjects, {len(manifest['skipped'])} skipped"
-    print(f"{summary}; look at {out / 'contact_sheet.png'}")
+    summary = f"{_many(len(manifest['slices']), 'slice')} of {_many(manifest['subjects'], 'subject')}, {len(manifest['skipped'])} skipped"
+    lacking = f", {len(manifest['without_covariates'])} without covariates" if covariates else ""
+    print(f"{summary}{lacking}; look at {Path(out) / 'contact_sheet.png'}")
+
+
+def _many(count: int, name: str) -> str:
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 @app.command()

@@ -61,7 +61,7 @@ class Covariates:
     def _fit(self, text: str) -> str:
         text = text.rpartition("/")[2].lower()
         found = re.findall(r"\d+", MODALITY.sub("", text.replace("_", " ")))  # the 1 of T1 is no number of a subject
-        return str(int(found[0])) if self._numbers and len(found) == 1 else text
+        return (found[0].lstrip("0") or "0") if self._numbers and len(found) == 1 else text
 
 
 def _value(cell: str) -> float | str:

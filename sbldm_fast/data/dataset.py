@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
 
 from sbldm_fast.files import read_json
@@ -31,16 +32,21 @@ class Slices:
             raise ValueError(f"split: got {split!r}, allowed are {', '.join(SPLITS)}")
         folder = Path(folder)
         rows = read_manifest(folder)["slices"]
+        path = folder / "slices.npy"
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist, or is no file")
         try:
             # copy on write: torch wants memory that it may write to, the file stays as it is
-            array = np.load(folder / "slices.npy", mmap_mode="c", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder / 'slices.npy'} is not readable: {error}") from None
+            array = npy.open_memmap(path, mode="c")
+        except Exception as error:  # numpy meets a broken header with any
+            raise ValueError(f"{path} is not readable as a .npy file ({type(error).__name__}); run prepare again") from None
         if array.shape != (len(rows), SIZE, SIZE) or array.dtype != np.float16:
             raise ValueError(f"{folder}: slices.npy has {array.dtype} of shape {array.shape}, the manifest lists {len(rows)} slices")
         for i, row in enumerate(rows):
             if hashlib.sha256(array[i].tobytes()).hexdigest() != row.get("sha256"):
                 raise ValueError(f"{folder}: slice {i} is not the one that the manifest lists (its checksum differs); run prepare again")
+            if not np.abs(array[i]).max() <= 1:  # nor NaN
+                raise ValueError(f"{folder}: slice {i} holds values that are not in -1 to 1; run prepare again")
         index = [i for i, row in enumerate(rows) if row["split"] == split]
         if not index:
             raise ValueError(f"{folder}: the {split} split is empty ({len({row['subject'] for row in rows})} subjects in all)")
@@ -72,6 +78,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has format {manifest.get('format')!r}, allowed is {FORMAT}; run prepare again")
     rows = manifest.get("slices")
-    if not rows or not all(isinstance(row, dict) and {"split", "subject"} <= row.keys() for row in rows):
+    named = isinstance(rows, list) and all(
+        isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("split", "subject")) for row in rows
+    )
+    if not rows or not named:
         raise ValueError(f"{path} lists no slices")
     return manifest

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .volumes import MissingPackage, Unusable, Volume, oriented
+from .volumes import MAX_REACH, MissingPackage, Unusable, Volume, oriented, silent
 
 # what tells time points and echoes of one series apart, by order of trust
 TIMES = ("TemporalPositionIdentifier", "DiffusionBValue", "EchoTime", "AcquisitionNumber", "TriggerTime", "AcquisitionTime")
 TAGS = ["PatientID", "SeriesInstanceUID", "SOPInstanceUID", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows",
-        "Columns", "SeriesDescription", "PhotometricInterpretation", "NumberOfFrames", "SliceThickness", *TIMES]  # fmt: skip
+        "Columns", "SeriesDescription", "PhotometricInterpretation", "NumberOfFrames", "SliceThickness", "ImageType", *TIMES]  # fmt: skip
+MIXED = (
+    1.3  # neighbours that differ so much more than slices two apart: 0.6 to 0.9 in a head's series, 1.7 and more in two heads' 3 mm apart
+)
 
 
 class Series(NamedTuple):
@@ -46,6 +49,7 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
+@silent()
 def load_dicom(files: Sequence[Path]) -> tuple[list[Series], list[tuple[str, str]]]:
     """The volumes in the files of one folder, and what was left out: the file's name, or that of a series' first, and the reason.
 
@@ -88,6 +92,8 @@ def _slice(file: Path, header: Any) -> _Slice:
         raise Unusable("no image in it")
     if int(header.get("NumberOfFrames") or 1) > 1:
         raise Unusable("many frames in one file (enhanced DICOM); convert it to NIfTI")
+    if "MOSAIC" in str(header.get("ImageType", "")).upper():
+        raise Unusable("a Siemens mosaic: many slices as the tiles of one picture; convert it to NIfTI")
     if header.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
         raise Unusable("pixels are not grey, allowed are MONOCHROME1 and 2")
     numbers = []
@@ -96,6 +102,8 @@ def _slice(file: Path, header: Any) -> _Slice:
         if value.shape != (length,) or not np.isfinite(value).all():
             raise Unusable(f"no {name} of {length} numbers: where the slice lies cannot be known")
         numbers.append(value)
+    if np.abs(numbers[0]).max() > MAX_REACH:
+        raise Unusable(f"ImagePositionPatient is further away than {MAX_REACH / 1000:.0f} m")
     along = numbers[1].reshape(2, 3)
     if np.abs(along @ along.T - np.eye(2)).max() > 0.01 or numbers[2].min() <= 0:
         raise Unusable("the affine is singular: ImageOrientationPatient or PixelSpacing say nothing")
@@ -118,9 +126,6 @@ def _time_points(stack: list[_Slice]) -> list[list[_Slice]]:
 
 
 def _volume(part: list[_Slice]) -> Volume:
-    import pydicom
-    from pydicom.pixels.processing import apply_rescale
-
     part = sorted(part, key=lambda one: one.height)
     first = part[0]
     heights = np.array([one.height for one in part])
@@ -131,18 +136,52 @@ def _volume(part: list[_Slice]) -> Volume:
     sideways = max(float(np.abs(one.position - first.position - first.normal * (one.height - first.height)).max()) for one in part)
     if sideways > max(0.1 * first.spacing.min(), 0.05):
         raise Unusable(f"slices are shifted sideways by up to {sideways:.1f} mm (a tilted gantry?)")
-    planes = []
-    for one in part:
-        try:
-            whole = pydicom.dcmread(one.file)
-            planes.append(apply_rescale(whole.pixel_array, whole).astype(np.float32).T)
-        except Exception as error:  # a decoder meets broken pixels with any
-            raise Unusable(f"the pixels of {one.file.name} are not readable ({type(error).__name__})") from None
-    array = np.stack(planes, axis=2)
-    if first.header.PhotometricInterpretation == "MONOCHROME1":
-        array = -array  # small values are white
+    array = np.stack([_plane(one) for one in part], axis=2)
+    array[np.isnan(array)] = np.nanmin(array)  # padding is air
+    if len(part) >= 4:
+        beside, beyond = (np.median([np.abs(array[..., k + n] - array[..., k]).mean() for k in range(len(part) - n)]) for n in (1, 2))
+        if beside > MIXED * beyond:
+            raise Unusable("every other slice is of another scan: two stacks lie in one series")
     affine = np.eye(4)
     # array[column, row, slice]: PixelSpacing is that of rows, then that of columns
     affine[:3, 0], affine[:3, 1] = first.along[0] * first.spacing[1], first.along[1] * first.spacing[0]
     affine[:3, 2], affine[:3, 3] = first.normal * gap, first.position
     return oriented(array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)  # DICOM's x and y run to the left and to the back
+
+
+def _plane(one: _Slice) -> np.ndarray:
+    """The pixels `[column, row]`, white at the high end, NaN where they are padding."""
+    import pydicom
+    from pydicom.pixels.processing import apply_rescale
+    from pydicom.pixels.utils import get_expected_length
+
+    name = one.file.name
+    try:
+        whole = pydicom.dcmread(one.file)
+        stored = whole.pixel_array
+        plane: np.ndarray = apply_rescale(stored, whole).astype(np.float32)
+        padding = _padding(whole, stored)
+        surplus = 0 if whole.file_meta.TransferSyntaxUID.is_encapsulated else len(whole.get("PixelData", b"")) - get_expected_length(whole)
+    except Exception as error:  # a decoder meets broken pixels with any
+        raise Unusable(f"the pixels of {name} are not readable ({type(error).__name__})") from None
+    if plane.shape != (whole.Rows, whole.Columns) or surplus > 1:  # one byte makes a length even
+        raise Unusable(f"the pixels of {name} are more than its Rows x Columns")
+    if not np.isfinite(plane).all():
+        raise Unusable(f"pixels of {name} are NaN or infinite")
+    plane[padding] = np.nan
+    if one.header.PhotometricInterpretation == "MONOCHROME1":
+        plane = -plane  # small values are white
+    return plane.T
+
+
+def _padding(whole: Any, stored: np.ndarray) -> np.ndarray:
+    """Where PixelPaddingValue, or what lies between it and PixelPaddingRangeLimit, says that nothing was measured."""
+    first = whole.get("PixelPaddingValue")
+    if first is None or stored.dtype.kind not in "iu":
+        return np.zeros(stored.shape, bool)
+    last = whole.get("PixelPaddingRangeLimit")
+    # a file may give them with the other sign: the bits count, read as those of pixels
+    bits = [int(value) % 256**stored.itemsize for value in (first, first if last is None else last)]
+    low, high = sorted(np.array(bits, f"u{stored.itemsize}").view(stored.dtype.newbyteorder("=")))
+    inside: np.ndarray = (low <= stored) & (stored <= high)
+    return inside

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,17 +22,18 @@ from numpy.lib import format as npy
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from sbldm_fast.files import whole_folder, write_json
+from sbldm_fast.files import read_json, whole_folder, write_json
 
 from .covariates import Covariates
 from .dicom import load_dicom
 from .sources import PREPARED, Job, Subjects, expand, modality_of, subject_of
 from .synthetic import mni152, synthetic_brain
-from .volumes import SIZE, MissingPackage, Unusable, Volume, axial_slices, load_nifti
+from .volumes import SIZE, MissingPackage, Unusable, Volume, axial_slices, load_nifti, silent
 
 FORMAT = 2
 SPLITS = {"train": 0.70, "val": 0.15, "test": 0.15}
 LABELS = "a label map, by its name"
+SEEDS = 2**32 - 1  # the largest
 SHEET_EVERY = 10  # slices to a tile of the contact sheet
 SHEET_TILES = 400  # at most
 
@@ -57,6 +60,8 @@ def prepare(
 ) -> dict[str, Any]:  # fmt: skip
     """Write `slices.npy` (`[N, 128, 128]` float16 in [-1, 1]), `manifest.json` and `contact_sheet.png` to the folder `out`.
 
+    A folder that `prepare` wrote is replaced; one that holds anything else is refused.
+
     Args:
         sources: NIfTI files, folders of NIfTI, DICOM or PNG/JPG files, `mni152`, `synthetic` or `synthetic:COUNT`.
         split: `"subject"` keeps all slices of a subject in one of train/val/test (70/15/15); `"slice"` is the leaking split of
@@ -70,40 +75,44 @@ def prepare(
         workers: processes that read at a time; more than one needs a `__main__` that can be imported.
 
     Returns:
-        The manifest. `skipped` names what is not in the array, and why.
+        The manifest. `skipped` names what is not in the array, and why; `without_covariates` the subjects that a table has no row for.
 
     Raises:
-        ValueError: a source that does not exist or has nothing to read, a folder with other files, an ambiguous table, or (`strict`) a
-            broken file.
+        ValueError: a source that does not exist, has nothing to read or lies in the folder to be replaced, a folder with other files, an
+            ambiguous table, an argument out of its bounds, or (`strict`) a broken file.
     """
     if split not in ("subject", "slice"):
         raise ValueError(f"split: got {split!r}, allowed are subject, slice")
-    for name, value in (("every", every), ("workers", workers)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, allowed is 1 or more")
+    for name, value, least in (("every", every, 1), ("workers", workers, 1), ("volume", volume or 0, 0)):
+        if value < least:
+            raise ValueError(f"{name}: got {value}, allowed is {least} or more")
+    if not 0 <= seed <= SEEDS:
+        raise ValueError(f"seed: got {seed}, allowed is 0 to {SEEDS}")
     # all that can be refused is refused before hours of reading
+    pattern = None if subject is None else _pattern(subject)
     table = None if covariates is None else Covariates(covariates)
-    if Path(out).is_dir() and (other := sorted({p.name for p in Path(out).iterdir()} - PREPARED)):
-        raise ValueError(f"{out} holds {other[0]}, which would be lost; allowed is a new folder or one that prepare wrote")
+    _writable(out)
     found: dict[object, Job] = {}
     for job in (job for source in sources for job in expand(source)):
         found.setdefault(tuple(map(os.path.realpath, job.files)) or job.name, job)  # a file that two sources hold is read once
     jobs = list(found.values())
-    people = [subject_of(job, subject) if job.files else job.name for job in jobs]
+    real = Path(os.path.realpath(out))
+    if inside := next((job.name for job in jobs for file in job.files if real in Path(os.path.realpath(file)).parents), None):
+        raise ValueError(f"{out} holds the source {inside}, which would be lost; allowed is another folder")
+    people = [subject_of(job, pattern) if job.files else job.name for job in jobs]
     with whole_folder(out) as folder:
         rows, skipped = _write_slices(folder / "slices.npy", jobs, people, seed, volume, every, strict, workers, progress)
         if not rows:
             reasons = "; ".join(f"{s['source']}: {s['reason']}" for s in skipped[:3])
             raise ValueError(f"no usable slice in {', '.join(sources)}" + (f" ({reasons})" if reasons else ""))
         subjects = sorted({row["subject"] for row in rows})
+        missing: list[str] = []
         if table is not None:
             without = sorted({row["subject"] for row in rows if not row["covariates"]})  # synthetic brains have their own
             joined = table.of(without)
             missing = [s for s in without if s not in joined]
             if missing and strict:
                 raise ValueError(f"{covariates} has no row for {missing[0]}")
-            reason = f"no covariates: {table.path.name} has no row for it; its slices are kept"
-            skipped += [{"source": s, "reason": reason} for s in missing]
             for row in rows:
                 row["covariates"] = joined.get(row["subject"], row["covariates"])
         units = [row["subject"] for row in rows] if split == "subject" else [str(i) for i in range(len(rows))]
@@ -116,11 +125,36 @@ def prepare(
             "split": {"by": split, "seed": seed, "slices": dict(Counter(row["split"] for row in rows))},
             "subjects": len(subjects),
             "skipped": skipped,
+            "without_covariates": missing,
             "slices": rows,
         }
         write_json(folder / "manifest.json", manifest)
         _contact_sheet(folder)
     return manifest
+
+
+def _pattern(subject: str) -> re.Pattern[str]:
+    try:
+        pattern = re.compile(subject)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"subject: got {subject!r}, which is no regular expression ({error})") from None
+    if not pattern.groups:
+        raise ValueError(f"subject: got {subject!r}, allowed is a regular expression with a group")
+    return pattern
+
+
+def _writable(out: str | Path) -> None:
+    """Refuse a folder that `prepare` did not write."""
+    if not str(out):
+        raise ValueError("out: got '', allowed is a folder")
+    folder = Path(out)
+    if not folder.is_dir() or not (there := sorted(folder.iterdir())):
+        return
+    lost = next((p.name for p in there if p.name not in PREPARED or not p.is_file()), None)
+    with suppress(ValueError):
+        if lost is None and {"format", "slices"} <= read_json(folder / "manifest.json").keys():
+            return
+    raise ValueError(f"{out} holds {lost or there[0].name}, which would be lost; allowed is a new folder or one that prepare wrote")
 
 
 def _write_slices(
@@ -255,13 +289,14 @@ def _scan(name: str, modality: str | None, volume: Volume, every: int) -> Scan:
     return Scan(name, modality or "unknown", slices[::every].astype(np.float16), list(positions[::every]), volume.tilt)
 
 
+@silent()
 def _picture(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
             upright = ImageOps.exif_transpose(image)
             grey = upright.convert("F") if upright.mode.startswith(("I", "F")) else upright.convert("L").convert("F")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Unusable(f"not a readable picture ({error})") from None
+    except Exception as error:  # Pillow meets a broken picture with any; its text may quote it
+        raise Unusable(f"not a readable picture, allowed are PNG and JPEG ({type(error).__name__})") from None
     side = max(grey.size)
     values = np.asarray(grey)
     low, high = float(values.min()), float(values.max())

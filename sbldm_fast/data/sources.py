@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,13 +55,17 @@ def expand(source: str) -> Iterator[Job]:
         return
     if source.split(":")[0] == "synthetic":
         count = source.partition(":")[2] or "20"
-        if not count.isdecimal() or int(count) < 1:
-            raise ValueError(f"{source}: allowed is synthetic or synthetic:COUNT with COUNT of 1 or more")
+        if not re.fullmatch("0*[1-9][0-9]{0,5}", count):
+            raise ValueError(f"{source}: allowed is synthetic or synthetic:COUNT with COUNT of 1 to 999999")
         yield from (Job(f"synthetic/{i:05d}", "synthetic", index=i) for i in range(int(count)))
         return
     path = Path(source)
-    if not path.exists():
-        raise ValueError(f"{source} does not exist; allowed are a NIfTI or DICOM file, a picture, a folder, mni152 and synthetic[:COUNT]")
+    if not source or not path.exists():
+        raise ValueError(
+            f"{source or repr(source)} does not exist; allowed are a NIfTI or DICOM file, a picture, a folder, mni152 and synthetic[:COUNT]"
+        )
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{source} is a pipe, a socket or a device; allowed are files and folders")
     root = path.parent if path.is_file() else path
     top = "" if path.is_file() else f"{path.resolve().name}/"
     found = False
@@ -81,6 +87,9 @@ def expand(source: str) -> Iterator[Job]:
 
 def _kind(file: Path) -> str:
     name = file.name.lower()
+    with suppress(OSError):  # a link that leads nowhere is named when it is read
+        if not stat.S_ISREG(file.stat().st_mode):
+            return ""  # a pipe, a socket or a device would be waited for
     if name.endswith(NIFTI):
         return "labels" if _LABELS.search(name) else "nifti"
     if name.endswith(PICTURES):
@@ -112,7 +121,7 @@ def modality_of(text: str) -> str | None:
     return _NAMES.get(name, name) if name else None
 
 
-def subject_of(job: Job, pattern: str | None = None) -> str:
+def subject_of(job: Job, pattern: re.Pattern[str] | None = None) -> str:
     """The subject that a file's name tells: `source/subject`.
 
     In this order: the first group of the regular expression `pattern`; a known layout; the first folder with a number that names neither
@@ -123,12 +132,11 @@ def subject_of(job: Job, pattern: str | None = None) -> str:
         ValueError: the name does not fit `pattern`.
     """
     if pattern is not None:
-        try:
-            fits = re.search(pattern, job.name)
-        except re.error as error:
-            raise ValueError(f"subject: got {pattern!r}, which is no regular expression ({error})") from None
-        if not fits or not fits.groups():
-            raise ValueError(f"subject: got {pattern!r}, which finds no group in {job.name}; allowed is one that does in every name")
+        fits = pattern.search(job.name)
+        if not fits or not fits.groups() or not fits.group(1):
+            raise ValueError(
+                f"subject: got {pattern.pattern!r}, which finds no group in {job.name}; allowed is one that does in every name"
+            )
         return fits.group(1)
     source, _, rest = job.name.partition("/") if "/" in job.name else ("", "", job.name)
     source = "" if MODALITY.search(source.replace("_", " ")) and job.kind != "dicom" else source
@@ -151,7 +159,10 @@ def subject_of(job: Job, pattern: str | None = None) -> str:
 
 
 class Subjects:
-    """Who is who: scans of one name (and patient, where that is known), of one patient, or that share a slice are one subject."""
+    """Who is who: scans of one name, of one patient, or that share a slice are one subject.
+
+    Several patients of one name are several subjects, unless there is a scan of that name without an ID: it may be of any of them.
+    """
 
     def __init__(self) -> None:
         self._up: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -162,11 +173,14 @@ class Subjects:
         node = ("name", name.lower(), patient)
         self._names.setdefault(node, name)
         for other in [("patient", patient)] * bool(patient) + [("slice", c) for c in checksums]:
-            self._up[self._top(other)] = self._top(node)
+            self._join(other, node)
         return node
 
     def names(self) -> dict[tuple[str, ...], str]:
         """The subject of each scan that was added; two that would share a name are numbered."""
+        for node in self._names:
+            if (anyone := (*node[:2], "")) in self._names:
+                self._join(node, anyone)
         named: dict[tuple[str, ...], str] = {}
         taken: set[str] = set()
         out = {}
@@ -178,6 +192,9 @@ class Subjects:
                 taken.add(named[top])
             out[node] = named[top]
         return out
+
+    def _join(self, one: tuple[str, ...], other: tuple[str, ...]) -> None:
+        self._up[self._top(one)] = self._top(other)
 
     def _top(self, node: tuple[str, ...]) -> tuple[str, ...]:
         while self._up.get(node, node) != node:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import logging
 import math
+import threading
+import warnings
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +24,13 @@ FOREGROUND = -0.8  # intensities above this count as head
 MIN_FOREGROUND = 0.10
 MAX_TILT = 20.0  # degrees: up to this the planes that were acquired are what a radiologist calls axial
 MAX_PIXEL = 4.0  # mm: a thick sagittal or coronal stack makes axial stripes
+MAX_GROWTH = 8  # a whole head that is straightened takes 5 times its voxels at most, at any angle and voxel size; a thin slab more
+MAX_REACH = 10_000.0  # mm from the origin: no scanner is longer
 CHUNK = 2**23  # voxels at a time: the memory that slicing takes beside the scan
 SAMPLES = 2**24  # voxels that intensities are judged by
+SLACK = 2**26  # bytes of extensions and padding beside the voxels of a compressed file
+READERS = ("pydicom", "nibabel", "PIL")
+_reading = threading.RLock()
 
 
 class Unusable(ValueError):
@@ -28,6 +39,23 @@ class Unusable(ValueError):
 
 class MissingPackage(ValueError):
     """A reader that is not installed; the text says how to."""
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """What the readers warn of or log stays unsaid: it quotes headers. One thread reads at a time, as both are settings of the process."""
+    with _reading, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        known = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in READERS]
+        loggers = [logging.getLogger(name) for name in {*READERS, *known}]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -69,19 +97,20 @@ class Volume:
         return float(self.array.min())
 
 
+@silent()
 def load_nifti(path: Path, volume: int | None = None) -> Volume:
     """Read a NIfTI file or pair, scaled by its slope and intercept and turned to RAS by its affine.
 
     Raises:
-        Unusable: missing, truncated, not NIfTI, without an orientation or with two, 4-D without `volume`, not finite, constant, a
-            label map, not numbers, or a header that promises what the file does not hold.
+        Unusable: missing, truncated, damaged (a compressed file is read to its checksum), not NIfTI, without an orientation or with two,
+            4-D without `volume`, not finite, constant, a label map, not numbers, or a header that promises what the file does not hold.
     """
     try:
         import nibabel as nib
     except ImportError:
         raise MissingPackage("reading NIfTI needs nibabel: pip install 'sbldm_fast[data]'") from None
 
-    if not path.exists():
+    if not path.is_file():
         raise Unusable("no such file, or a link that leads nowhere")
     try:
         image = nib.load(path)
@@ -106,8 +135,11 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
         promised = math.prod(image.shape) * header.get_data_dtype().itemsize
         data = Path(image.file_map["image"].filename)
         # deflate shrinks by 1,032 at most
-        if promised > data.stat().st_size * (1032 if data.suffix == ".gz" else 1):
+        if promised > data.stat().st_size * (1032 if data.suffix.lower() == ".gz" else 1):
             raise Unusable(f"the header promises {promised} bytes of voxels, the file has {data.stat().st_size}")
+        for file in {path, data}:
+            if file.suffix.lower() == ".gz":
+                _read_to_end(file, promised + SLACK)
         if len(image.shape) == 4:
             array = np.asarray(proxy[..., volume or 0])  # of a long series only this one is read
         else:
@@ -117,16 +149,29 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
         affine = np.diag([unit, unit, unit, 1.0]) @ image.affine
     except Unusable:
         raise
-    except Exception as error:  # nibabel, gzip and zlib meet a broken file with any
-        raise Unusable(f"not a readable NIfTI file ({error})") from None
+    except Exception as error:  # nibabel, gzip and zlib meet a broken file with any; its text may quote the header
+        raise Unusable(f"not a readable NIfTI file ({getattr(error, 'strerror', None) or type(error).__name__})") from None
     return oriented(array, affine)
+
+
+def _read_to_end(path: Path, most: int) -> None:
+    """Its checksum, which ends a compressed file and which nibabel, having the voxels, does not reach."""
+    with gzip.open(path) as f:
+        for _ in range(0, most, 2**20):
+            try:
+                if not f.read(2**20):
+                    return
+            except (OSError, EOFError, zlib.error):
+                raise Unusable("not a readable NIfTI file: damaged or cut off, it does not match its checksum") from None
+    raise Unusable(f"the compressed file goes on long after the {most - SLACK} bytes of voxels that the header promises")
 
 
 def oriented(array: np.ndarray, affine: np.ndarray) -> Volume:
     """The scan `[i, j, k]` whose voxels `affine` takes to mm in RAS; only a scan that is tilted by more than 20 degrees is resampled.
 
     Raises:
-        Unusable: a singular affine, voxels that are not finite, all alike or a label map, or pixels too few or too large.
+        Unusable: a singular affine, one that leads more than 10 m away or that straightens to more than 8 times the voxels, voxels that
+            are not finite, all alike or a label map, or pixels too few or too large.
     """
     from nibabel.affines import obliquity, voxel_sizes
     from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
@@ -134,6 +179,8 @@ def oriented(array: np.ndarray, affine: np.ndarray) -> Volume:
 
     if not np.isfinite(affine).all() or min(voxel_sizes(affine)) < 1e-3 or abs(np.linalg.det(affine[:3, :3] / voxel_sizes(affine))) < 0.1:
         raise Unusable("the affine is singular: it does not say where the voxels are")
+    if (np.abs(affine[:3]) @ [*array.shape, 1]).max() > MAX_REACH:
+        raise Unusable(f"voxels lie further from the origin than {MAX_REACH / 1000:.0f} m")
     orientation = io_orientation(affine)
     affine = affine @ inv_ornt_aff(orientation, array.shape)
     array = apply_orientation(array, orientation)
@@ -142,6 +189,10 @@ def oriented(array: np.ndarray, affine: np.ndarray) -> Volume:
     sheared = np.abs(axes.T @ axes - np.eye(3)).max() > 0.02
     if math.degrees(max(obliquity(affine))) > MAX_TILT or sheared:
         shape, straight = vox2out_vox((array.shape, affine), voxel_sizes(affine))
+        if math.prod(map(int, shape)) > MAX_GROWTH * array.size:
+            raise Unusable(
+                f"so oblique or sheared that its straight grid has more than {MAX_GROWTH} times its voxels: a slab, or wrong voxel sizes"
+            )
         turn, affine = np.linalg.inv(affine) @ straight, straight
     zooms = voxel_sizes(affine)
     normal = np.cross(affine[:3, 0], affine[:3, 1])

@@ -118,6 +118,9 @@ def test_errors_are_one_sentence_and_exit_1(run: Any, folder: Path, tmp_path: Pa
         (("prepare", tmp_path / "nothing", *out), "nothing does not exist"),
         (("prepare", tmp_path / "empty", *out), "holds no NIfTI"),
         (("prepare", tmp_path / "bad.nii.gz", *out), "not a readable NIfTI file"),
+        (("prepare", "synthetic:1", "-o", ""), "out: got '', allowed is a folder"),
+        (("prepare", "synthetic:1", "--seed", 2**32, *out), "seed: got 4294967296, allowed is 0 to 4294967295"),
+        (("prepare", "synthetic:1", "--subject", "(", *out), "subject: got '(', which is no regular expression"),
         (("train", tmp_path / "r", "--data", tmp_path / "empty", "--steps", "1"), "manifest.json does not exist"),
         (("train", tmp_path / "r", "--data", tmp_path, "--preset", "big"), "preset: got 'big'"),
         (("sample", tmp_path / "w.pt", *out), "no pickle is ever read"),
@@ -163,6 +166,23 @@ def test_errors_are_one_sentence_and_exit_1(run: Any, folder: Path, tmp_path: Pa
 )
 def test_bad_usage_exits_2(arguments: list[str], run: Any) -> None:
     assert run(*arguments)[0] == 2
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seed", "-1"), ("--every", "0"), ("--workers", "0"), ("--volume", "-1")])
+def test_bounds_of_prepare_name_the_option(option: str, value: str, run: Any, tmp_path: Path) -> None:
+    code, _, err = run("prepare", "synthetic:1", option, value, "-o", tmp_path / "o")
+    assert code == 2
+    assert option in err
+
+
+def test_prepare_says_who_has_no_covariates(run: Any, tmp_path: Path) -> None:
+    Image.effect_noise((64, 64), 90).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("id,age\nb,20\n")
+    code, out, err = run("prepare", tmp_path / "a.png", "--covariates", tmp_path / "t.csv", "-o", tmp_path / "o")
+    assert code == 0
+    assert f"without covariates a: {tmp_path / 't.csv'} has no row for it; its slices are kept" in err
+    assert "skipped" not in err
+    assert out.splitlines()[-1].startswith("1 slice of 1 subject, 0 skipped, 1 without covariates; look at ")
 
 
 def test_slice_split_warns(run: Any, tmp_path: Path) -> None:

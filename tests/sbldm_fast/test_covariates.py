@@ -72,7 +72,7 @@ def test_a_subject_without_a_row_is_named_or_strictly_refused(tmp_path: Path) ->
         save(head(person=i), tmp_path / "in" / f"patient{i}_T1.nii.gz")
     path = table(tmp_path / "t.csv", "id,age\n1,20\n")
     manifest = prepare([str(tmp_path / "in"), "synthetic:2"], tmp_path / "out", covariates=path, every=20, progress=False)
-    assert manifest["skipped"] == [{"source": "in/patient2", "reason": "no covariates: t.csv has no row for it; its slices are kept"}]
+    assert (manifest["skipped"], manifest["without_covariates"]) == ([], ["in/patient2"])
     found = {row["subject"]: row["covariates"] for row in manifest["slices"]}
     assert found["in/patient1"] == {"age": 20.0}
     assert found["in/patient2"] == {}
@@ -84,6 +84,11 @@ def test_a_subject_without_a_row_is_named_or_strictly_refused(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"t.csv has no row for in/patient2"):
         prepare([str(tmp_path / "in")], tmp_path / "strict", covariates=path, strict=True, progress=False)
     assert not (tmp_path / "strict").exists()
+
+
+def test_a_number_of_thousands_of_digits_is_a_number(tmp_path: Path) -> None:
+    digits = "1" * 5000
+    assert Covariates(table(tmp_path / "t.csv", f"id,age\n{digits},{digits}\n0012,20\n")).of(["a/p12"]) == {"a/p12": {"age": 20.0}}
 
 
 def test_the_shared_table(ms_scans: Path) -> None:

@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import itertools
 import json
+import logging
+import os
 import subprocess
 import sys
 import zipfile
@@ -123,12 +125,13 @@ def test_formats_of_one_scan_give_the_same_slices(tmp_path: Path) -> None:
         "4-D of one": save(voxels(array[..., None]), tmp_path / "g.nii"),
         "metres": save(metres, tmp_path / "h.nii"),
         "float64": save(voxels(array.astype(np.float64)), tmp_path / "i.nii"),
+        "capitals": save(head(), tmp_path / "J.NII.GZ"),
     }
     for name, path in same.items():
         np.testing.assert_allclose(axial_slices(load_nifti(path))[0], expected, atol=1e-5, err_msg=name)
     assert swapped.header.endianness == ">"
     jobs = list(expand(str(tmp_path)))
-    assert sorted(job.name.rpartition("/")[2] for job in jobs) == ["a.nii", *(p.name for p in same.values())], "a pair is one scan"
+    assert sorted(job.name.rpartition("/")[2] for job in jobs) == sorted(["a.nii", *(p.name for p in same.values())]), "a pair is one scan"
 
 
 def test_one_axial_slice_is_a_scan(tmp_path: Path) -> None:
@@ -270,12 +273,49 @@ def unreadable(path: Path) -> None:
     path.symlink_to("/proc/self/mem")  # opens, and reading address 0 is an input/output error
 
 
+def wrong_sum(path: Path) -> None:
+    """Other voxels under the checksum of the old ones, as a disk leaves them."""
+    save(changed(300), path)
+    changed_bytes = path.read_bytes()
+    save(head(), path)
+    path.write_bytes(changed_bytes[:-8] + path.read_bytes()[-8:])
+
+
+def without_sum(path: Path) -> None:
+    save(head(), path)
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def endless(path: Path) -> None:
+    save(head(), path)
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2**26 + 2**21), 1))
+
+
+def tiny_oblique_voxels() -> nib.Nifti1Image:
+    turn = np.eye(4)
+    turn[:2, :2] = np.array([[1, -1], [1, 1]]) / np.sqrt(2)
+    return voxels(np.random.default_rng(0).normal(0, 1, (60, 64, 20)).astype(np.float32), turn @ np.diag([3, 0.03, 4, 1.0]))
+
+
+def far_away() -> nib.Nifti1Image:
+    affine = head().affine.copy()
+    affine[2, 3] = 2e4
+    return voxels(np.asarray(head().dataobj), affine)
+
+
 BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "missing": ("a.nii", lambda p: None, "no such file"),
     "a link that leads nowhere": ("a.nii", lambda p: p.symlink_to("gone"), "or a link that leads nowhere"),
     "a link to itself": ("a.nii", lambda p: p.symlink_to(p.name), "or a link that leads nowhere"),
     "unreadable": ("a.nii", unreadable, "not a readable NIfTI file"),
     "truncated gz": ("a.nii.gz", cut, "not a readable NIfTI file"),
+    "gz of another checksum": ("a.nii.gz", wrong_sum, "not a readable NIfTI file: damaged or cut off, it does not match its checksum"),
+    "gz without its checksum": ("a.nii.gz", without_sum, "not a readable NIfTI file: damaged or cut off"),
+    "gz that goes on": ("a.nii.gz", endless, "the compressed file goes on long after the 475200 bytes of voxels that the header promises"),
+    "a straight grid of fifty times the voxels": ("a.nii", lambda p: save(tiny_oblique_voxels(), p), "so oblique or sheared that its"),
+    "20 m away": ("a.nii", lambda p: save(far_away(), p), "voxels lie further from the origin than 10 m"),
+    "a type that is none": ("a.nii", lambda p: patched(p, 70, b"er"), r"not a readable NIfTI file \(HeaderDataError\)"),
+    "a pipe": ("a.nii", os.mkfifo, "no such file"),
     "truncated": ("a.nii", cut, r"the header promises 475200 bytes of voxels, the file has 2\d+"),
     "not a NIfTI": ("a.nii.gz", lambda p: p.write_bytes(gzip.compress(b"hello")), "not a readable NIfTI file"),
     "empty": ("a.nii", lambda p: p.write_bytes(b""), "not a readable NIfTI file"),
@@ -401,11 +441,15 @@ def test_a_person_named_twice_is_one_subject(tmp_path: Path) -> None:
     named = prepare([str(tmp_path / "in")], tmp_path / "named", subject=r"/(.)", **arguments)
     assert {row["subject"] for row in named["slices"]} == {"S", "a"}
     for pattern, message in (
-        ("x", "subject: got 'x', which finds no group in in/"),
+        ("(x)", "subject: got '[(]x[)]', which finds no group in in/"),
+        ("(x)|b", "subject: got '[(]x[)][|]b', which finds no group in in/"),
+        ("x", "subject: got 'x', allowed is a regular expression with a group"),
         ("(", "subject: got '[(]', which is no regular expression"),
     ):
         with pytest.raises(ValueError, match=message):
             prepare([str(tmp_path / "in")], tmp_path / "named", subject=pattern, **arguments)
+    with pytest.raises(ValueError, match=r"subject: got '[(]', which is no regular expression"):
+        prepare(["synthetic:1"], tmp_path / "named", subject="(", **arguments)
 
 
 def test_a_picture_that_lies_on_its_head(tmp_path: Path) -> None:
@@ -484,11 +528,15 @@ def test_pictures(tmp_path: Path) -> None:
     (tmp_path / "in" / "case1" / "cut.png").write_bytes((tmp_path / "in" / "case1" / "001.png").read_bytes()[:60])
     Image.new("L", (9, 9)).save(tmp_path / "in" / "case1" / "flat.png")
     Image.new("1", (14_000, 14_000)).save(tmp_path / "in" / "case1" / "huge.png")
+    with_nan = np.linspace(0, 1, 2400, dtype=np.float32).reshape(60, 40)
+    with_nan[3, 3] = np.nan
+    Image.fromarray(with_nan).save(tmp_path / "in" / "case1" / "nan.png", "TIFF")
     manifest = prepare([str(tmp_path / "in")], tmp_path / "out", progress=False)
     assert [row["subject"] for row in manifest["slices"]] == ["in/case1", "in/case1"]
     reasons = {s["source"].rpartition("/")[2]: s["reason"] for s in manifest["skipped"]}
     assert reasons["flat.png"] == "every pixel has the same value"
-    assert all(reasons[name].startswith("not a readable picture") for name in ("bad.png", "cut.png", "huge.png"))
+    assert all(reasons[name].startswith("not a readable picture") for name in ("bad.png", "cut.png", "huge.png", "nan.png"))
+    assert not any("/" in reason for reason in reasons.values()), "nothing of what Pillow says of a file"
     array = np.load(tmp_path / "out" / "slices.npy").astype(float)
     np.testing.assert_allclose(array[0], array[1], atol=0.02)
     inside = array[0] > 0
@@ -501,6 +549,8 @@ def test_pictures(tmp_path: Path) -> None:
         (["nothing"], "nothing does not exist"),
         (["synthetic:0"], "synthetic:0: allowed is synthetic or synthetic:COUNT"),
         (["synthetic:x"], "synthetic:x: allowed"),
+        (["synthetic:" + "9" * 5000], "9: allowed is synthetic or synthetic:COUNT with COUNT of 1 to 999999"),
+        ([""], "'' does not exist"),
     ],
 )
 def test_bad_sources_are_named(sources: list[str], message: str, tmp_path: Path) -> None:
@@ -519,10 +569,52 @@ def test_empty_folder_is_named(tmp_path: Path) -> None:
         ({"split": "volume"}, "split: got 'volume'"),
         ({"every": 0}, "every: got 0"),
         ({"workers": 0}, "workers: got 0"),
+        ({"volume": -1}, "volume: got -1, allowed is 0 or more"),
+        ({"seed": -1}, "seed: got -1, allowed is 0 to 4294967295"),
+        ({"seed": 2**32}, "seed: got 4294967296, allowed"),
     ):
         bad: dict[str, Any] = arguments
         with pytest.raises(ValueError, match=message):
             prepare(["synthetic:1"], tmp_path / "out", progress=False, **bad)
+
+
+def test_what_would_be_waited_for_is_passed_over(tmp_path: Path) -> None:
+    save(head(), tmp_path / "in" / "sub-1_T1w.nii.gz")
+    for name in ("pipe.nii", "pipe.png", "pipe.dcm", "pipe"):
+        os.mkfifo(tmp_path / "in" / name)
+    (tmp_path / "in" / "gone.nii").symlink_to("nowhere")
+    manifest = prepare([str(tmp_path / "in")], tmp_path / "out", every=4, progress=False)
+    assert [s["source"] for s in manifest["skipped"]] == ["in/gone.nii"]
+    assert {row["source"] for row in manifest["slices"]} == {"in/sub-1_T1w.nii.gz"}
+    with pytest.raises(ValueError, match=r"pipe.nii is a pipe, a socket or a device; allowed are files and folders"):
+        prepare([str(tmp_path / "in" / "pipe.nii")], tmp_path / "out", progress=False)
+
+
+def test_only_a_folder_that_prepare_wrote_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(["synthetic:1"], out, every=20, progress=False)
+    prepare(["synthetic:1"], out, every=10, progress=False)
+    with pytest.raises(ValueError, match=r"out holds the source contact_sheet.png, which would be lost; allowed is another folder"):
+        prepare([str(out / "contact_sheet.png")], out, progress=False)
+    (out / "manifest.json").write_text('{"name": "of an app"}')
+    with pytest.raises(ValueError, match=r"out holds contact_sheet.png, which would be lost"):
+        prepare(["synthetic:1"], out, every=20, progress=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "slices.npy").write_bytes(b"a user's own")
+    with pytest.raises(ValueError, match=r"mine holds slices.npy, which would be lost"):
+        prepare(["synthetic:1"], tmp_path / "mine", every=20, progress=False)
+
+
+def test_readers_keep_silent_and_speak_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    """nibabel logs what it mends in a header."""
+    logger = logging.getLogger("nibabel.global")
+    patched(tmp_path / "in" / "a.nii", 80, np.float32(-2).tobytes())
+    prepare([str(tmp_path / "in")], tmp_path / "out", every=6, progress=False)
+    assert caplog.text == ""
+    assert capfd.readouterr() == ("", "")
+    nib.load(tmp_path / "in" / "a.nii")
+    assert "pixdim" in caplog.text
+    assert logger.getEffectiveLevel() <= logging.WARNING
 
 
 def test_synthetic_population_is_what_it_says() -> None:
@@ -576,6 +668,45 @@ def test_damaged_prepared_folder_is_named(tmp_path: Path) -> None:
         manifest.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
             Slices(tmp_path / "out")
+
+
+def test_a_hostile_array_is_named(tmp_path: Path) -> None:
+    out, path = tmp_path / "out", tmp_path / "out" / "slices.npy"
+    manifest = prepare(["synthetic:1"], out, every=20, progress=False)
+    whole = path.read_bytes()
+
+    def header(text: str) -> bytes:
+        return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+    def npz() -> bytes:
+        np.savez(tmp_path / "a.npz", np.zeros(3))
+        return (tmp_path / "a.npz").read_bytes()
+
+    for content in (
+        npz(),
+        header("(" * 5000),
+        header("{'descr': '<f2', 'fortran_order': False, 'shape': (-1, 128, 128)}"),
+        whole[:-9],
+        whole[:40],
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"slices.npy is not readable as a .npy file \(\w+\); run prepare again"):
+            Slices(out)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"slices.npy does not exist, or is no file"):
+        Slices(out)
+    path.unlink()
+    array = np.full((len(manifest["slices"]), SIZE, SIZE), np.nan, np.float16)
+    np.save(path, array)
+    for row in manifest["slices"]:
+        row["sha256"] = hashlib.sha256(array[0].tobytes()).hexdigest()
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"slice 0 holds values that are not in -1 to 1"):
+        Slices(out)
+    (out / "manifest.json").write_text('{"format": 2, "slices": 5}')
+    with pytest.raises(ValueError, match=r"manifest.json lists no slices"):
+        Slices(out)
 
 
 def test_real_scans(ms_scans: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, g
 
 from sbldm_fast.data import prepare
 from sbldm_fast.data.dicom import load_dicom
+from sbldm_fast.data.sources import Subjects
 from sbldm_fast.data.volumes import SIZE, axial_slices, load_nifti
 
 from .test_data import head, save
@@ -122,6 +124,30 @@ def test_slope_intercept_and_inverted_pixels(expected: np.ndarray, tmp_path: Pat
     np.testing.assert_allclose(slices_in(series(tmp_path / "b", invert)), expected, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("stored", "tags"),
+    [
+        (-32768, {"PixelPaddingValue": ("SS", -32768)}),
+        (-2000, {"PixelPaddingValue": ("US", 63536)}),  # of the other sign than the pixels
+        (-1800, {"PixelPaddingValue": ("SS", -2000), "PixelPaddingRangeLimit": ("SS", -1700)}),
+        (4000, {"PixelPaddingValue": ("SS", 4000), "PhotometricInterpretation": ("CS", "MONOCHROME1")}),
+    ],
+)
+def test_padding_is_air(stored: int, tags: dict[str, Any], expected: np.ndarray, tmp_path: Path) -> None:
+    def pad(k: int, ds: FileDataset) -> None:
+        image = plane(k).astype(np.int16)
+        image = 1000 - image if "PhotometricInterpretation" in tags else image
+        image[:, :8] = image[-8:] = stored
+        ds.PixelData, ds.PixelRepresentation = np.ascontiguousarray(image).tobytes(), 1
+        ds.RescaleSlope, ds.RescaleIntercept = 2, -100
+        for name, (vr, value) in tags.items():
+            if name in ds:
+                del ds[name]
+            ds.add_new(name, vr, value)
+
+    np.testing.assert_allclose(slices_in(series(tmp_path / "d", pad)), expected, atol=0.03)
+
+
 def test_a_sagittal_series_becomes_axial_slices(expected: np.ndarray, tmp_path: Path) -> None:
     fine = head((90, 110, 80), (2.0, 2.0, 2.0))
     array = np.asarray(fine.dataobj).clip(0).round().astype(np.uint16)
@@ -171,6 +197,59 @@ def test_one_patient_is_one_subject_wherever_the_series_lie(tmp_path: Path) -> N
     found = {(row["source"], row["modality"]): row["subject"] for row in rows}
     assert found["in/st1/a", "T1"] == found["in/st2/b", "FLAIR"] == "in/st1"
     assert found["in/st2/c", "T1"] == "in/st2"
+
+
+def test_a_person_in_nifti_and_dicom_is_one_subject(tmp_path: Path) -> None:
+    """What a converter leaves: the DICOM files and, beside them, what it made of them."""
+    for i in range(1, 4):
+        save(head(person=i), tmp_path / "in" / f"sub-{i:02d}" / f"sub-{i:02d}_T1w.nii.gz")
+        series(tmp_path / "in" / f"sub-{i:02d}" / "dicom", PatientID=f"P{i}", SeriesInstanceUID=f"1.2.{i}")
+    rows = prepare([str(tmp_path / "in")], tmp_path / "out", every=6, progress=False)["slices"]
+    assert {row["subject"] for row in rows} == {"in/sub-01", "in/sub-02", "in/sub-03"}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_scan_without_an_id_may_be_of_each_patient_of_its_name(first: bool) -> None:
+    subjects = Subjects()
+    scans = [("case", "P1", ["a"]), ("case", "P2", ["b"]), ("other", "P3", ["c"])]
+    apart = [subjects.add(*scan) for scan in scans]
+    assert len({subjects.names()[node] for node in apart}) == 3
+    subjects = Subjects()
+    together = [subjects.add(*scan) for scan in sorted([*scans, ("Case", "", ["d"])], key=lambda scan: bool(scan[1]) == first)]
+    assert len({subjects.names()[node] for node in together}) == 2
+
+
+def test_two_people_interleaved_in_one_series_are_refused(tmp_path: Path) -> None:
+    """Nothing in the headers of two anonymous people tells them apart; their slices do."""
+    fine = np.asarray(head((90, 110, 24), (2.0, 2.0, 2.5)).dataobj).clip(0).round().astype(np.uint16)
+    (tmp_path / "d").mkdir()
+    for k in range(24):
+        image = fine[::-1, ::-1, k].T.copy()
+        if k % 2:
+            image = np.roll(image, 6, axis=0) // 2
+        ds = one(k, image, PatientID="")
+        ds.ImagePositionPatient = [*ds.ImagePositionPatient[:2], 2.5 * k]
+        ds.save_as(tmp_path / "d" / f"{k}.dcm", enforce_file_format=True)
+    got, left_out = load(tmp_path / "d")
+    assert not got
+    assert "every other slice is of another scan: two stacks lie in one series" in left_out[0][1]
+
+
+def test_no_header_text_reaches_a_log_or_the_screen(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """pydicom warns of values that are not valid, and quotes them; in other processes, too."""
+    for folder, change in (("a", set_in_one("EchoTime", 5)), ("b", set_in_one("PixelData", b"123"))):
+        with pytest.warns(UserWarning, match="SECRET"):
+            series(tmp_path / "in" / folder, change, SeriesInstanceUID=f"SECRET.{folder}")
+    caplog.clear()
+    capfd.readouterr()
+    caplog.set_level("DEBUG")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for workers in (1, 2):
+            prepare([str(tmp_path / "in")], tmp_path / "out", every=6, workers=workers, progress=False)
+    assert "SECRET" not in "".join([*map(str, warned), *capfd.readouterr(), caplog.text])
 
 
 def test_without_instance_numbers_every_slice_counts(tmp_path: Path) -> None:
@@ -224,6 +303,11 @@ def set_in_one(name: str, value: Any) -> Callable[[int, FileDataset], None]:
     return change
 
 
+def not_a_number(k: int, ds: FileDataset) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        ds.RescaleSlope, ds.RescaleIntercept = "NaN", 0
+
+
 def shear(k: int, ds: FileDataset) -> None:
     ds.ImagePositionPatient = [ds.ImagePositionPatient[0] + 6 * k, *ds.ImagePositionPatient[1:]]
 
@@ -251,6 +335,13 @@ def each_its_time(k: int, ds: FileDataset) -> None:
         (set_in_one("PhotometricInterpretation", "RGB"), "pixels are not grey, allowed are MONOCHROME1 and 2"),
         (set_in_one("PixelData", b"123"), "are not readable"),
         (set_in_one("PixelSpacing", [0, 0]), "the affine is singular"),
+        (
+            set_in_one("ImageType", ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]),
+            "a Siemens mosaic: many slices as the tiles of one picture",
+        ),
+        (set_in_one("PixelData", bytes(110 * 90 * 4)), "are more than its Rows x Columns"),
+        (set_in_one("ImagePositionPatient", [0, 0, "1e300"]), "ImagePositionPatient is further away than 10 m"),
+        (not_a_number, "are NaN or infinite"),
     ],
 )
 def test_a_doubtful_series_is_refused_with_the_reason(change: Callable[[int, FileDataset], Any], message: str, tmp_path: Path) -> None:
