@@ -26,7 +26,7 @@ from sbldm_fast.files import read_json, whole_folder, write_json
 
 from .covariates import Covariates
 from .dicom import load_dicom
-from .sources import PREPARED, Job, Subjects, expand, modality_of, subject_of
+from .sources import PREPARED, Job, Subjects, expand, modality_of, printable, subject_of
 from .synthetic import mni152, synthetic_brain
 from .volumes import SIZE, MissingPackage, Unusable, Volume, axial_slices, load_nifti, silent
 
@@ -258,7 +258,8 @@ def _read(job: Job, seed: int, volume: int | None, every: int) -> tuple[list[Sca
         else:
             series, left_out = load_dicom(job.files)
             parent = job.name.rpartition("/")[0]
-            skipped += [{"source": f"{parent}/{name}" if parent else name, "reason": reason} for name, reason in left_out]
+            for name, reason in left_out:
+                skipped.append({"source": printable(f"{parent}/{name}" if parent else name), "reason": printable(reason)})
             for number, one in enumerate(series):
                 name = f"{parent or job.name}#{number}" if len(series) > 1 else parent or job.name
                 try:

@@ -77,12 +77,17 @@ def expand(source: str) -> Iterator[Job]:
                 dicom.append(file)
             elif kind:
                 found = True
-                yield Job(f"{top}{file.relative_to(root)}", kind, (file,))
+                yield Job(printable(f"{top}{file.relative_to(root)}"), kind, (file,))
         if dicom:
             found = True
-            yield Job(f"{top}{dicom[0].relative_to(root)}", "dicom", tuple(dicom))
+            yield Job(printable(f"{top}{dicom[0].relative_to(root)}"), "dicom", tuple(dicom))
     if not found:
         raise ValueError(f"{source} holds no NIfTI (.nii, .nii.gz, .hdr), DICOM, .png or .jpg file")
+
+
+def printable(text: str) -> str:
+    """The text with what would act on a terminal, or cannot be printed, as its escape."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _kind(file: Path) -> str:

@@ -370,6 +370,16 @@ def test_files_that_are_no_slices_are_named_and_the_rest_is_read(tmp_path: Path)
     assert dict(left_out)["garbage.dcm"].startswith("not a readable DICOM file")
 
 
+def test_names_do_not_act_on_a_terminal(tmp_path: Path) -> None:
+    folder = series(tmp_path / "in" / "red\x1b[31m\nskipped all")
+    (folder / "\udcff\x1b.dcm").write_bytes(b"")
+    (folder / "\udcff.png").write_bytes(b"")
+    manifest = prepare([str(tmp_path / "in")], tmp_path / "out", every=6, progress=False)
+    named = [row["source"] for row in manifest["slices"]] + [s["source"] + s["reason"] for s in manifest["skipped"]]
+    assert len(named) == 4
+    assert all(name.startswith(r"in/red\x1b[31m\nskipped all") and name.isprintable() for name in named)
+
+
 def test_a_file_without_an_ending_is_known_by_its_preamble(tmp_path: Path) -> None:
     folder = series(tmp_path / "d")
     for file in folder.iterdir():
