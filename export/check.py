@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import re
+import reprlib
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,9 @@ from sbldm_fast import Pipeline
 
 from .fusion import external, fused, nodes
 from .graphs import GUIDANCE, largest, rms
-from .ort import CPU, EXAMPLE, GRAPHS, MANIFEST, ORTSampler, manifest_of, runtime, session, verified
+from .manifest import EXAMPLE, GRAPHS, MANIFEST, manifest_of, misdescribed, verified
+from .modules import conditioned
+from .ort import CPU, ORTSampler, named, runtime, session
 
 BUILDER, BUILD_SECONDS = Path(__file__).with_name("rtx.py"), 300
 CONTROL_FLOW = ("If", "Loop", "Scan")
@@ -43,14 +47,15 @@ def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool =
         build: whether to build engines.
 
     Returns:
-        `failures`, a list of sentences, empty if all is well; `graphs`, what was found of each; `remarks`.
+        `failures`, a list of sentences, empty if all is well; `graphs`, what was found of each; `not_compared`, the graphs whose
+        output was held against nothing; `remarks`.
 
     Raises:
         ValueError: not such a folder, or onnx or onnxruntime is not installed.
     """
     runtime()
     folder = Path(folder)
-    manifest = manifest_of(folder)
+    manifest, _ = manifest_of(folder)
     report: dict[str, Any] = {"failures": [], "remarks": [], "graphs": {}}
     wanted = GRAPHS if manifest["decodes"] else GRAPHS[:3]
     report["failures"] += [f"{MANIFEST} names no {name}.onnx" for name in wanted if name not in manifest["graphs"]]
@@ -68,7 +73,7 @@ def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool =
             report["remarks"].append(f"{name}.onnx: ONNX Runtime fuses {found['fused_norms']} of {found['norms']} norms")
     example = None
     try:
-        example = np.load(BytesIO(verified(folder, EXAMPLE, manifest.get("example") or {})), allow_pickle=False)
+        example = _example(folder, manifest)
     except ValueError as error:
         report["failures"].append(str(error))
     if pipeline is not None and not manifest["decodes"]:
@@ -80,6 +85,7 @@ def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool =
     if not report["failures"] and example is not None:
         report["failures"] += _parity(folder, manifest, example, pipeline, report)
         report["failures"] += _single(folder, manifest, example, pipeline, report) if pipeline is not None else []
+    report["not_compared"] = [name for name, found in report["graphs"].items() if not any(key.startswith("error against") for key in found)]
     if build and manifest["target"] == "tensorrt":
         if importlib.util.find_spec("tensorrt_rtx") is None:
             report["remarks"].append("no engine was built: pip install 'sbldm_fast[tensorrt]'")
@@ -102,6 +108,8 @@ def _faults(name: str, data: bytes, manifest: dict[str, Any], found: dict[str, A
     except Exception as error:  # protobuf's, onnx.checker's and the shape inference's have no common class
         yield f"not valid: {str(error).strip().splitlines()[0]}"
         return
+    if unlike := misdescribed(model, manifest["graphs"][name]):
+        yield f"its {unlike} are not those in {MANIFEST}"
     used = {node.domain or "ai.onnx" for node in nodes(model.graph)}
     opsets = {o.domain or "ai.onnx": o.version for o in model.opset_import if (o.domain or "ai.onnx") in used}
     if opsets != {"ai.onnx": manifest["opset"]}:
@@ -129,18 +137,46 @@ def _faults(name: str, data: bytes, manifest: dict[str, Any], found: dict[str, A
             found["fused_norms"] = 0
         if found["fused_norms"] != entry["norms" if manifest["model"].get("class") == "Pipeline" else "fused_norms"]:
             yield f"ONNX Runtime fuses {found['fused_norms']} of {entry['norms']} norms"
-    if not {"error", "allowed"} <= (entry.get("parity") or {}).keys():
+    if "parity" not in entry:
         yield f"{MANIFEST} has no parity of it"
 
 
-def _parity(folder: Path, manifest: dict[str, Any], example: Any, pipeline: Pipeline | None, report: dict[str, Any]) -> Iterator[str]:
+def _example(folder: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of `example.npz`, of the shapes that the folder has.
+
+    Raises:
+        ValueError: it is not the file that was written, or its arrays are others.
+    """
+    data = verified(folder, EXAMPLE, manifest.get("example", {}))
+    try:
+        with np.load(BytesIO(data), allow_pickle=False) as file:
+            arrays = dict(file)
+    except Exception:  # those of zip, of zlib and of NumPy's headers have no common class
+        raise ValueError(f"{folder / EXAMPLE}: not an archive of arrays") from None
+    one = {"noise": manifest["latent_shape"], **{conditioned("cond", k): shape for k, shape in manifest["cond"].items()}}
+    one |= {"images": None} if manifest["decodes"] else {"latents": manifest["latent_shape"]}
+    n = {v.shape[:1] for v in arrays.values()}
+    if set(arrays) != set(one) or len(n) != 1 or any(shape not in (None, list(arrays[k].shape[1:])) for k, shape in one.items()):
+        got = {k: list(v.shape) for k, v in arrays.items()}
+        raise ValueError(f"{folder / EXAMPLE}: got {reprlib.repr(got)}, allowed are {', '.join(one)} in the shapes of {MANIFEST}")
+    return arrays
+
+
+def _parity(
+    folder: Path, manifest: dict[str, Any], example: dict[str, np.ndarray], pipeline: Pipeline | None, report: dict[str, Any]
+) -> Iterator[str]:
     expected = example["images" if manifest["decodes"] else "latents"]
-    cond = {k.removeprefix("cond").removeprefix("_"): example[k] for k in example.files if k.startswith("cond")}
+    cond = {k.removeprefix("cond").removeprefix("_"): v for k, v in example.items() if k.startswith("cond")}
     for mode in ("step", "sampler"):
         allowed = manifest["graphs"][mode]["parity"]["allowed"]
-        sampler = ORTSampler(folder, providers=CPU, mode=mode)
-        got = sampler(noise=example["noise"], **_asked(cond)) if not sampler.solver.stochastic else sampler(len(expected), **_asked(cond))
-        pairs = [("example.npz", expected)]
+        try:
+            sampler = ORTSampler(folder, providers=CPU, mode=mode)
+            given = {"n": len(expected)} if sampler.solver.stochastic else {"noise": example["noise"]}
+            got = sampler(**given, **_asked(cond))
+        except (ValueError, FloatingPointError) as failure:
+            yield f"{mode}.onnx does not make {EXAMPLE} again: {failure}"
+            continue
+        pairs = [(EXAMPLE, expected)]
         if pipeline is not None:
             pairs.append(("the pipeline", pipeline.sampler(sampler.solver.steps, "eager", scheduler=sampler.table)(len(got)).cpu().numpy()))
         for against, want in pairs:
@@ -150,7 +186,9 @@ def _parity(folder: Path, manifest: dict[str, Any], example: Any, pipeline: Pipe
                 yield f"{mode}.onnx: ONNX Runtime differs from {against} by {error:.1e}, allowed is {allowed:.1e}"
 
 
-def _single(folder: Path, manifest: dict[str, Any], example: Any, pipeline: Pipeline, report: dict[str, Any]) -> Iterator[str]:
+def _single(
+    folder: Path, manifest: dict[str, Any], example: dict[str, np.ndarray], pipeline: Pipeline, report: dict[str, Any]
+) -> Iterator[str]:
     """The graphs of one call each, against the pipeline's models."""
     x, image = torch.from_numpy(example["noise"]), torch.from_numpy(example["images"])
     t = torch.tensor(manifest["solver"]["timesteps"])[torch.linspace(0, len(manifest["solver"]["timesteps"]) - 1, len(x)).long()]
@@ -164,16 +202,20 @@ def _single(folder: Path, manifest: dict[str, Any], example: Any, pipeline: Pipe
         }  # fmt: skip
     for name, (given, want) in wanted.items():
         entry = manifest["graphs"][name]
-        run, size = session(verified(folder, f"{name}.onnx", entry)), next(iter(entry["inputs"].values()))["shape"][0]
+        run, size = session(verified(folder, f"{name}.onnx", entry)), entry["inputs"][next(iter(given))]["shape"][0]
         N = size if isinstance(size, int) else len(x)
         some = {k: torch.cat([v] * N)[:N].numpy() for k, v in given.items()}
-        error = _error(entry, run.run(None, some)[0], torch.cat([want] * N)[:N].numpy())
+        with named(f"{name}.onnx"):
+            got = run.run(None, some)[0]
+        error = _error(entry, got, torch.cat([want] * N)[:N].numpy())
         report["graphs"][name]["error against the pipeline"] = error
         if not error <= entry["parity"]["allowed"]:
             yield f"{name}.onnx: ONNX Runtime differs from the pipeline by {error:.1e}, allowed is {entry['parity']['allowed']:.1e}"
 
 
 def _error(entry: dict[str, Any], got: np.ndarray, want: np.ndarray) -> float:
+    if got.shape != want.shape:
+        return math.inf
     return (rms if entry["dtype"] == "int8" else largest)(torch.from_numpy(got - want))
 
 

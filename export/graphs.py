@@ -24,6 +24,7 @@ from sbldm_fast.sampling.noise import draw
 
 from .fusion import fused
 from .int8 import quantised
+from .manifest import EXAMPLE, FORMAT, GRAPHS, MANIFEST, described
 from .modules import (
     DecoderGraph,
     EncoderGraph,
@@ -37,7 +38,7 @@ from .modules import (
     norms,
     table_inputs,
 )
-from .ort import CPU, EXAMPLE, FORMAT, GRAPHS, MANIFEST, ORTSampler, session
+from .ort import CPU, ORTSampler, session
 from .trace import Graph, onnx_bytes, program
 
 # ort: with a dynamic batch ONNX Runtime fuses GroupNorm from the form of this opset, and from no later one.
@@ -310,14 +311,8 @@ def _entry(name: str, data: bytes, graph: Graph, dtype: str, target: str, ours: 
 
     model = onnx.load_model_from_string(data)
     entry: dict[str, Any] = {"sha256": _sha256(data), "bytes": len(data), "dtype": dtype}
-    for side in ("input", "output"):
-        entry[f"{side}s"] = {
-            v.name: {
-                "dtype": onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name,
-                "shape": [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
-            } | ({"range": RANGES[v.name]} if v.name in RANGES else {})
-            for v in getattr(model.graph, side)
-        }  # fmt: skip
+    for side, tensors in described(model).items():
+        entry[side] = {k: v | ({"range": RANGES[k]} if k in RANGES else {}) for k, v in tensors.items()}
     if target == "ort" and dtype != "int8" and not isinstance(graph.module, SamplerGraph):
         entry["norms"] = norms(graph.module, graph.given)
         try:

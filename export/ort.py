@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sbldm_fast import SolverTable
-from sbldm_fast.files import read_json
 from sbldm_fast.sampling.model import Cond
 from sbldm_fast.sampling.noise import Parts, Request, draw
 
 from .fusion import external, fused
+from .manifest import MANIFEST, manifest_of, misdescribed, verified
 from .modules import Solver, conditioned, table_inputs
 
 Given = Cond | np.ndarray | Mapping[str, np.ndarray]  # what a caller gives
-FORMAT = 2
-GRAPHS = ("unet", "step", "sampler", "vae_encoder", "vae_decoder")
-MANIFEST, EXAMPLE = "manifest.json", "example.npz"
 CPU = ("CPUExecutionProvider",)
 
 
@@ -40,6 +36,33 @@ def runtime() -> Any:
     return onnxruntime
 
 
+def parsed(data: bytes) -> Any:
+    """An ONNX graph in memory.
+
+    Raises:
+        ValueError: it is no graph, or refers to other files; onnx or onnxruntime is not installed.
+    """
+    runtime()
+    import onnx
+
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception:  # protobuf's own class
+        raise ValueError("not an ONNX graph") from None
+    if external(model):
+        raise ValueError("the graph refers to other files, allowed is one in a single file")
+    return model
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """ONNX Runtime's errors in the block, whose classes are private, as one."""
+    try:
+        yield
+    except Exception as failure:
+        raise ValueError(f"{what}: {(str(failure).strip() or type(failure).__name__).splitlines()[0]}") from failure
+
+
 def session(data: bytes, providers: Sequence[Any] = CPU) -> Any:
     """An ONNX Runtime session of a graph in memory, with as many threads as PyTorch has.
 
@@ -47,61 +70,15 @@ def session(data: bytes, providers: Sequence[Any] = CPU) -> Any:
         ValueError: onnxruntime is not installed, has not got a provider, or refuses the graph; the graph refers to other files.
     """
     onnxruntime = runtime()
-    import onnx
-
-    if external(onnx.load_model_from_string(data)):
-        raise ValueError("the graph refers to other files, allowed is one in a single file")
+    parsed(data)
     here = onnxruntime.get_available_providers()
     if missing := [p for p in (p if isinstance(p, str) else p[0] for p in providers) if p not in here]:
         raise ValueError(f"providers: got {missing[0]}, allowed on this machine are {', '.join(here)}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # its warnings are about what it folded
-    try:
+    with named("ONNX Runtime refuses the graph"):
         return onnxruntime.InferenceSession(data, options, providers=list(providers))
-    except Exception as failure:  # the classes of its errors are private
-        raise ValueError(f"ONNX Runtime refuses the graph: {str(failure).strip().splitlines()[0]}") from failure
-
-
-def manifest_of(folder: Path) -> dict[str, Any]:
-    """The manifest of an exported folder.
-
-    Raises:
-        ValueError: there is none, it is of another format, or something is missing from it.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"folder: {folder} is not a folder, allowed is one that sbldm-fast export wrote")
-    manifest = read_json(folder / MANIFEST)
-    graphs = manifest.get("graphs")
-    if manifest.get("format") != FORMAT or not isinstance(graphs, dict) or not set(graphs) <= set(GRAPHS):
-        raise ValueError(f"{folder / MANIFEST}: got format {manifest.get('format')!r}, allowed is {FORMAT}: export again")
-    wanted: dict[str, type] = {
-        "target": str, "opset": int, "dtype": str, "model": dict, "latent_shape": list, "cond": dict, "decodes": bool, "solver": dict,
-    }  # fmt: skip
-    each: dict[str, type] = {"sha256": str, "dtype": str, "inputs": dict, "outputs": dict}
-    for where, values, kinds in [(MANIFEST, manifest, wanted), *((name, entry, each) for name, entry in graphs.items())]:
-        for key, kind in kinds.items():
-            if not isinstance(values, dict) or not isinstance(values.get(key), kind):
-                raise ValueError(f"{folder / MANIFEST}: {where} has no {key} that is a {kind.__name__}: export again")
-    if manifest["target"] not in ("ort", "tensorrt") or len(manifest["latent_shape"]) != 3:
-        got = f"{manifest['target']!r}, {manifest['latent_shape']}"
-        raise ValueError(f"{folder / MANIFEST}: got {got}, allowed are ort or tensorrt, [C, H, W]")
-    return manifest
-
-
-def verified(folder: Path, name: str, entry: dict[str, Any]) -> bytes:
-    """The content of a file that the manifest vouches for; `name` is one of ours, never a path out of the manifest.
-
-    Raises:
-        ValueError: the file is missing, or is not the one that was written.
-    """
-    try:
-        data = (folder / name).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{folder / name}: {error.strerror}; the manifest names it") from None
-    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
-        raise ValueError(f"{folder / name}: its sha256 is not the one in {MANIFEST}; the file was changed or cut short")
-    return data
 
 
 class ORTSampler:
@@ -131,7 +108,7 @@ class ORTSampler:
         folder = Path(folder)
         if mode not in ("step", "sampler"):
             raise ValueError(f"mode: got {mode!r}, allowed are step, sampler")
-        self.manifest = manifest_of(folder)
+        self.manifest, self.table = manifest_of(folder)
         self.mode = mode
         onnxruntime = runtime()
         if providers is None:
@@ -156,12 +133,15 @@ class ORTSampler:
 
         def opened(name: str, providers: Sequence[Any]) -> Any:
             data = verified(folder, f"{name}.onnx", graphs[name])
+            with named(str(folder / f"{name}.onnx")):
+                model = parsed(data)
+            if other := misdescribed(model, graphs[name]):
+                raise ValueError(f"{folder / name}.onnx: its {other} are not those in {MANIFEST}: export again")
             return session(fused(data)[0] if fuse else data, providers)
 
         self.device_id = int(options.get("device_id", 0))
         self.run = opened(self.mode, captured)
         self.decoder = opened("vae_decoder", providers) if self.mode == "step" and self.manifest["decodes"] else None
-        self.table = SolverTable.from_dict(self.manifest["solver"], str(folder / MANIFEST))
         self.solver = Solver.of(self.table)
         self.shape = tuple(self.manifest["latent_shape"])
         size = graphs[self.mode]["inputs"]["x"]["shape"][0]
@@ -216,7 +196,8 @@ class ORTSampler:
 
     def _made(self, given: dict[str, np.ndarray], callback: Callable[[int, float, np.ndarray], None] | None) -> np.ndarray:
         if self.mode == "sampler":
-            out: np.ndarray = self.run.run(None, given)[0]
+            with named("sampler.onnx"):
+                out: np.ndarray = self.run.run(None, given)[0]
             return out
         if self._loop is None:
             self._loop = _Loop(self, given)
@@ -226,7 +207,8 @@ class ORTSampler:
         bound = self.decoder.io_binding()
         bound.bind_ortvalue_input("z", latent)
         bound.bind_output("image", "cpu")
-        self.decoder.run_with_iobinding(bound)
+        with named("vae_decoder.onnx"):
+            self.decoder.run_with_iobinding(bound)
         image: np.ndarray = bound.get_outputs()[0].numpy()
         return image
 
@@ -270,7 +252,8 @@ class _Loop:
         for name, array in (self.start | given).items():
             (self.states[0] if name in self.start else self.fixed)[name].update_inplace(array)
         for i, t in enumerate(times):
-            self.session.run_with_iobinding(self.bindings[i % 2], self.options[i % 2])
+            with named("step.onnx"):
+                self.session.run_with_iobinding(self.bindings[i % 2], self.options[i % 2])
             if callback is not None:
                 callback(i, t, np.array(self.states[1 - i % 2]["x"].numpy()))
         return self.states[len(times) % 2]["x"]
