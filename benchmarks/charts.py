@@ -22,7 +22,7 @@ from sbldm_fast.files import whole_file
 
 from .rows import Row, latest, read_rows
 from .t4 import Ceilings
-from .table import groups, missing, pareto
+from .table import fastest, groups, missing, pareto
 
 INK, GRID, OURS, PEER, FAINT = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"  # stand-ins for the page's variables
 THEME = {INK: "currentColor", GRID: "var(--grid)", OURS: "var(--ours)", PEER: "var(--peer)", FAINT: "var(--faint)"}
@@ -61,13 +61,11 @@ def waterfall(rows: Sequence[Row], dtype: str, link: Link) -> str | None:
     stages = [(label, r) for label, r in stages if r is not None]
     if sum("median_s" in r for _, r in stages if r) < 2:
         return None
-    peers = [
-        r for r in chosen if "median_s" in r and r["provider"].startswith(("diffusers", "MONAI")) and "FastSampler" not in r["provider"]
-    ]
-    peers = [r for r in peers if r["dtype"] == dtype]
-    if peers:
-        best = min(peers, key=lambda r: float(r["median_s"]))
-        stages.append((f"fastest peer: {best['provider']}", best))
+    own, peer = fastest(chosen, dtype)
+    if own is not None and own not in [r for _, r in stages]:
+        stages.append((f"fastest of ours: {own['provider']}", own))
+    if peer is not None:
+        stages.append((f"fastest peer: {peer['provider']}", peer))
     fig, ax = _figure(0.34 * len(stages) + 0.7)
     first = next(r for _, r in stages if r and "median_s" in r)
     longest = max(1e3 * max(r["p90_s"], r["median_s"]) / r["batch"] for _, r in stages if r and "median_s" in r)
@@ -76,7 +74,9 @@ def waterfall(rows: Sequence[Row], dtype: str, link: Link) -> str | None:
         if missing(r):
             ax.text(0, i, f" not here: {missing(r).split(' (')[0]}", va="center", color=FAINT, fontsize=8)
             continue
-        bar = ax.barh(i, r["ms_per_image"], color=OURS if r["provider"].startswith(("reference", "FastSampler")) else PEER, height=0.62)[0]
+        bar = ax.barh(
+            i, r["ms_per_image"], color=OURS if r["provider"].startswith("reference") or is_ours(r["provider"]) else PEER, height=0.62
+        )[0]
         bar.set_url(link(r))
         ax.plot([1e3 * r["p10_s"] / r["batch"], 1e3 * r["p90_s"] / r["batch"]], [i, i], color=INK, lw=1)
         ax.text(longest * 1.03, i, f"{r['ms_per_image']:.0f} ms  {first['median_s'] / r['median_s']:.2f}×", va="center", ha="left")

@@ -119,7 +119,7 @@ def _own_ids(svg: str, picture: str) -> str:
 def _headline(rows: Sequence[Row]) -> str:
     try:
         return headline(rows).replace("*", "").replace("`", "")
-    except (ValueError, StopIteration):  # no peer, or none of ours, in these rows
+    except ValueError:  # no peer, or none of ours, in these rows
         return ""
 
 

@@ -196,16 +196,27 @@ def pareto(rows: Sequence[Row]) -> set[str]:
     return {name for s, e, name in points if not any(s2 <= s and e2 <= e and (s2, e2) != (s, e) for s2, e2, _ in points)}
 
 
-def headline(rows: Sequence[Row]) -> str:
-    """The answer in a sentence, in float32, of the smallest batch: our fastest way beside diffusers' own loop and the fastest peer."""
+def fastest(rows: Sequence[Row], dtype: str) -> tuple[Row | None, Row | None]:
+    """Our fastest way of the smallest batch, and the fastest peer's, of those that agree with their reference."""
     batch = min(r["batch"] for r in rows)
-    ok = [r for r in rows if r["batch"] == batch and "median_s" in r and r["parity"]["ok"] and r["dtype"] == "float32"]
-    own = min((r for r in ok if r["provider"].startswith(("FastSampler", "ORTSampler"))), key=lambda r: float(r["median_s"]))
-    eager = next(r for r in ok if r["provider"] == "diffusers")
-    peer = min(
-        (r for r in ok if r["provider"].startswith(("diffusers", "MONAI")) and "FastSampler" not in r["provider"]),
-        key=lambda r: float(r["median_s"]),
-    )
+    ok = [r for r in rows if r["batch"] == batch and "median_s" in r and r["parity"]["ok"] and r["dtype"] == dtype]
+    own = [r for r in ok if r["provider"].startswith(("FastSampler", "ORTSampler"))]
+    peers = [r for r in ok if r["provider"].startswith(("diffusers", "MONAI")) and "FastSampler" not in r["provider"]]
+    first, second = (min(found, key=lambda r: float(r["median_s"]), default=None) for found in (own, peers))
+    return first, second
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The answer in a sentence, in float32, of the smallest batch: our fastest way beside diffusers' own loop and the fastest peer.
+
+    Raises:
+        ValueError: no peer, or none of ours, in these rows.
+    """
+    batch = min(r["batch"] for r in rows)
+    own, peer = fastest(rows, "float32")
+    eager = next((r for r in rows if r["batch"] == batch and r["provider"] == "diffusers" and "median_s" in r), None)
+    if own is None or peer is None or eager is None:
+        raise ValueError("headline: got rows without a peer or without ours, allowed are rows with both")
     e = own["env"]
     where = e["gpu"] or f"{e['cpu']}, {e['threads']} threads"
     (low, high), (peer_low, peer_high) = (interval(r["raw_s"]) for r in (own, peer))

@@ -47,8 +47,8 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Verdict]:
 
     FAST and SLOW: the intervals do not meet, the medians differ by 2 % or more, and so they do in cycles where both rows have
     clocks, and beside the base of the same run, sample by sample: what slows a whole machine slows the base as well. SAME: all of
-    either interval lies within 5 % of the other. AMBIGUOUS: anything else, fewer than six samples, rows that were disturbed, and rows
-    of different machines. WRONG: no parity, or failed. GONE, NEW: in one set only.
+    either interval lies within 5 % of the other, or the samples are the same. AMBIGUOUS: anything else, fewer than six samples, rows
+    that were disturbed, and rows of different machines. WRONG: no parity, or failed. GONE, NEW: in one set only.
     """
     old, new = ({(*problem(r), r["provider"]): r for r in latest(rows)} for rows in (before, after))
     found = []
@@ -75,6 +75,8 @@ def _judge(a: Row | None, b: Row | None) -> tuple[str, str, float | None]:
     factor = b["median_s"] / a["median_s"]
     if machine_id(a["env"]) != machine_id(b["env"]):
         return "AMBIGUOUS", f"another machine: {machine_id(a['env'])} before, {machine_id(b['env'])} now", factor
+    if a["raw_s"] == b["raw_s"]:
+        return "SAME", "the same samples", factor
     if min(a["n"], b["n"]) < FEWEST:
         return "AMBIGUOUS", f"n below {FEWEST}", factor
     for r, when in ((a, "before"), (b, "now")):

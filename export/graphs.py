@@ -46,6 +46,7 @@ from .trace import Graph, onnx_bytes, program
 OPSETS = {"ort": 18, "tensorrt": 21}
 # the largest error, of the largest value or of 1, beside twice what PyTorch itself loses; of int8 the root mean square error
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-3, "int8": 2e-2}
+MOST = 65_536  # samples of a fixed batch; the shapes of its graph are traced with tensors of that size
 CALIBRATED = 2  # every other step of a run
 EXAMPLES = 4  # samples kept beside the graphs, for whoever runs them elsewhere
 GUIDANCE = 2.0  # of the samples of a conditional model
@@ -103,8 +104,8 @@ def export(
     for name, value, allowed in (("target", target, OPSETS), ("dtype", dtype, TOLERANCE)):
         if value not in allowed:
             raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)}")
-    if batch != "dynamic" and (not isinstance(batch, int) or batch < 1):
-        raise ValueError(f"batch: got {batch!r}, allowed is 1 or more, or 'dynamic'")
+    if batch != "dynamic" and (type(batch) is not int or not 1 <= batch <= MOST):
+        raise ValueError(f"batch: got {batch!r}, allowed is 1 to {MOST}, or 'dynamic'")
     if dtype == "int8" and target != "ort":
         raise ValueError(f"dtype: got int8 for {target}, allowed is ort: its quantised convolutions are for a CPU")
     claim(Path(out), force)

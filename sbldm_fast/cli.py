@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
+import reprlib
 import sys
 import time
 from dataclasses import replace
@@ -13,9 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_bench import Json, bench, report, say
+from .cli_bench import Json, bench, place, report, say
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
 
 Steps = Annotated[int, typer.Option()]
 Scheduler = StrEnum("Scheduler", ["ddim", "ddpm", "dpm", "unipc"])
@@ -26,6 +29,19 @@ Prediction = StrEnum("Prediction", ["epsilon", "sample", "v_prediction"])
 Dtype = StrEnum("Dtype", ["float32", "float16", "bfloat16"])
 Target = StrEnum("Target", ["ort", "tensorrt"])
 Precision = StrEnum("Precision", ["fp32", "fp16", "int8"])
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"sbldm_fast {importlib.metadata.version('sbldm_fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Make training slices of brain MRI, train latent diffusion on them, sample, export to ONNX, and measure all of it."""
 
 
 @app.command()
@@ -54,7 +70,8 @@ def print_doctor(report: dict[str, Any]) -> None:
     print(f"backend      {report['backend']['name']}: {report['backend']['reason']}")
     for op, check in report["parity"].items():
         print(f"{op:16} error {check['error']:.1e} {'ok' if check['ok'] else 'WRONG'}")
-    print(f"fastest safe mode here: {report['fastest_safe_mode']}")
+    for auto in report["auto"]:
+        print(f"mode auto    {auto['images']} images of {auto['steps']} steps: {auto['mode']} ({auto['reason']})")
 
 
 @app.command()
@@ -220,7 +237,7 @@ def sample(
 def evaluate(
     pipeline: Annotated[str, typer.Argument(help="A pipeline folder, or demo for the bundled weights.")],
     data: Annotated[Path, typer.Option(help="The folder that prepare wrote and train read.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    out: Annotated[Path, typer.Option("-o", "--out", callback=place, help="Folder to write.")],
     n: Annotated[int, typer.Option("-n", min=1, help="How many samples.")] = 64,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     steps: Steps = 50,
@@ -239,13 +256,16 @@ def evaluate(
         for who in ("samples", "unseen"):
             q = report[by][who]
             print(f"{by + ': ' + who:42} {q['min']:7.3f} {q['p10']:7.3f} {q['median']:7.3f} {q['p90']:7.3f}")
-    print(f"{report['samples']} samples, {report['training_slices']} training slices; look at {out / 'neighbours.png'}")
+    near = {by: report[by]["samples_nearer_than_unseen_p1"] for by in ("pixels", "latents")}
+    said = "none looks like a copy" if not any(near.values()) else "look at these for copies"
+    print(f"{near['pixels']} by pixels and {near['latents']} by latents of {report['samples']} samples lie nearer to one of "
+          f"{report['training_slices']} training slices than 99 of 100 unseen slices do: {said}; see {out / 'neighbours.png'}")  # fmt: skip
 
 
 @app.command()
 def export(
     pipeline: Annotated[str | None, typer.Argument(help="A pipeline folder, demo, or a folder that holds a diffusers UNet2DModel.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", callback=place, help="Folder to write.")] = None,
     target: Annotated[Target, typer.Option(help="ort: opset 18; tensorrt: opset 21.")] = Target.ort,
     dtype: Annotated[Precision, typer.Option(help="Norms and softmax stay in fp32; int8: wide convolutions, on a CPU.")] = Precision.fp32,
     batch: Annotated[str, typer.Option(help="Of step, and for tensorrt of all graphs: a number or dynamic.")] = "dynamic",
@@ -262,6 +282,7 @@ def export(
     from sbldm_fast.export import check
     from sbldm_fast.export import export as run
     from sbldm_fast.export.foreign import load
+    from sbldm_fast.export.graphs import MOST
 
     if checked is not None:
         report = check(checked, None if pipeline is None else Pipeline.from_pretrained(pipeline))
@@ -269,8 +290,8 @@ def export(
         return
     if pipeline is None or out is None:
         raise typer.BadParameter("got none, allowed is PIPELINE -o OUT, or --check FOLDER", param_hint="PIPELINE, --out")
-    if batch != "dynamic" and not batch.isdecimal():
-        raise typer.BadParameter(f"got {batch}, allowed is a whole number or dynamic", param_hint="--batch")
+    if batch != "dynamic" and not (re.fullmatch("[0-9]{1,9}", batch) and 1 <= int(batch) <= MOST):
+        raise typer.BadParameter(f"got {reprlib.repr(batch)}, allowed is 1 to {MOST}, or dynamic", param_hint="--batch")
     source, own = load(pipeline)
     if scheduler is not None and "scheduler" in own:
         raise typer.BadParameter(f"got {scheduler}, allowed with a diffusers folder is none: it has its own", param_hint="--scheduler")
@@ -296,10 +317,18 @@ def _print_check(folder: Path, report: dict[str, Any], as_json: bool) -> None:
             print(f"{folder / name}.onnx: " + ", ".join(f"{k} {_brief(v)}" for k, v in found.items()))
         for line in report["remarks"]:
             print(f"remark: {line}")
+        print(_verdict(folder, report))
     for line in report["failures"]:
         print(f"FAILED {line}", file=sys.stderr)
     if report["failures"]:
         raise typer.Exit(1)
+
+
+def _verdict(folder: Path, report: dict[str, Any]) -> str:
+    if report["failures"]:
+        return f"FAILED: {folder}, {len(report['failures'])} fault{'s'[: len(report['failures']) > 1]}"
+    alone = report["not_compared"]
+    return f"OK: {folder}" + (f"; what {', '.join(alone)} make was compared with nothing: that needs PIPELINE" if alone else "")
 
 
 def _brief(value: Any) -> str:
@@ -313,7 +342,7 @@ app.command()(report)
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("demo")) -> None:
+def demo(out: Annotated[Path, typer.Option("-o", "--out", callback=place, help="Folder to write.")] = Path("demo")) -> None:
     """See it all work: doctor, 16 images, latency against diffusers, ONNX. Example: sbldm-fast demo -o demo"""
     import torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -14,6 +15,15 @@ from typing import Annotated, Any
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def place(path: Path | None) -> Path | None:
+    """What `-o` names; nothing, as from an unset variable of a shell, would be the current folder."""
+    if path == Path():
+        raise typer.BadParameter("got nothing or the current folder, allowed is a path with a name")
+    return path
+
+
 Suite = StrEnum("Suite", ["kernels", "sampling", "training", "export", "memory", "startup", "scaling", "solvers"])
 
 
@@ -34,7 +44,9 @@ def bench(
     dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 (default: float32 and the native half).")] = None,
     short: Annotated[bool | None, typer.Option("--short", help="Our ways, to images too, and the plain loops alone.")] = None,
     energy: Annotated[bool | None, typer.Option("--energy", help="Also joules, where NVML counts them.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSONL file to append to (default: results/MACHINE/SUITE.jsonl).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", callback=place, help="JSONL file to append to (default: results/MACHINE/SUITE.jsonl).")
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option("--compare", help="Two row files, before and after, to judge instead.")
     ] = None,
@@ -42,8 +54,12 @@ def bench(
 ) -> None:
     """Measure in turns, against peers, gated by parity. Example: sbldm-fast bench sampling --quick
 
-    Rows are written as they are made. Exit code 1: a provider failed, or differs from what it must equal; with --compare: one is slower;
-    130: interrupted (Ctrl-C), with the rows of what had three rounds by then.
+    Rows are written as they are made. Exit code 1: a provider failed, or differs from what it must equal; 130: interrupted (Ctrl-C), with
+    the rows of what had three rounds by then.
+
+    With --compare each provider is FAST, SLOW, SAME (within 5 %, or the same samples), AMBIGUOUS (the samples do not tell), WRONG (failed,
+    or differs from what it must equal), GONE or NEW (in one file only). Exit code 1: one is SLOW, WRONG or GONE, or of another machine, or
+    a line is not a row.
     """
     if compare is not None:
         _compare(*compare, as_json)
@@ -117,7 +133,7 @@ def _compare(before: Path, after: Path, as_json: bool) -> None:
 
 def report(
     results: Annotated[list[Path] | None, typer.Argument(help="Row files, or folders of them (default: results).")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The page to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("-o", "--out", callback=place, help="The page to write.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
     """Write results as one HTML page that needs nothing else. Example: sbldm-fast report results -o report.html"""
@@ -134,7 +150,7 @@ def report(
 
 
 def _sizes(text: str | None, option: str) -> list[int] | None:
-    if text is not None and not all(b.isdecimal() for b in text.split(",")):
+    if text is not None and not re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", text):
         raise typer.BadParameter(f"got {text}, allowed are whole numbers with commas between", param_hint=f"--{option}")
     return None if text is None else [int(b) for b in text.split(",")]
 

@@ -6,7 +6,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from sbldm_fast.kernels import ddim_step, diffuse, frequency_loss, group_norm_silu, philox_normal, solver_step, spectral_mse
 from sbldm_fast.kernels._backend import obstacle, resolve
+from sbldm_fast.sampling.modes import choose
 from sbldm_fast.training.loop import amp_dtype
 
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "monai", "onnx", "onnxruntime", "openvino", "liger_kernel", "nibabel", "nilearn")
@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
 
 
 def doctor() -> dict[str, Any]:
-    """The environment, the backend of each op with its reason and parity error, and the mode that `auto` takes here."""
+    """The environment, the backend of each op with its reason and parity error, and which mode `auto` takes here and why."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = amp_dtype("auto", device)
     checks = parity(device)
@@ -54,7 +54,7 @@ def doctor() -> dict[str, Any]:
         "backend": dict(zip(("name", "reason"), resolve(device), strict=True)),
         "triton": obstacle(device) or "runs here",
         "parity": checks,
-        "fastest_safe_mode": _fastest_mode(device),
+        "auto": [dict(zip(("images", "steps", "mode", "reason"), (n, 50, *choose(device, n, 50)), strict=True)) for n in (16, 1000)],
         "ok": all(check["ok"] for check in checks.values()),
     }
 
@@ -104,13 +104,6 @@ def op_errors(device: torch.device) -> dict[str, Callable[[], float]]:
         "philox_normal": normals,
     }
     return {name: lambda call=call: float(call().abs().max()) for name, call in differences.items()}  # type: ignore[misc]  # mypy cannot type a default in a lambda
-
-
-def _fastest_mode(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "loop-graph (`make gpu` proves and measures it on this machine)"
-    found = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
-    return "compile" if found else "eager (mode compile needs a C++ compiler)"
 
 
 def _version(package: str) -> str | None:

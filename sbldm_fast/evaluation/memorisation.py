@@ -23,8 +23,9 @@ from sbldm_fast.sampling.pipeline import Pipeline
 
 CHUNK = 256  # slices at a time
 QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9}
+REPORT, PICTURE = "memorisation.json", "neighbours.png"
 NOTICE_BESIDE = "first rows synthetic, below training slices; not for diagnosis"
-TILE = 64  # pixels of an image in the picture
+COLUMNS, TILE = 16, 64  # images beside one another, pixels of an image in the picture
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ def memorisation(pipeline: Pipeline, data: str | Path, out: str | Path, *, n: in
     distance to the nearest training slice: of the samples, and of validation and test slices, which no training has seen.
 
     Raises:
-        ValueError: as `Slices`; a prepared folder without validation and test slices.
+        ValueError: as `Slices`; a prepared folder without validation and test slices; a folder `out` with other files.
     """
+    if Path(out).is_dir() and (other := sorted({p.name for p in Path(out).iterdir()} - {REPORT, PICTURE})):
+        raise ValueError(f"{out} holds {other[0]}, which would be lost; allowed is a new folder or one that evaluate wrote")
     train = Slices(data, "train")
     unseen = []
     for split in ("val", "test"):
@@ -87,12 +90,13 @@ def memorisation(pipeline: Pipeline, data: str | Path, out: str | Path, *, n: in
         limit = float(held.distance.quantile(0.01))
         report[name]["samples_nearer_than_unseen_p1"] = int((found.distance < limit).sum())
         rows.append(train[found.index])
-    with whole_folder(out, lose=True) as folder:
-        write_json(folder / "memorisation.json", report)
+    with whole_folder(out) as folder:
+        write_json(folder / REPORT, report)
         small = [torch.nn.functional.interpolate(r.float(), size=(TILE, TILE), mode="area") for r in rows]
-        columns = 16
-        tiles = [part for group in zip(*(r.split(columns) for r in small), strict=True) for part in group]
-        save_grid(to_uint8(torch.cat(tiles)), folder / "neighbours.png", NOTICE_BESIDE, columns)
+        # whole rows, so that the last samples too have their slices below them
+        small = [torch.nn.functional.pad(r, (0, 0, 0, 0, 0, 0, 0, -len(r) % COLUMNS), value=-1.0) for r in small]
+        tiles = [part for group in zip(*(r.split(COLUMNS) for r in small), strict=True) for part in group]
+        save_grid(to_uint8(torch.cat(tiles)), folder / PICTURE, NOTICE_BESIDE, COLUMNS)
     return report
 
 
