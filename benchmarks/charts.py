@@ -223,9 +223,15 @@ def _svg(fig: Figure, salt: str) -> str:
 
 
 def standalone(rows: Path) -> str:
-    """The float32 waterfall of a row file as a picture of its own, in the colours of light and dark pages."""
-    svg = waterfall(groups(latest(read_rows(rows)[0]))[0], "float32", lambda _: "")
-    assert svg is not None, f"{rows} holds no waterfall"
+    """The float32 waterfall of a row file as a picture of its own, in the colours of light and dark pages.
+
+    Raises:
+        ValueError: the file cannot be read, or holds nothing for it.
+    """
+    found = groups(latest(read_rows(rows)[0]))
+    svg = waterfall(found[0], "float32", lambda _: "") if found else None
+    if svg is None:
+        raise ValueError(f"{rows} holds no waterfall, allowed are rows of bench sampling")
     light = "--grid:#d9dde3;--ours:#0b7a75;--peer:#9aa3b2;--faint:#6b7484;color:#1c2430"
     dark = "--grid:#39424f;--ours:#3fc1b0;--peer:#7b8698;--faint:#98a2b3;color:#e4e7ec"
     style = f"<style>svg{{{light}}}text{{fill:currentColor}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"

@@ -50,7 +50,7 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     rows: list[Row] = []
     faults: list[str] = []
     for path in paths:
-        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        for file in sorted(f for f in path.rglob("*.jsonl") if f.is_file()) if path.is_dir() else [path]:
             found, more = read_rows(file)
             rows += [
                 row | {"at": f"{file.parent.name}/{row['at']}", "id": f"r{len(rows) + i}"}

@@ -199,7 +199,7 @@ def pareto(rows: Sequence[Row]) -> set[str]:
 def fastest(rows: Sequence[Row], dtype: str) -> tuple[Row | None, Row | None]:
     """Our fastest way of the smallest batch, and the fastest peer's, of those that agree with their reference."""
     batch = min(r["batch"] for r in rows)
-    ok = [r for r in rows if r["batch"] == batch and "median_s" in r and r["parity"]["ok"] and r["dtype"] == dtype]
+    ok = [r for r in rows if r["batch"] == batch and "median_s" in r and (r["parity"] or {}).get("ok") and r["dtype"] == dtype]
     own = [r for r in ok if r["provider"].startswith(("FastSampler", "ORTSampler"))]
     peers = [r for r in ok if r["provider"].startswith(("diffusers", "MONAI")) and "FastSampler" not in r["provider"]]
     first, second = (min(found, key=lambda r: float(r["median_s"]), default=None) for found in (own, peers))
@@ -314,8 +314,8 @@ def gpu_table(rows: Sequence[Row]) -> Table:
     for r in sorted((r for r in rows if not missing(r)), key=lambda r: float(r["batch"])):
         p = r["parity"]
         error = "" if not p else "not finite" if p["error"] is None else f"{p['error']:.0e}"
-        peak = f"{r['peak_bytes'] / 2**20:.0f}" if r["peak_bytes"] else ""
-        figures = figure(f"{r['ms_per_step']:.3f}", r), f"{r['images_per_s']:.1f}", peak, error, speedup(r)
+        peak = f"{r['peak_bytes'] / 2**20:.0f}" if r.get("peak_bytes") else ""
+        figures = figure(f"{r['ms_per_step']:.3f}", r), f"{r['batch'] / r['median_s']:.1f}", peak, error, speedup(r)
         body.append([str(r["batch"]), r["provider"], *figures])
     over = next((r["speedup"]["over"] for r in rows if r.get("speedup")), "its reference")
     columns = ["ms/step", "samples/s", "peak MiB", "error", f"× {over}"]
@@ -357,7 +357,7 @@ def gpus_table(folder: Path) -> Table:
             + ", cut off" * any(r.get("code", 0) is None for r in parity),
             cell(1, "ms_per_image", ".0f"),
             cell(64, "images_per_s", ".0f"),
-            f"torch {env['packages']['torch']}, triton {env['packages']['triton']}, {day}",
+            f"torch {env['packages'].get('torch')}, triton {env['packages'].get('triton')}, {day}",
         ])  # fmt: skip
     columns = ["checks", "tests", "batch 1: ms/latent", "batch 64: latents/s", "with"]
     return Table(["measured on", *columns], [], body)
@@ -370,7 +370,10 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
 
 
 if __name__ == "__main__":
-    for page in sys.argv[1:]:
-        text = render(page)
-        with whole_file(page) as aside:
-            aside.write_text(text)
+    try:
+        for page in sys.argv[1:]:
+            text = render(page)
+            with whole_file(page) as aside:
+                aside.write_text(text)
+    except (ValueError, OSError) as error:
+        sys.exit(f"table: {error}")

@@ -50,7 +50,7 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Verdict]:
     either interval lies within 5 % of the other, or the samples are the same. AMBIGUOUS: anything else, fewer than six samples, rows
     that were disturbed, and rows of different machines. WRONG: no parity, or failed. GONE, NEW: in one set only.
     """
-    old, new = ({(*problem(r), r["provider"]): r for r in latest(rows)} for rows in (before, after))
+    old, new = ({(*problem(r), r["provider"]): r for r in latest(rows) if "provider" in r} for rows in (before, after))
     found = []
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key), new.get(key)
