@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,54 @@ SECRET = "ZZSECRET"  # planted in headers, it must come out nowhere
 SECONDS = 20
 MEMORY = 2**30  # bytes beyond what the process has
 LONGEST = 2000  # characters of a message
+NAN, INF, ABSENT = float("nan"), float("inf"), object()
+VALUES: dict[str, Any] = {"minus-1": -1, "0": 0, "10^18": 10**18, "true": True, "text": "ZZ", "nested": [[8, 8]], "NaN": NAN,
+"Infinity": INF,
+                          "10^400": 10**400, "null": None, "mapping": {"a": 1}, "absent": ABSENT, "1e308": 1e308, "nulls": [None] * 2,
+                          "10^18s": [10**18] * 2, "long": "Z" * 10**5, "path": "../../mine.txt"}  # fmt: skip
+Lie = bytes | Callable[[Path], object]
+NO_FILES: dict[str, Lie] = {
+    "missing": Path.unlink, "folder": lambda p: (p.unlink(), p.mkdir()), "fifo": lambda p: (p.unlink(), os.mkfifo(p)),
+    "zero": lambda p: (p.unlink(), p.symlink_to("/dev/zero")),
+}  # fmt: skip
+
+
+class Runs:
+    """What runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch RAN",)
+
+
+def lay(path: Path, lie: Lie) -> None:
+    """Put a lie in the place of a file."""
+    lie(path) if callable(lie) else path.write_bytes(lie)
+
+
+def lies(paths: str, each: int = 3) -> Iterator[Any]:
+    """Places in a JSON file and what stands there instead; by night every value, else `each` of them in turn."""
+    names = list(VALUES)
+    for i, path in enumerate(paths.split()):
+        for name in names if NIGHTLY else [names[(each * i + j) % len(names)] for j in range(each)]:
+            yield pytest.param(path, VALUES[name], id=f"{path.replace('/', '.')}-{name}")
+
+
+def replaced(content: Any, path: str, value: Any) -> Any:
+    """`content` with another value, or none, at a path such as `slices/0/split`."""
+    *way, last = (int(p) if p.isdecimal() else p for p in path.split("/"))
+    inner = content
+    for step in way:
+        inner = inner[step]
+    if value is ABSENT:
+        del inner[last]
+    else:
+        inner[last] = value
+    return content
+
+
+def change(file: Path, path: str, value: Any) -> None:
+    """Replace a value in a JSON file."""
+    file.write_text(json.dumps(replaced(json.loads(file.read_text()), path, value)))
 
 
 class Outcome(NamedTuple):
@@ -78,7 +127,7 @@ def attempt(call: Callable[[], Any], scratch: Path) -> Outcome:
         how, text = hear.recv() if ended else (f"hangs: no end after {SECONDS} s", "")
     except EOFError:
         process.join(SECONDS)
-        how, text = f"ended by signal {-(process.exitcode or 0)}", ""
+        how, text = f"ended with {process.exitcode}", ""
     if not ended:
         process.kill()
     process.join(SECONDS)
@@ -133,6 +182,7 @@ def holds(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
             "something unfinished is left over": any(re.fullmatch(r"\..*\.(part|old)", p.name) for p in written),
             "a traceback was printed": "Traceback" in said,
             "memory was all that stopped it": re.search("MemoryError|[Uu]nable to allocate|can't allocate|not enough memory", text + said),
+            "a refusal without a reason": how == "refused" and text.strip() == "sbldm-fast:",
             f"a message of {len(text)} characters": len(text) > LONGEST,
             f"a message of {len(text.splitlines())} lines": how == "refused" and len(text.splitlines()) > 1,
             "control characters reach the terminal": re.search(r"[\x00-\x08\x0b-\x1f\x7f]", said + text),

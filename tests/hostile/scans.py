@@ -17,12 +17,11 @@ from PIL import Image, PngImagePlugin
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from .conftest import NIGHTLY, SECRET
+from .conftest import INF, NAN, NIGHTLY, SECRET
 
 pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE  # what is written here is wrong on purpose
 WRITABLE = "98765432"  # a number that becomes SECRET once it is bytes: pydicom writes no text where numbers stand
 SHAPE, ZOOMS = (48, 56, 6), (4.0, 4.0, 8.0)
-NAN, INF = math.nan, math.inf
 FLIPS = 400 if NIGHTLY else 4
 
 
@@ -87,10 +86,11 @@ def nifti_files() -> Iterator[tuple[str, str, bytes, str]]:
         "no-codes": {"qform_code": 0, "sform_code": 0}, "pixdim-nan": {"pixdim": NAN, "sform_code": 0, "qform_code": 1},
         "units": {"xyzt_units": 255}, "metres": {"xyzt_units": 1}, "header-size": {"sizeof_hdr": 540}, "magic": {"magic": b"n+2"},
     }  # fmt: skip
-    either = {"dim0-5", "dim0-7", "slope-0", "slope-nan", "slope--1", "slope-3e+38", "slope-1e-45", "inter-3e+38", "inter-nan", "units", "affine-far",
-              "offset-0", "offset-nan", "offset-351.5", "offset--1", "slope-inf", "header-size", "dim1-1", "datatype-1024"}  # fmt: skip
+    either = ("dim0-5", "dim0-7", "slope", "inter-3e+38", "inter-nan", "units", "affine-far", "offset-0", "offset-nan", "offset-351.5",
+    "offset--1",
+              "header-size", "dim1-1", "datatype-1024")  # fmt: skip
     for name, fields in lies.items():
-        yield name, "a.nii", nifti(**fields), "" if name in either else "refuse"
+        yield name, "a.nii", nifti(**fields), "" if name.startswith(either) else "refuse"
     for name, value in (("nan", NAN), ("inf", INF), ("-inf", -INF)):
         array = head()
         array[20, 20, 2] = value
@@ -149,21 +149,26 @@ def stored(ds: FileDataset) -> bytes:
 # of every slice; what must hold; then what makes no sense of itself, but is no reason to refuse the scan
 DICOM_LIES: dict[str, tuple[dict[str, Any], str]] = {
     "sound": ({}, "work"), "text-everywhere": ({"sound": False}, "work"), "charset": ({"SpecificCharacterSet": SECRET}, ""),
-    **{f"{tag}-text": ({tag: [WRITABLE] * n}, "refuse") for tag, n in (("ImageOrientationPatient", 6), ("ImagePositionPatient", 3), ("PixelSpacing", 2),
+    **{f"{tag}-text": ({tag: [WRITABLE] * n}, "refuse") for tag, n in (("ImageOrientationPatient", 6), ("ImagePositionPatient", 3),
+    ("PixelSpacing", 2),
                                                                    ("NumberOfFrames", 1), ("RescaleSlope", 1))},
-    **{f"{tag}-text": ({tag: WRITABLE}, "") for tag in ("SliceThickness", "EchoTime", "AcquisitionNumber", "InstanceNumber", "TriggerTime")},
+    **{f"{tag}-text": ({tag: WRITABLE}, "") for tag in ("SliceThickness", "EchoTime", "AcquisitionNumber", "InstanceNumber",
+    "TriggerTime")},
     **{f"position-{v}": ({"ImagePositionPatient": [0, 0, str(v)]}, "refuse") for v in (1e300, -1e300, "NaN", "Infinity", "1e999")},
     "position-short": ({"ImagePositionPatient": [0, 0]}, "refuse"), "position-none": ({"ImagePositionPatient": None}, "refuse"),
     **{f"spacing-{v}": ({"PixelSpacing": [str(v)] * 2}, "refuse") for v in (0, -4, 1e-300, 1e300, "NaN")},
-    "orientation-zero": ({"ImageOrientationPatient": [0] * 6}, "refuse"), "orientation-1e200": ({"ImageOrientationPatient": ["1e200"] * 6}, "refuse"),
+    "orientation-zero": ({"ImageOrientationPatient": [0] * 6}, "refuse"), "orientation-1e200": ({"ImageOrientationPatient": ["1e200"] * 6},
+    "refuse"),
     **{f"rows-{n}": ({"Rows": n}, "refuse") for n in (0, 1, 65535)}, "columns-0": ({"Columns": 0}, "refuse"),
     **{f"bits-{n}": ({"BitsAllocated": n}, "refuse") for n in (0, 1, 12, 32, 64, 65535)}, "bits-8": ({"BitsAllocated": 8}, "refuse"),
     "bits-stored": ({"BitsStored": 60}, ""), "sign-7": ({"PixelRepresentation": 7}, ""), "samples-3": ({"SamplesPerPixel": 3}, "refuse"),
     **{f"frames-{n}": ({"NumberOfFrames": n}, "refuse") for n in (10**9,)}, **{f"frames-{n}": ({"NumberOfFrames": n}, "") for n in (0, -1)},
     "pixels-long": ({"PixelData": b"\1" * 40000}, "refuse"), "pixels-short": ({"PixelData": b"\1" * 100}, "refuse"),
     "pixels-none": ({"PixelData": None}, "refuse"), "pixels-empty": ({"PixelData": b""}, "refuse"),
-    "mosaic": ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]}, "refuse"), "palette": ({"PhotometricInterpretation": "PALETTE COLOR"}, "refuse"),
-    "monochrome1": ({"PhotometricInterpretation": "MONOCHROME1"}, "work"), "photometric-text": ({"PhotometricInterpretation": SECRET}, "refuse"),
+    "mosaic": ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]}, "refuse"),
+    "palette": ({"PhotometricInterpretation": "PALETTE COLOR"}, "refuse"),
+    "monochrome1": ({"PhotometricInterpretation": "MONOCHROME1"}, "work"), "photometric-text": ({"PhotometricInterpretation": SECRET},
+    "refuse"),
     "nobody": ({"PatientID": None}, "work"), "patient-long": ({"PatientID": SECRET * 10000}, ""),
     **{f"slope-{v}": ({"RescaleSlope": str(v)}, "refuse") for v in ("NaN", "1e308", 0)},
 }  # fmt: skip
@@ -185,7 +190,8 @@ def dicom_bytes() -> Iterator[tuple[str, bytes]]:
     yield "pixels-of-4-GB", whole[: pixels + 8] + struct.pack("<I", 2**32 - 2) + whole[pixels + 12 :]
     yield "pixels-undefined", whole[: pixels + 8] + struct.pack("<I", 2**32 - 1) + whole[pixels + 12 :]
     for name, uid in (("jpeg", "1.2.840.10008.1.2.4.50"), ("jpeg2000", "1.2.840.10008.1.2.4.90"), ("rle", "1.2.840.10008.1.2.5"),
-                      ("deflated", "1.2.840.10008.1.2.1.99"), ("big-endian", "1.2.840.10008.1.2.2"), ("syntax-text", f"{SECRET:22}")):  # fmt: skip
+                      ("deflated", "1.2.840.10008.1.2.1.99"), ("big-endian", "1.2.840.10008.1.2.2"), ("syntax-text",
+                      f"{SECRET:22}")):  # fmt: skip
         length = len(uid) + len(uid) % 2
         old = struct.pack("<HH", 2, 16) + b"UI" + struct.pack("<H", 20) + b"1.2.840.10008.1.2.1\0"
         yield name, whole.replace(old, old[:6] + struct.pack("<H", length) + uid.encode().ljust(length, b"\0"))
