@@ -126,7 +126,7 @@ def _many(count: int, name: str) -> str:
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Argument(help="Run folder: log, checkpoints and, at the end, pipeline/.")],
+    out: Annotated[Path, typer.Argument(callback=place, help="Run folder: log, checkpoints and, at the end, pipeline/.")],
     data: Annotated[Path, typer.Option(help="A folder that prepare wrote.")],
     preset: Annotated[str, typer.Option(help="paper, template or demo.")] = "demo",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")] = False,
@@ -194,8 +194,8 @@ def train(
 @app.command()
 def sample(
     pipeline: Annotated[str, typer.Argument(help="A pipeline folder, or demo for the bundled weights.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the images; run again, it is completed.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 16, seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path, typer.Option("-o", "--out", callback=place, help="Folder for the images; run again, it is completed.")],
+    n: Annotated[int, typer.Option("-n", min=1, max=2**31 - 1, help="How many images.")] = 16, seed: Annotated[int, typer.Option(min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Solver steps, 1 to 1000.")] = 50,
     scheduler: Annotated[Scheduler, typer.Option(help="dpm and unipc need diffusers.")] = Scheduler.ddim,
     mode: Annotated[str, typer.Option(help="auto, eager, compile, step-graph, loop-graph, a torch.compile mode, or graph+mode.")] = "auto",

@@ -16,6 +16,7 @@ import operator
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, NamedTuple, Self, SupportsIndex
 
 import torch
@@ -164,7 +165,7 @@ class SolverTable:
                 clip_range=None if values["clip_range"] is None else float(values["clip_range"]),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as wrong:
-            raise ValueError(f"{source}: not a solver table ({type(wrong).__name__}: {wrong})") from None
+            raise ValueError(f"{source}: not a solver table ({type(wrong).__name__}: {short(str(wrong))})") from None
         if values.get("format") != 1 or table.timesteps.dim() != 1 or not 0 < table.init_noise_sigma < math.inf:
             raise ValueError(f"{source}: format, timesteps, init_noise_sigma: allowed are 1, a list and a number above 0")
         if timesteps.dtype == torch.bool or not ((table.timesteps >= 0) & (table.timesteps < 2**24)).all():

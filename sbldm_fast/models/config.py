@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from reprlib import repr as short  # what a file holds may be of any length, and no text for a terminal
 from typing import Any, ClassVar, NamedTuple, Self
 
 
@@ -26,7 +27,7 @@ class Config:
         listed = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in content.items() if not k.startswith("_")}  # betas as an array
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in listed.items()}
         if unknown := given.keys() - names:
-            raise ValueError(f"{cls.__name__}: got {', '.join(sorted(unknown))}, allowed are {', '.join(sorted(names))}")
+            raise ValueError(f"{cls.__name__}: got {', '.join(short(k) for k in sorted(unknown))}, allowed are {', '.join(sorted(names))}")
         return cls(**given)
 
     def __post_init__(self) -> None:
@@ -36,18 +37,18 @@ class Config:
                 continue
             several = isinstance(likes, tuple)
             if several and not isinstance(value, (tuple, list)):
-                raise ValueError(f"{type(self).__name__}: {f.name} is {value!r}, allowed is one like {likes!r}")
+                raise ValueError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed is one like {likes!r}")
             for one in value if several else (value,):
                 like = likes[0] if several else likes
                 kinds = (int, float) if isinstance(like, float) else type(like)
                 # True is an int to Python, and to nobody else
                 if not isinstance(one, kinds) or isinstance(one, bool) != isinstance(like, bool):
-                    raise ValueError(f"{type(self).__name__}: {f.name} is {value!r}, allowed is one like {likes!r}")
+                    raise ValueError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed is one like {likes!r}")
                 if isinstance(one, (int, float)) and not abs(one) < math.inf:
-                    raise ValueError(f"{type(self).__name__}: {f.name} is {value!r}, allowed are finite numbers")
+                    raise ValueError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed are finite numbers")
             least, most = BOUNDS.get(f.name, (None, None))
             if least is not None and not all(least <= one <= most for one in (value if several else (value,))):
-                raise ValueError(f"{type(self).__name__}: {f.name} is {value!r}, allowed is {least} to {most}")
+                raise ValueError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed is {least} to {most}")
 
 
 # beyond any model of these kinds: what a file may ask for before its weights are looked at
@@ -174,7 +175,7 @@ class SchedulerConfig(Config):
             ("compat", ("diffusers", "monai")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed are {', '.join(map(str, allowed))}")
+                raise ValueError(f"{name}: got {short(getattr(self, name))}, allowed are {', '.join(map(str, allowed))}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start, beta_end: got {self.beta_start}, {self.beta_end}, allowed is 0 < start <= end < 1")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:

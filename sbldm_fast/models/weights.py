@@ -107,4 +107,4 @@ def fit(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
                 f"{source}: tensor {name} is of {str(tensors[name].dtype)[6:]}, allowed are {', '.join(str(d)[6:] for d in FLOATS)}"
             )
     if extra := sorted(tensors.keys() - own.keys()):
-        raise ValueError(f"{source}: tensor {extra[0]} is not in the model")
+        raise ValueError(f"{source}: tensor {extra[0]!r:.100} is not in the model")

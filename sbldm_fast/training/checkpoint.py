@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -14,6 +16,11 @@ from torch import Tensor, nn
 
 from sbldm_fast.files import read_json, whole_file, whole_folder, write_json
 from sbldm_fast.models.weights import load_tensors, read_tensors, write_tensors
+
+NUMBER = (int, float)
+STATE: dict[str, tuple[type, ...]] = {
+    "step": (int,), "since": (int,), "seconds": NUMBER, "loss": NUMBER, "best": (*NUMBER, type(None)), "settings": (dict,), "scaler": (dict,),
+}  # fmt: skip
 
 
 def newest(folder: Path, name: str) -> Path | None:
@@ -53,13 +60,15 @@ def load(path: Path, settings: dict[str, Any], model: nn.Module, ema: nn.Module 
         ValueError: it is of another model or of other settings, or damaged.
     """
     state = read_json(path / "state.json")
-    wanted = {"step": int, "since": int, "seconds": (int, float), "loss": (int, float), "settings": dict, "scaler": dict}
-    for key, kind in wanted.items():
-        if not isinstance(state.get(key), kind) or isinstance(state[key], bool):  # type: ignore[arg-type]  # a tuple of types is one
-            raise ValueError(f"{path / 'state.json'}: {key} is {state.get(key)!r}, which is no state of a run: the file is damaged")
+    for key, kind in STATE.items():
+        value = state.get(key)
+        if type(value) not in kind or (type(value) in (int, float) and not (0 if key in ("step", "since") else -math.inf) <= value < 2**53):
+            raise ValueError(f"{path / 'state.json'}: {key} is {short(value)}, which is no state of a run: the file is damaged")
     for key, value in settings.items():
         if state["settings"].get(key) != value:
-            raise ValueError(f"{key}: got {value}, but {path} was made with {state['settings'].get(key)}; use that or another run folder")
+            raise ValueError(
+                f"{key}: got {value}, but {path} was made with {short(state['settings'].get(key))}; use that or another run folder"
+            )
     load_tensors(model, read_tensors(path / "model.safetensors"), str(path))
     if ema is not None:
         load_tensors(ema, read_tensors(path / "ema.safetensors"), str(path))
@@ -68,7 +77,7 @@ def load(path: Path, settings: dict[str, Any], model: nn.Module, ema: nn.Module 
     for key, value in read_tensors(path / "optimizer.safetensors").items():
         index, _, what = key.partition(".")
         if not index.isdecimal() or int(index) >= len(parameters) or what not in ("step", "exp_avg", "exp_avg_sq"):
-            raise ValueError(f"{path / 'optimizer.safetensors'}: tensor {key} is of no parameter of this model")
+            raise ValueError(f"{path / 'optimizer.safetensors'}: tensor {key!r:.100} is of no parameter of this model")
         like = parameters[int(index)]
         if value.shape != (like.shape if what != "step" else ()):
             raise ValueError(f"{path / 'optimizer.safetensors'}: tensor {key} has shape {list(value.shape)}, allowed is {list(like.shape)}")
@@ -98,7 +107,7 @@ def kept(folder: Path, name: str, steps: int) -> int:
         return steps
     step = read_json(path).get("step")
     if not isinstance(step, int):
-        raise ValueError(f"{path}: step is {step!r}, allowed is a whole number: the file is damaged")
+        raise ValueError(f"{path}: step is {short(step)}, allowed is a whole number: the file is damaged")
     return step
 
 
@@ -109,7 +118,9 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         ValueError: a whole line that is no row.
     """
     path = folder / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file, allowed is the log of a run")
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
         if line.endswith("\n"):
