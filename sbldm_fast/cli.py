@@ -195,7 +195,8 @@ def train(
 def sample(
     pipeline: Annotated[str, typer.Argument(help="A pipeline folder, or demo for the bundled weights.")],
     out: Annotated[Path, typer.Option("-o", "--out", callback=place, help="Folder for the images; run again, it is completed.")],
-    n: Annotated[int, typer.Option("-n", min=1, max=2**31 - 1, help="How many images.")] = 16, seed: Annotated[int, typer.Option(min=0)] = 0,
+    n: Annotated[int, typer.Option("-n", min=1, max=2**31 - 1, help="How many images.")] = 16,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Solver steps, 1 to 1000.")] = 50,
     scheduler: Annotated[Scheduler, typer.Option(help="dpm and unipc need diffusers.")] = Scheduler.ddim,
     mode: Annotated[str, typer.Option(help="auto, eager, compile, step-graph, loop-graph, a torch.compile mode, or graph+mode.")] = "auto",

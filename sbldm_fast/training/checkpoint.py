@@ -19,7 +19,8 @@ from sbldm_fast.models.weights import load_tensors, read_tensors, write_tensors
 
 NUMBER = (int, float)
 STATE: dict[str, tuple[type, ...]] = {
-    "step": (int,), "since": (int,), "seconds": NUMBER, "loss": NUMBER, "best": (*NUMBER, type(None)), "settings": (dict,), "scaler": (dict,),
+    "step": (int,), "since": (int,), "seconds": NUMBER, "loss": NUMBER, "best": (*NUMBER, type(None)),
+    "settings": (dict,), "scaler": (dict,),
 }  # fmt: skip
 
 
