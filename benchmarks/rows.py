@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import reprlib
@@ -228,19 +227,19 @@ def _fault(row: Row) -> str:
     for key in needed:
         if key not in row or not rules[key][0](row[key]):
             return f"{key}: got {reprlib.repr(row[key]) if key in row else 'none'}, allowed is {rules[key][1]}"
-    return _strange(row, "error" if target == "checks" else "")
+    return _strange(row, "error" if target == "checks" else "")  # a check that is off beyond measure says so by it
 
 
-def _strange(value: Any, infinite: str, key: str = "", depth: int = 0) -> str:
-    """What in a value, however deep, cannot be drawn or written, or ''; what has the key `infinite` may be infinite."""
+def _strange(value: Any, open_: str, key: str = "", depth: int = 0) -> str:
+    """What in a value, however deep, cannot be drawn or written, or ''; a float of the key `open_` may be anything."""
     if depth > DEEPEST:
         return f"{key}: got more than {DEEPEST} levels, allowed are fewer"
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
         return f"{key!a}: got half a character, allowed is text"
-    if _number(value) and not abs(value) <= MOST and not (key == infinite and value == math.inf):
+    if _number(value) and not abs(value) <= MOST and not (key == open_ and isinstance(value, float)):
         return f"{key}: got {reprlib.repr(value)}, allowed is a number of at most {MOST:g}"
     inside = value.items() if isinstance(value, dict) else ((key, v) for v in value) if isinstance(value, list) else ()
-    return next((why for k, v in inside if (why := _strange(k, "", k, depth) or _strange(v, infinite, k, depth + 1))), "")
+    return next((why for k, v in inside if (why := _strange(k, "", k, depth) or _strange(v, open_, k, depth + 1))), "")
 
 
 def distribute(file: str | Path, folder: str | Path) -> tuple[dict[str, int], list[str]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sbldm_fast.benchmarks.charts import standalone
-from sbldm_fast.benchmarks.rows import append
-from sbldm_fast.benchmarks.table import Table, gpu_summary, groups, headline, render, sampling_table
+from sbldm_fast.benchmarks.charts import standalone, waterfall
+from sbldm_fast.benchmarks.rows import append, latest, read_rows
+from sbldm_fast.benchmarks.table import Table, fastest, gpu_summary, groups, headline, render, sampling_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,6 +115,7 @@ def test_the_headline_by_hand() -> None:
 def test_a_gpu_by_hand(tmp_path: Path) -> None:
     """A folder of rows from a card that nobody here has: its line in the README and its section, with every failure."""
     env = {"gpu": "Tesla T4", "cpu": "x", "cores": 2, "source": "b", "commit": "c", "packages": {"torch": "2.9.0", "triton": "3.5.0"}}
+    env |= {"threads": 2, "cpu_capability": "AVX2"}
     common = {"run": "2026-12-01T00:00:00", "env": env}
     stale = common | {"env": env | {"source": "a"}}
     rows: list[dict[str, Any]] = [
@@ -139,10 +142,15 @@ def test_a_gpu_by_hand(tmp_path: Path) -> None:
         (1, "FastSampler loop-graph float16", "float16", 0.1),
         (64, "FastSampler loop-graph float16", "float16", 0.5),
     ):
-        timed = {"median_s": seconds, "n": 3, "raw_s": [seconds] * 3, "peak_bytes": 2**20, "remarks": []}
+        timed = dict.fromkeys(("median_s", "p10_s", "p90_s"), seconds) | {
+            "n": 3,
+            "raw_s": [seconds] * 3,
+            "peak_bytes": 2**20,
+            "remarks": [],
+        }
         per = {"ms_per_step": 20 * seconds, "ms_per_image": 1e3 * seconds / batch, "images_per_s": batch / seconds}
         held = {
-            "parity": {"ok": True, "error": 2e-4},
+            "parity": {"ok": True, "error": 2e-4, "against": "reference"},
             "speedup": {"over": "diffusers", "factor": 1.0 / seconds} if batch == 1 else None,
         }
         what = {"target": "sampling", "preset": "paper", "steps": 50, "batch": batch, "provider": provider, "dtype": dtype}
@@ -164,3 +172,27 @@ def test_a_gpu_by_hand(tmp_path: Path) -> None:
     assert ended.endswith("Parts that failed: energy (exit 1).\n\nNot done, the same command goes on: training.\n")
     cut = gpu_summary([*rows, rows[5] | {"code": None}])
     assert "parity: ops: cut off, until then 7 passed" in cut
+
+
+def test_the_picture_has_the_bars_of_the_headline() -> None:
+    """Our fastest way and the fastest peer, of which the sentence speaks, are in the chart with the same figures."""
+    rows = groups(latest(read_rows(ROOT / "benchmarks" / "results" / "amd-epyc-2-cores" / "sampling.jsonl")[0]))[0]
+    linked: list[str] = []
+    picture = waterfall(rows, "float32", lambda row: linked.append(row["at"]) or "")
+    assert picture is not None
+    for row in fastest(rows, "float32"):
+        assert row is not None
+        assert row["at"] in linked
+        assert f"{row['ms_per_image']:.0f} ms" in headline(rows)
+        assert f">{row['ms_per_image']:.0f} ms  " in picture
+
+
+def test_a_page_that_cannot_be_rendered_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"target": "samp')
+    (tmp_path / "README.md").write_text("<!-- sampling: r.jsonl -->\n<!-- end sampling -->")
+    command = [sys.executable, "-m", "sbldm_fast.benchmarks.table", str(tmp_path / "README.md")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("table: ")
+    assert "line 1 is not a row" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -122,3 +122,15 @@ def test_a_machine_that_was_slower_is_not_a_program_that_is() -> None:
     assert not bad(verdicts)
     assert compare([before], [after])[0].verdict == "AMBIGUOUS", "nor can it be told without a base"
     assert compare([before, beside(before)], [after, beside(after, 1.2)])[0].verdict == "SLOW"
+
+
+def test_the_same_samples_are_the_same() -> None:
+    """However few they are and however far apart: a file beside itself differs in nothing."""
+    for raw in ([1.0, 2.0], around(1, 1.5), around(1, 0.3)):
+        assert judge(row(raw), row(raw))[:2] == ("SAME", "the same samples")
+    assert judge(row([1.0]), row([1.0], env=ENV | {"cpu": "d"})).verdict == "AMBIGUOUS"
+
+
+def test_rows_without_a_provider_are_passed_over() -> None:
+    checked = {"target": "checks", "run": "1", "check": "a", "env": ENV}
+    assert [v.provider for v in compare([checked, row([1.0])], [checked])] == ["a"]

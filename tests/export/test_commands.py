@@ -40,6 +40,7 @@ def test_check_says_what_it_found(run: Any, exported: Exported) -> None:
     assert (code, err) == (0, "")
     assert re.search(r"unet.onnx: bytes \d+, operators \d+, norms (\d+), fused_norms \1\n", out)
     assert "error against example.npz" in out
+    assert out.splitlines()[-1] == f"OK: {folder}; what unet, vae_encoder, vae_decoder make was compared with nothing: that needs PIPELINE"
     code, out, _ = run("export", "--check", folder, "--json")
     assert code == 0
     assert json.loads(out)["failures"] == []
@@ -50,10 +51,19 @@ def test_check_fails_with_a_line_for_each_fault(run: Any, exported: Exported, tm
     folder.mkdir()
     for file in exported(target="ort").iterdir():
         (folder / file.name).write_bytes(file.read_bytes() + (b"\0" if file.suffix == ".onnx" else b""))
-    code, _, err = run("export", "--check", folder)
+    code, out, err = run("export", "--check", folder)
     assert code == 1
+    assert out.splitlines()[-1] == f"FAILED: {folder}, 5 faults"
     assert len(err.splitlines()) == 5
     assert all(line.startswith("FAILED ") and "sha256" in line for line in err.splitlines())
+
+
+def test_with_the_pipeline_every_graph_is_compared(run: Any, exported: Exported, pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.save(tmp_path / "p")
+    folder = exported(target="ort")
+    code, out, _ = run("export", tmp_path / "p", "--check", folder)
+    assert code == 0
+    assert out.splitlines()[-1] == f"OK: {folder}"
 
 
 def test_a_diffusers_folder_is_exported(run: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -200,8 +201,8 @@ def test_a_graph_that_differs_is_refused(tiny: Any, tmp_path: Path, monkeypatch:
         ({"target": "coreml"}, "target: got 'coreml', allowed are ort, tensorrt"),
         ({"dtype": "bf16"}, "dtype: got 'bf16', allowed are fp32, fp16, int8"),
         ({"dtype": "int8", "target": "tensorrt"}, "dtype: got int8 for tensorrt, allowed is ort"),
-        ({"batch": 0}, "batch: got 0, allowed is 1 or more, or 'dynamic'"),
-        ({"batch": "two"}, "batch: got 'two', allowed is 1 or more, or 'dynamic'"),
+        ({"batch": 0}, "batch: got 0, allowed is 1 to 65536, or 'dynamic'"),
+        ({"batch": "two"}, "batch: got 'two', allowed is 1 to 65536, or 'dynamic'"),
         ({"steps": 0}, "steps: got 0, allowed is 1 to num_train_timesteps = 1000"),
         ({"scheduler": "euler"}, "scheduler: got 'euler', allowed are ddim"),
         ({"shape": (4, 8, 8)}, "shape: got .* allowed with a pipeline is None"),
@@ -263,3 +264,15 @@ def test_the_callers_pipeline_stays_as_it_is(tiny: Any, tmp_path: Path) -> None:
     export(model, tmp_path / "o", dtype="fp16", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))
     assert model.training
     assert all(v.dtype == torch.float32 and torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_nothing_but_the_folder_is_left(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the working directory, nor beside the folder, nor among the temporary files."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    export(tiny(), tmp_path / "out" / "o", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "out", "temporary"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["o"]
+    assert not [*(tmp_path / "here").iterdir(), *(tmp_path / "temporary").iterdir()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ from sbldm_fast.benchmarks.providers import Ours
 
 from sbldm_fast.cli import main
 from sbldm_fast.sampling.images import NOTICE
+from sbldm_fast.sampling.modes import choose
 
 
 @pytest.fixture
@@ -69,7 +71,59 @@ def test_doctor(run: Any) -> None:
     assert code == 0
     assert report["ok"]
     assert set(report["parity"]) == set(OPS)
-    assert "fastest safe mode here: " in run("doctor")[1]
+    assert [(a["mode"], a["reason"]) for a in report["auto"]] == [
+        choose(torch.device("cpu"), a["images"], a["steps"]) for a in report["auto"]
+    ]
+    for auto in report["auto"]:
+        assert f"{auto['images']} images of {auto['steps']} steps: {auto['mode']} ({auto['reason']})" in run("doctor")[1]
+
+
+def test_the_command_line_says_what_it_does_and_its_version(run: Any) -> None:
+    assert run("--version") == (0, f"sbldm_fast {importlib.metadata.version('sbldm_fast')}\n", "")
+    assert "Make training slices of brain MRI, train latent diffusion" in " ".join(run("--help")[1].split())
+
+
+def test_verdicts_are_named_in_the_help(run: Any) -> None:
+    words = run("bench", "--help")[1]
+    assert all(verdict in words for verdict in ("FAST", "SLOW", "SAME", "AMBIGUOUS", "WRONG", "GONE", "NEW"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["export", "demo"], ["evaluate", "demo", "--data", "d"], ["report", "r"], ["bench", "sampling", "--quick"], ["demo"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_place_without_a_name_is_refused(arguments: list[str], run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`-o "$UNSET"` would be the current folder."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*arguments, "-o", "")
+    assert code == 2
+    assert "'--out': got nothing or the current folder" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("batch", ["9" * 30, "9" * 5000, "٣", "0", "-1", "1.5", "", "65537"])
+def test_a_batch_that_no_graph_can_have_is_refused(batch: str, run: Any, tmp_path: Path) -> None:
+    code, _, err = run("export", "demo", "-o", tmp_path / "o", "--batch", batch)
+    assert code == 2
+    assert "--batch: got" in err
+    assert "allowed is 1 to 65536, or dynamic" in err
+    if not batch.isascii():
+        assert run("bench", "sampling", "--batch", batch)[0] == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("--steps", "1001"), ("--steps", "9" * 30), ("--eta", "nan"), ("--eta", "inf"), ("--eta", "-1"), ("--eta", "1e400")],
+    ids=" ".join,
+)
+def test_steps_and_eta_are_refused_before_a_graph_is_made(wrong: tuple[str, str], run: Any, folder: Path, tmp_path: Path) -> None:
+    code, out, err = run("export", folder, "-o", tmp_path / "o", *wrong)
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"sbldm-fast: {wrong[0][2:]}: got ")
+    assert "allowed is " in err
+    assert not out
+    assert not list(tmp_path.iterdir())
 
 
 def _scaled(out: Any) -> Any:
@@ -217,7 +271,7 @@ def test_bench_writes_rows_and_compare_judges_them(run: Any, tmp_path: Path, mon
     verdicts = {v["provider"]: v["verdict"] for v in json.loads(out)}
     assert verdicts["FastSampler eager float32"] == verdicts["diffusers under FastSampler eager"] == "SLOW"
     code, out, _ = run("bench", "--compare", "a.jsonl", "a.jsonl")
-    assert "| SAME | sampling demo 1 2 | reference | 1.000 |" in out or "| AMBIGUOUS | sampling demo 1 2 | reference | 1.000 |" in out
+    assert "| SAME | sampling demo 1 2 | reference | 1.000 | the same samples |" in out
     assert code == 0
     Path("a.jsonl").write_bytes(Path("a.jsonl").read_bytes()[:-20])
     code, _, err = run("bench", "--compare", "a.jsonl", found)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from sbldm_fast import Pipeline
+from sbldm_fast.cli import evaluate
 from sbldm_fast.data import Slices, prepare
 from sbldm_fast.evaluation import nearest
 from sbldm_fast.evaluation.memorisation import memorisation
@@ -52,6 +54,45 @@ def test_the_report_and_its_picture(data: Path, fresh_demo: Path, tmp_path: Path
             assert 0 < q["min"] <= q["p10"] <= q["median"] <= q["p90"]
     assert report["pixels"]["samples_nearer_than_unseen_p1"] == 0, "noise is no copy"
     assert Image.open(tmp_path / "out" / "neighbours.png").width == 16 * 64
+
+
+@pytest.mark.parametrize("n", [3, 16, 18])
+def test_slices_stand_below_their_samples(data: Path, fresh_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """In each column of each three rows: a sample, and twice the training slice nearest to it."""
+    copies = Slices(data)[torch.arange(n) % len(Slices(data))]
+    pipe = Pipeline.from_pretrained(fresh_demo)
+    monkeypatch.setattr(Pipeline, "sample", lambda *_, **__: copies)
+    memorisation(pipe, data, tmp_path / "out", n=n, progress=False)
+    with Image.open(tmp_path / "out" / "neighbours.png") as image:
+        tiles = torch.from_numpy(np.array(image)[:-14]).unfold(0, 64, 64).unfold(1, 64, 64)
+    assert tiles.shape[:2] == (3 * -(-n // 16), 16)
+    for i in range(0, len(tiles), 3):
+        assert torch.equal(tiles[i], tiles[i + 1])
+        assert torch.equal(tiles[i], tiles[i + 2])
+    drawn = tiles[::3].flatten(0, 1).flatten(1).any(1)
+    assert drawn.tolist() == [i < n for i in range(len(drawn))]
+
+
+def test_a_folder_with_other_files_is_refused_and_kept(data: Path, fresh_demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.txt, which would be lost"):
+        memorisation(Pipeline.from_pretrained(fresh_demo), data, tmp_path, n=1, steps=1, progress=False)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_the_command_says_whether_samples_look_like_copies(
+    data: Path, fresh_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(str(fresh_demo), data, tmp_path / "noise", n=2, steps=1)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("0 by pixels and ")
+    assert "of 2 samples lie nearer to one of " in said
+    assert "training slices than 99 of 100 unseen slices do: " in said
+    monkeypatch.setattr(Pipeline, "sample", lambda *_, **__: Slices(data)[torch.arange(2)])
+    evaluate(str(fresh_demo), data, tmp_path / "copies", n=2)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("2 by pixels and 2 by latents of 2 samples ")
+    assert "look at these for copies" in said
 
 
 def test_without_unseen_slices_there_is_no_measure(fresh_demo: Path, tmp_path: Path) -> None:
