@@ -224,7 +224,7 @@ def _fault(row: Row) -> str:
         needed |= {"moved", "again", "launches"}
     if "work" in row:
         rules |= {"dtype": FLOAT, "preset": PRESET}
-    for key in needed:
+    for key in sorted(needed):
         if key not in row or not rules[key][0](row[key]):
             return f"{key}: got {reprlib.repr(row[key]) if key in row else 'none'}, allowed is {rules[key][1]}"
     return _strange(row, "error" if target == "checks" else "")  # a check that is off beyond measure says so by it
