@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -226,14 +227,28 @@ def _results(jobs: list[Job], seed: int, volume: int | None, every: int, workers
     if workers == 1 or len(jobs) == 1:
         yield from map(read, jobs)
         return
-    # spawned: a fork would share torch's threads. One thread each: the processes are what runs at a time
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, torch.set_num_threads, (1,)) as pool:
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"), _begin)  # a fork would share torch's threads
+    try:
         for job, future in [(job, pool.submit(read, job)) for job in jobs]:
             try:
                 yield future.result()
             except BrokenProcessPool:
                 raise ValueError(f"{job.name}: the process that read it, or one beside it, was killed; for memory? --workers 1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)  # who stops at one file waits for no other
+
+
+def _begin() -> None:
+    """A process that reads has one thread, as the processes are what runs at a time, and ends with the one that started it."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # nobody waits for what it reads; without this it would wait for the next job for ever
 
 
 def _read(job: Job, seed: int, volume: int | None, every: int) -> tuple[list[Scan], Skipped]:

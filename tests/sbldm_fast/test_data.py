@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -413,6 +414,21 @@ def test_processes_change_nothing(tmp_path: Path) -> None:
     alone = prepare([str(tmp_path / "in"), "synthetic:1"], tmp_path / "a", every=5, progress=False)
     assert prepare([str(tmp_path / "in"), "synthetic:1"], tmp_path / "b", every=5, workers=2, progress=False) == alone
     assert (tmp_path / "a" / "slices.npy").read_bytes() == (tmp_path / "b" / "slices.npy").read_bytes()
+
+
+def test_reading_ends_at_once_with_who_stops_it(tmp_path: Path) -> None:
+    """At the first broken file, and when the command is killed: its processes hold its standard error as long as they live."""
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    command = [sys.executable, "-m", "sbldm_fast", "prepare", "a.png", "synthetic:5000", "-o", "out", "--workers", "2"]
+    done = subprocess.run([*command, "--strict"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert "sbldm-fast: a.png: not a readable picture" in done.stderr
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        said = b""
+        while not re.search(rb" [1-9]\d*/5001", said):
+            said += process.stderr.read(20)
+        process.kill()
+        process.communicate(timeout=60)
 
 
 def test_links_are_followed_once_and_archives_are_named(tmp_path: Path) -> None:
