@@ -149,16 +149,16 @@ def stored(ds: FileDataset) -> bytes:
 # of every slice; what must hold; then what makes no sense of itself, but is no reason to refuse the scan
 DICOM_LIES: dict[str, tuple[dict[str, Any], str]] = {
     "sound": ({}, "work"), "text-everywhere": ({"sound": False}, "work"), "charset": ({"SpecificCharacterSet": SECRET}, ""),
-    **{f"{tag}-text": ({tag: [WRITABLE] * n}, "refuse") for tag, n in (("ImageOrientationPatient", 6), ("ImagePositionPatient", 3),
-    ("PixelSpacing", 2),
-                                                                   ("NumberOfFrames", 1), ("RescaleSlope", 1))},
-    **{f"{tag}-text": ({tag: WRITABLE}, "") for tag in ("SliceThickness", "EchoTime", "AcquisitionNumber", "InstanceNumber",
-    "TriggerTime")},
+    **{f"{tag}-text": ({tag: [WRITABLE] * n}, "refuse")
+       for tag, n in (("ImageOrientationPatient", 6), ("ImagePositionPatient", 3), ("PixelSpacing", 2), ("NumberOfFrames", 1),
+       ("RescaleSlope", 1))},
+    **{f"{tag}-text": ({tag: WRITABLE}, "")
+       for tag in ("SliceThickness", "EchoTime", "AcquisitionNumber", "InstanceNumber", "TriggerTime")},
     **{f"position-{v}": ({"ImagePositionPatient": [0, 0, str(v)]}, "refuse") for v in (1e300, -1e300, "NaN", "Infinity", "1e999")},
     "position-short": ({"ImagePositionPatient": [0, 0]}, "refuse"), "position-none": ({"ImagePositionPatient": None}, "refuse"),
     **{f"spacing-{v}": ({"PixelSpacing": [str(v)] * 2}, "refuse") for v in (0, -4, 1e-300, 1e300, "NaN")},
-    "orientation-zero": ({"ImageOrientationPatient": [0] * 6}, "refuse"), "orientation-1e200": ({"ImageOrientationPatient": ["1e200"] * 6},
-    "refuse"),
+    "orientation-zero": ({"ImageOrientationPatient": [0] * 6}, "refuse"),
+    "orientation-1e200": ({"ImageOrientationPatient": ["1e200"] * 6}, "refuse"),
     **{f"rows-{n}": ({"Rows": n}, "refuse") for n in (0, 1, 65535)}, "columns-0": ({"Columns": 0}, "refuse"),
     **{f"bits-{n}": ({"BitsAllocated": n}, "refuse") for n in (0, 1, 12, 32, 64, 65535)}, "bits-8": ({"BitsAllocated": 8}, "refuse"),
     "bits-stored": ({"BitsStored": 60}, ""), "sign-7": ({"PixelRepresentation": 7}, ""), "samples-3": ({"SamplesPerPixel": 3}, "refuse"),
@@ -167,9 +167,9 @@ DICOM_LIES: dict[str, tuple[dict[str, Any], str]] = {
     "pixels-none": ({"PixelData": None}, "refuse"), "pixels-empty": ({"PixelData": b""}, "refuse"),
     "mosaic": ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]}, "refuse"),
     "palette": ({"PhotometricInterpretation": "PALETTE COLOR"}, "refuse"),
-    "monochrome1": ({"PhotometricInterpretation": "MONOCHROME1"}, "work"), "photometric-text": ({"PhotometricInterpretation": SECRET},
-    "refuse"),
-    "nobody": ({"PatientID": None}, "work"), "patient-long": ({"PatientID": SECRET * 10000}, ""),
+    "monochrome1": ({"PhotometricInterpretation": "MONOCHROME1"}, "work"),
+    "photometric-text": ({"PhotometricInterpretation": SECRET}, "refuse"), "nobody": ({"PatientID": None}, "work"),
+    "patient-long": ({"PatientID": SECRET * 10000}, ""),
     **{f"slope-{v}": ({"RescaleSlope": str(v)}, "refuse") for v in ("NaN", "1e308", 0)},
 }  # fmt: skip
 

@@ -28,24 +28,21 @@ OPTIONS = {"--seed": SAMPLE, "-n": SAMPLE, "--steps": SAMPLE, "--batch": SAMPLE,
 TYPED = {
     **{f"{line[:6].strip()}{option.strip()}-{name}": f"{line} -o {{out}} {option.strip()} {number}" for option, line in OPTIONS.items()
        for name, number in NUMBERS.items() if NIGHTLY or name in ("minus-1", "10^400", "arabic")},
-    **{f"sample-{text}": f"{SAMPLE} -o {{out}} {text}" for text in ("--mode graph+", "--mode ../x", "--scheduler os.system",
-    "--format exe", "--pickle")},
-    **{f"prepare-{text}": f"{PREPARE} -o {{out}} {text}" for text in (
-        "--subject (", "--subject x", "--covariates /", "--covariates {scan}", "--covariates nowhere", "--covariates {empty}")},
+    **{f"sample-{text}": f"{SAMPLE} -o {{out}} {text}"
+       for text in ("--mode graph+", "--mode ../x", "--scheduler os.system", "--format exe", "--pickle")},
+    **{f"prepare-{text}": f"{PREPARE} -o {{out}} {text}"
+       for text in ("--subject (", "--subject x", "--covariates /", "--covariates {scan}", "--covariates nowhere", "--covariates {empty}")},
     **{f"prepare-{source[:20]}": f"prepare {source} --workers 1 --json -o {{out}}"
        for source in ("{empty}", "nowhere", "synthetic:0", "synthetic:x", f"synthetic:{10**30}", "/dev/null", "{mine}/x")},
-    **{f"{name}-to-{where}": f"{LINES[name]} -o {where}" for name in ("png", "prepare") for where in ("{mine}", "{mine}/x", "/dev/null/x",
-    "/proc/x")},
-    **{line: line for line in (
-        "sample nowhere -o {out}", "sample {empty} -o {out}", "sample {mine} -o {out}", "export nowhere -o {out}",
-        "export {p} --steps 0 -o {out}",
-        "export {p} --batch -1 -o {out}", "export --check nowhere", "export --check {mine}", "export --check {p}",
-        "evaluate {p} --data nowhere -o {out}",
-        "evaluate {p} --data {p} -o {out}", "report nowhere -o {out}/r", "report {mine} -o {out}/r", "report {scan} -o {out}/r",
-        "bench --compare {mine} {scan}", "bench --compare nowhere nowhere", "bench sampling --steps ²",
-        "bench kernels --dtype ZZ -o {out}/b",
-        "bench sampling --preset ../x -o {out}/b", "bench kernels --op __class__ -o {out}/b", "bench sampling --seconds nan -o {out}/b",
-        "train {out} --data nowhere", "train {out} --data {p}", "rm -rf {mine}")},
+    **{f"{name}-to-{where}": f"{LINES[name]} -o {where}" for name in ("png", "prepare")
+       for where in ("{mine}", "{mine}/x", "/dev/null/x", "/proc/x")},
+    **{line: line for line in ("sample nowhere -o {out}", "sample {empty} -o {out}", "sample {mine} -o {out}", "export nowhere -o {out}",
+       "export {p} --steps 0 -o {out}", "export {p} --batch -1 -o {out}", "export --check nowhere", "export --check {mine}",
+       "export --check {p}", "evaluate {p} --data nowhere -o {out}", "evaluate {p} --data {p} -o {out}", "report nowhere -o {out}/r",
+       "report {mine} -o {out}/r", "report {scan} -o {out}/r", "bench --compare {mine} {scan}", "bench --compare nowhere nowhere",
+       "bench sampling --steps ²", "bench kernels --dtype ZZ -o {out}/b", "bench sampling --preset ../x -o {out}/b",
+       "bench kernels --op __class__ -o {out}/b", "bench sampling --seconds nan -o {out}/b", "train {out} --data nowhere",
+       "train {out} --data {p}", "rm -rf {mine}")},
     "export-batch-10^30": f"export {{p}} --batch {10**30} -o {{out}}",
     "bench-batch-10^20": f"bench sampling --quick --batch {10**20} -o {{out}}/b",
     "bench-steps-10^20": f"bench sampling --quick --steps {10**20} -o {{out}}/b",

@@ -75,16 +75,15 @@ def saved(write: Any, array: Any) -> bytes:
 
 
 ARRAYS: dict[str, Lie] = NO_FILES | {
-    "empty": b"", "npz": saved(np.savez, np.zeros((6, 128, 128), np.float16)), "objects": saved(np.save, np.array([Runs()] * 6,
-    dtype=object)),
-    "pickle": pickle.dumps(Runs()), "no-zip": b"PK\3\4" + bytes(99), "version-9": npy("", 9), "3-GB-header": npy(" ",
-    2)[:8] + b"\xf0" * 999,
+    "empty": b"", "npz": saved(np.savez, np.zeros((6, 128, 128), np.float16)),
+    "objects": saved(np.save, np.array([Runs()] * 6, dtype=object)), "pickle": pickle.dumps(Runs()), "no-zip": b"PK\3\4" + bytes(99),
+    "version-9": npy("", 9), "3-GB-header": npy(" ", 2)[:8] + b"\xf0" * 999,
     "header-code": npy("{'descr': __import__('os').system('touch RAN'), 'fortran_order': False, 'shape': (6, 128, 128)}\n"),
     "header-deep": npy("(" * 9000 + "\n"), "header-lists": npy("[" * 60000), "header-empty": npy(""), "header-nul": npy("\0" * 64),
     **{f"shape-{name}": npy(f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({n}, 128, 128)}}\n")
        for name, n in {"minus-1": -1, "0": 0, "7": 7, "2^62": 2**62, "10^400": 10**400, "1.5": 1.5, "text": "'a'"}.items()},
-    **{f"descr-{n}": npy(f"{{'descr': {n}, 'fortran_order': False, 'shape': (6, 128, 128)}}\n") for n in ("'O'", "'|V0'", "[('a','O')]",
-    "5")},
+    **{f"descr-{n}": npy(f"{{'descr': {n}, 'fortran_order': False, 'shape': (6, 128, 128)}}\n")
+       for n in ("'O'", "'|V0'", "[('a','O')]", "5")},
     "cut": lambda p: p.write_bytes(p.read_bytes()[:-1]), "nan": saved(np.save, np.full((6, 128, 128), np.nan, np.float16)),
 }  # fmt: skip
 
@@ -124,10 +123,10 @@ CHECKPOINT: dict[str, tuple[str, Lie]] = {
     **{f"state-{name}": (f"{LAST}/state.json", lie) for name, lie in JSON.items()},
     **{f"{n}-{how}": (f"{LAST}/{n}.safetensors", lie) for n in ("model", "ema", "optimizer") for how, lie in CUT.items()},
     **{f"moments-{new}": (f"{LAST}/optimizer.safetensors", lambda p, new=new: p.write_bytes(p.read_bytes().replace(b"0.step",
-    new.encode())))
-       for new in ("9.step", "-.step", "x.step", "0.stop", "0-step")},
-    **{f"log-{name}": ("log.jsonl", lie) for name, lie in (NO_FILES | {
-        "garbage": b"\xff\0garbage\n", "list": b"[]\n", "empty-row": b"{}\n", "deep": b"[" * 10**5 + b"\n"}).items()},
+       new.encode()))) for new in ("9.step", "-.step", "x.step", "0.stop", "0-step")},
+    **{f"log-{name}": ("log.jsonl", lie)
+       for name, lie in (NO_FILES | {"garbage": b"\xff\0garbage\n", "list": b"[]\n", "empty-row": b"{}\n",
+       "deep": b"[" * 10**5 + b"\n"}).items()},
     **{name: ("checkpoint-line-99999999", lie)
        for name, lie in {"file": b"", "folder": Path.mkdir, "link": lambda p: p.symlink_to("nowhere")}.items()},
 }  # fmt: skip
@@ -293,11 +292,11 @@ def test_rows(holds: Oracle, tmp_path: Path, path: str, value: Any) -> None:
 
 CSV: dict[str, Lie] = NO_FILES | {
     "formula": b'id,age\n=cmd|\'/C calc\'!A0,"=HYPERLINK(""http://x"")"\n', "nul": b"id,age\n\0,\0\n", "empty": b"",
-    "one-line": b"id,age\n",
-    "columns-10^6": b"id" + b",a" * 10**6 + b"\n1" + b",1" * 10**6 + b"\n", "twice": b"id,age\nsub-01,1\nsub-01,2\n",
-    "column-twice": b"id,age,age\nsub-01,1,2\n", "ragged": b"id,age\nsub-01\n", "field-200k": b"id,age\nsub-01," + b"9" * 200_000 + b"\n",
-    "digits-5000": b"id,age\n" + b"9" * 5000 + b",1\n", "quote": b'id,age\n"sub-01,1\n', "utf-16": "id,age\n1,1\n".encode("utf-16"),
-    "latin-1": b"id,age\nsub-01,\xe9\n", "escape": b"id,age\n\x1b[2Jsub-01,1,2\n", "other-digits": "id,age\n٣,1\n²,1\n".encode(),
+    "one-line": b"id,age\n", "columns-10^6": b"id" + b",a" * 10**6 + b"\n1" + b",1" * 10**6 + b"\n",
+    "twice": b"id,age\nsub-01,1\nsub-01,2\n", "column-twice": b"id,age,age\nsub-01,1,2\n", "ragged": b"id,age\nsub-01\n",
+    "field-200k": b"id,age\nsub-01," + b"9" * 200_000 + b"\n", "digits-5000": b"id,age\n" + b"9" * 5000 + b",1\n",
+    "quote": b'id,age\n"sub-01,1\n', "utf-16": "id,age\n1,1\n".encode("utf-16"), "latin-1": b"id,age\nsub-01,\xe9\n",
+    "escape": b"id,age\n\x1b[2Jsub-01,1,2\n", "other-digits": "id,age\n٣,1\n²,1\n".encode(),
 }  # fmt: skip
 
 

@@ -100,14 +100,13 @@ def cast(kind: torch.dtype) -> Lie:
 
 
 WEIGHT_LIES: dict[str, tuple[Lie, str]] = {
-    **{name: (lie, "refuse") for name, lie in (NO_FILES | {
-        "empty": b"", "zeros": bytes(4096), "json": b"{}", "pickle": pickle.dumps(Runs()), "hdf5": b"\x89HDF\r\n\x1a\n" + bytes(100),
-        "torch-save": lambda p: torch.save({"a": Runs()}, str(p)), "beside": lambda p: (p.unlink(), torch.save(Runs(),
-        p.with_suffix(".bin"))),
-        "cut": lambda p: p.write_bytes(p.read_bytes()[:-1]), "nan": tensors(lambda s: {k: v * torch.nan for k, v in s.items()}),
-        "one-less": tensors(lambda s: dict(list(s.items())[1:])), "one-more": tensors(lambda s: s | {"\x1b[2Jevil": torch.ones(1)}),
-        "header-spaces": header(b"{" + b" " * 10**7 + b"}"), "header-deep": header(b'{"a":' * 10**5),
-        "header-list": header(b"[]")}).items()},
+    **{name: (lie, "refuse") for name, lie in (NO_FILES | {"empty": b"", "zeros": bytes(4096), "json": b"{}",
+       "pickle": pickle.dumps(Runs()), "hdf5": b"\x89HDF\r\n\x1a\n" + bytes(100), "torch-save": lambda p: torch.save({"a": Runs()},
+       str(p)), "beside": lambda p: (p.unlink(), torch.save(Runs(), p.with_suffix(".bin"))),
+       "cut": lambda p: p.write_bytes(p.read_bytes()[:-1]), "nan": tensors(lambda s: {k: v * torch.nan
+       for k, v in s.items()}), "one-less": tensors(lambda s: dict(list(s.items())[1:])),
+       "one-more": tensors(lambda s: s | {"\x1b[2Jevil": torch.ones(1)}), "header-spaces": header(b"{" + b" " * 10**7 + b"}"),
+       "header-deep": header(b'{"a":' * 10**5), "header-list": header(b"[]")}).items()},
     **{f"header-{n}": (header({}, n), "refuse") for n in (3, 2**20, 2**63 - 1, 2**63, 2**64 - 1)},
     **{f"offsets-{a}-{b}": (first(data_offsets=[a, b]), "refuse") for a, b in ((0, 10**6), (4, 0), (0, 2**62), (-4, 0), (8, 300))},
     **{f"shape-{'x'.join(map(str, v))}": (first(shape=v), "refuse") for v in ([], [0], [-1], [2**62, 4], [1] * 100)},

@@ -134,9 +134,9 @@ def test_place(holds: Oracle, tmp_path: Path, case: str) -> None:
 
 NAMES = {
     "newline": b"a\nb.nii", "escape": b"a\x1b]0;b\x07\x1b[2J.nii", "no-utf-8": b"a\xff\xfe.nii", "long": b"a" * 251 + b".nii",
-    "dash": b"-o.nii",
-    "dots": b"...nii.nii", "space": b" .nii", "percent": b"%s{0}%(x)d.nii", "markup": b"<script>alert(1)</script>"[:8] + b".nii",
-    "bidi": "a\u202egnp.nii".encode(), "digits": b"9" * 200 + b".nii", "bare": b".nii", "quote": b"a'\"`$(touch RAN).nii",
+    "dash": b"-o.nii", "dots": b"...nii.nii", "space": b" .nii", "percent": b"%s{0}%(x)d.nii",
+    "markup": b"<script>alert(1)</script>"[:8] + b".nii", "bidi": "a\u202egnp.nii".encode(), "digits": b"9" * 200 + b".nii",
+    "bare": b".nii", "quote": b"a'\"`$(touch RAN).nii",
 }  # fmt: skip
 
 
