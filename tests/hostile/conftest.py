@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,12 +52,11 @@ def lay(path: Path, lie: Lie) -> None:
     lie(path) if callable(lie) else path.write_bytes(lie)
 
 
-def lies(paths: str, each: int = 3) -> Iterator[Any]:
+def lies(paths: str, each: int = 3) -> list[Any]:
     """Places in a JSON file and what stands there instead; by night every value, else `each` of them in turn."""
-    names = list(VALUES)
-    for i, path in enumerate(paths.split()):
-        for name in names if NIGHTLY else [names[(each * i + j) % len(names)] for j in range(each)]:
-            yield pytest.param(path, VALUES[name], id=f"{path.replace('/', '.')}-{name}")
+    names, places = list(VALUES), paths.split()
+    turns = [names if NIGHTLY else [names[(each * i + j) % len(names)] for j in range(each)] for i in range(len(places))]
+    return [pytest.param(p, VALUES[n], id=f"{p.replace('/', '.')}-{n}") for p, turn in zip(places, turns, strict=True) for n in turn]
 
 
 def replaced(content: Any, path: str, value: Any) -> Any:

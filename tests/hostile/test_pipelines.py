@@ -51,7 +51,7 @@ def config_lies() -> Iterator[Any]:
                 yield pytest.param(file, key, value, must, id=f"{file}-{key}-{name}")
 
 
-@pytest.mark.parametrize(("file", "key", "value", "must"), config_lies())
+@pytest.mark.parametrize(("file", "key", "value", "must"), list(config_lies()))
 def test_config(holds: Oracle, folder: Path, file: str, key: str, value: Any, must: str) -> None:
     change(folder / FILES[file][0], key, value)
     holds(partial(sampled, folder), must)
