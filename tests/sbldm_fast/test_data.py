@@ -420,7 +420,7 @@ def test_reading_ends_at_once_with_who_stops_it(tmp_path: Path) -> None:
     """At the first broken file, and when the command is killed: its processes hold its standard error as long as they live."""
     (tmp_path / "a.png").write_bytes(b"no picture")
     command = [sys.executable, "-m", "sbldm_fast", "prepare", "a.png", "synthetic:5000", "-o", "out", "--workers", "2"]
-    done = subprocess.run([*command, "--strict"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([*command, "--strict"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert "sbldm-fast: a.png: not a readable picture" in done.stderr
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
@@ -428,7 +428,7 @@ def test_reading_ends_at_once_with_who_stops_it(tmp_path: Path) -> None:
         while not re.search(rb" [1-9]\d*/5001", said):
             said += process.stderr.read(20)
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
 
 
 def test_links_are_followed_once_and_archives_are_named(tmp_path: Path) -> None:
