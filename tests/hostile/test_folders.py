@@ -77,7 +77,7 @@ def saved(write: Any, array: Any) -> bytes:
 ARRAYS: dict[str, Lie] = NO_FILES | {
     "empty": b"", "npz": saved(np.savez, np.zeros((6, 128, 128), np.float16)),
     "objects": saved(np.save, np.array([Runs()] * 6, dtype=object)), "pickle": pickle.dumps(Runs()), "no-zip": b"PK\3\4" + bytes(99),
-    "version-9": npy("", 9), "3-GB-header": npy(" ", 2)[:8] + b"\xf0" * 999,
+    "version-9": npy("", 9), "4-GB-header": npy(" ", 2)[:8] + b"\xf0" * 999,
     "header-code": npy("{'descr': __import__('os').system('touch RAN'), 'fortran_order': False, 'shape': (6, 128, 128)}\n"),
     "header-deep": npy("(" * 9000 + "\n"), "header-lists": npy("[" * 60000), "header-empty": npy(""), "header-nul": npy("\0" * 64),
     **{f"shape-{name}": npy(f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({n}, 128, 128)}}\n")
