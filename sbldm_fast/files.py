@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+LEFT = re.compile(r"\..+\.(\d+|[a-z0-9_]{8})\.(old|part)")  # hidden files of other names are the user's
 PLACES = 4  # that are looked at for what dead processes left: as many as write one path at a time
 
 
@@ -75,7 +77,7 @@ def _put(place: Path, path: Path) -> None:
 
 def recover(folder: str | Path) -> None:
     """Clear what dead processes left in `folder` of `whole_file` or `whole_folder`; what they had moved aside comes back."""
-    for place in {path.with_suffix(".part") for end in ("old", "part") for path in Path(folder).glob(f".*.{end}")}:
+    for place in {path.with_suffix(".part") for path in Path(folder).iterdir() if LEFT.fullmatch(path.name)}:
         _clear(place)
 
 

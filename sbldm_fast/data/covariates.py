@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from .sources import MODALITY
 
+LONGEST = 2**25  # characters of a table: a million subjects with five columns
 _NOTHING = ("", "na", "n/a", "nan")
 
 
@@ -24,21 +26,24 @@ class Covariates:
         self.path = Path(path)
         try:
             with self.path.open(newline="", encoding="utf-8-sig") as f:
-                lines = [[cell.strip() for cell in line] for line in csv.reader(f) if any(cell.strip() for cell in line)]
+                text = f.read(LONGEST + 1)
+            if len(text) > LONGEST or not set(text) <= {*"\n\r\t", *filter(str.isprintable, set(text))}:
+                raise csv.Error(f"allowed are {LONGEST} characters that can be printed")
+            lines = [[cell.strip() for cell in line] for line in csv.reader(io.StringIO(text)) if any(cell.strip() for cell in line)]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is not readable as CSV: {error}") from None
         if len(lines) < 2 or len(lines[0]) < 2:
             raise ValueError(f"{path} holds no covariates, allowed is a header, a column of subjects and at least one more")
         (self.key, *columns), rows = lines[0], lines[1:]
         if len(set(columns)) < len(columns):
-            raise ValueError(f"{path} names a column twice: {', '.join(columns)}")
+            raise ValueError(f"{path} names a column twice: {next(c for c in columns if columns.count(c) > 1):.100}")
         self._numbers = all(row[0].isdecimal() for row in rows)
         self._rows: dict[str, dict[str, float | str]] = {}
         for row in rows:
             if len(row) != len(columns) + 1:
-                raise ValueError(f"{path}: the row of {row[0]} has {len(row)} columns, allowed are {len(columns) + 1}")
+                raise ValueError(f"{path}: the row of {row[0]:.100} has {len(row)} columns, allowed are {len(columns) + 1}")
             if self._fit(row[0]) in self._rows:
-                raise ValueError(f"{path} lists {self.key} {row[0]} twice: which row holds cannot be known")
+                raise ValueError(f"{path} lists {self.key:.100} {row[0]:.100} twice: which row holds cannot be known")
             cells = zip(columns, row[1:], strict=True)
             self._rows[self._fit(row[0])] = {column: _value(cell) for column, cell in cells if cell.lower() not in _NOTHING}
 
@@ -55,7 +60,7 @@ class Covariates:
         for subject in sorted(set(subjects)):
             fit = self._fit(subject)
             if fit in self._rows and owner.setdefault(fit, subject) != subject:
-                raise ValueError(f"{self.path}: {self.key} {fit} fits {owner[fit]} and {subject}; give each source its own table")
+                raise ValueError(f"{self.path}: {self.key:.100} {fit:.100} fits {owner[fit]} and {subject}; give each source its own table")
         return {subject: self._rows[fit] for fit, subject in owner.items()}
 
     def _fit(self, text: str) -> str:

@@ -15,6 +15,7 @@ from .volumes import MAX_REACH, MissingPackage, Unusable, Volume, oriented, sile
 TIMES = ("TemporalPositionIdentifier", "DiffusionBValue", "EchoTime", "AcquisitionNumber", "TriggerTime", "AcquisitionTime")
 TAGS = ["PatientID", "SeriesInstanceUID", "SOPInstanceUID", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows",
         "Columns", "SeriesDescription", "PhotometricInterpretation", "NumberOfFrames", "SliceThickness", "ImageType", *TIMES]  # fmt: skip
+MAX_PIXELS = 4096**2  # of a slice
 MIXED = (
     1.3  # neighbours that differ so much more than slices two apart: 0.6 to 0.9 in a head's series, 1.7 and more in two heads' 3 mm apart
 )
@@ -92,6 +93,8 @@ def _slice(file: Path, header: Any) -> _Slice:
         raise Unusable("no image in it")
     if int(header.get("NumberOfFrames") or 1) > 1:
         raise Unusable("many frames in one file (enhanced DICOM); convert it to NIfTI")
+    if int(header.Rows) * int(header.Columns) > MAX_PIXELS:
+        raise Unusable(f"{header.Rows} x {header.Columns} pixels a slice, allowed are {MAX_PIXELS} in all")
     if "MOSAIC" in str(header.get("ImageType", "")).upper():
         raise Unusable("a Siemens mosaic: many slices as the tiles of one picture; convert it to NIfTI")
     if header.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
@@ -157,11 +160,16 @@ def _plane(one: _Slice) -> np.ndarray:
 
     name = one.file.name
     try:
-        whole = pydicom.dcmread(one.file)
+        whole = pydicom.dcmread(one.file, defer_size=2**20)
+        promised, there = getattr(whole.get_item("PixelData", keep_deferred=True), "length", 0), one.file.stat().st_size
+        if there < promised < 2**32 - 1:  # which stands for a length that is not known
+            raise Unusable(f"{name} promises {promised} bytes of pixels, the file has {there}")
         stored = whole.pixel_array
         plane: np.ndarray = apply_rescale(stored, whole).astype(np.float32)
         padding = _padding(whole, stored)
         surplus = 0 if whole.file_meta.TransferSyntaxUID.is_encapsulated else len(whole.get("PixelData", b"")) - get_expected_length(whole)
+    except Unusable:
+        raise
     except Exception as error:  # a decoder meets broken pixels with any
         raise Unusable(f"the pixels of {name} are not readable ({type(error).__name__})") from None
     if plane.shape != (whole.Rows, whole.Columns) or surplus > 1:  # one byte makes a length even

@@ -35,6 +35,7 @@ FORMAT = 2
 SPLITS = {"train": 0.70, "val": 0.15, "test": 0.15}
 LABELS = "a label map, by its name"
 SEEDS = 2**32 - 1  # the largest
+MAX_SIDE = 8192  # pixels of a picture
 SHEET_EVERY = 10  # slices to a tile of the contact sheet
 SHEET_TILES = 400  # at most
 
@@ -309,8 +310,12 @@ def _scan(name: str, modality: str | None, volume: Volume, every: int) -> Scan:
 def _picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
+            if max(image.size) > MAX_SIDE:  # it becomes a square of its longer side
+                raise Unusable(f"a picture of {image.width} x {image.height} pixels, allowed are {MAX_SIDE} a side")
             upright = ImageOps.exif_transpose(image)
             grey = upright.convert("F") if upright.mode.startswith(("I", "F")) else upright.convert("L").convert("F")
+    except Unusable:
+        raise
     except Exception as error:  # Pillow meets a broken picture with any; its text may quote it
         raise Unusable(f"not a readable picture, allowed are PNG and JPEG ({type(error).__name__})") from None
     side = max(grey.size)

@@ -105,18 +105,22 @@ def _kind(file: Path) -> str:
 
 
 def _walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"{error.filename} cannot be read: {error.strerror}")
-
-    visited = set()
-    for folder, below, names in os.walk(path, followlinks=True, onerror=refuse):
-        real = os.path.realpath(folder)
-        if real in visited or set(names) >= PREPARED:  # a link back up, or what an earlier prepare made
-            below.clear()
+    """Each folder with the names of its files, in order; not os.walk, which calls itself and so ends at a thousand folders."""
+    visited, waiting = set(), [path]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            entries, found = sorted(folder.iterdir()), folder.stat()
+        except OSError as error:
+            raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+        below = [entry for entry in entries if entry.is_dir()]
+        names = [entry.name for entry in entries if not entry.is_dir()]
+        one = found.st_dev, found.st_ino
+        if one in visited or set(names) >= PREPARED:  # a link back up, or what an earlier prepare made
             continue
-        visited.add(real)
-        below.sort()
-        yield Path(folder), names
+        visited.add(one)
+        yield folder, names
+        waiting += reversed(below)
 
 
 def modality_of(text: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import math
+import struct
 import threading
 import warnings
 import zlib
@@ -113,6 +114,7 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
     if not path.is_file():
         raise Unusable("no such file, or a link that leads nowhere")
     try:
+        _measure_extensions(path)
         image = nib.load(path)
         if not isinstance(image, nib.Nifti1Pair):
             raise Unusable(f"a {type(image).__name__}, which does not say its orientation; allowed is NIfTI")
@@ -152,6 +154,27 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
     except Exception as error:  # nibabel, gzip and zlib meet a broken file with any; its text may quote the header
         raise Unusable(f"not a readable NIfTI file ({getattr(error, 'strerror', None) or type(error).__name__})") from None
     return oriented(array, affine)
+
+
+def _measure_extensions(path: Path) -> None:
+    """nibabel takes the memory that an extension of the header promises before it looks whether the file has it."""
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as f:
+        first = f.read(4)
+        order = next((o for o in "<>" if len(first) == 4 and struct.unpack(f"{o}i", first)[0] in (348, 540)), "")
+        if not order:  # no NIfTI: nibabel says so
+            return
+        at = struct.unpack(f"{order}i", first)[0] + 4
+        header = first + f.read(at - 4)
+        end = int(struct.unpack_from(f"{order}f", header, 108)[0] if at == 352 else struct.unpack_from(f"{order}q", header, 168)[0])
+        end = end or path.stat().st_size  # a pair has them to the end of the .hdr
+        while len(header) == at and header[-4] and len(size := f.read(4)) == 4:
+            length = struct.unpack(f"{order}i", size)[0]
+            if at + 16 > end:
+                return
+            if not 16 <= length <= end - at:
+                raise Unusable(f"an extension of the header promises {length} bytes, where there are {end - at}")
+            at += length
+            header += f.read(length - 4)
 
 
 def _read_to_end(path: Path, most: int) -> None:
