@@ -6,7 +6,6 @@ nothing; one that takes one for two lets a person into training and test. So a n
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from collections.abc import Iterator

@@ -62,8 +62,8 @@ def load(path: Path, settings: dict[str, Any], model: nn.Module, ema: nn.Module 
     """
     state = read_json(path / "state.json")
     for key, kind in STATE.items():
-        value = state.get(key)
-        if type(value) not in kind or (type(value) in (int, float) and not (0 if key in ("step", "since") else -math.inf) <= value < 2**53):
+        value, least = state.get(key), 0 if key in ("step", "since") else -math.inf
+        if type(value) not in kind or (isinstance(value, (int, float)) and not least <= value < 2**53):
             raise ValueError(f"{path / 'state.json'}: {key} is {short(value)}, which is no state of a run: the file is damaged")
     for key, value in settings.items():
         if state["settings"].get(key) != value:
