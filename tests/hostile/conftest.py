@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import multiprocessing
@@ -52,7 +53,7 @@ def lay(path: Path, lie: Lie) -> None:
     lie(path) if callable(lie) else path.write_bytes(lie)
 
 
-def lies(paths: str, each: int = 3) -> list[Any]:
+def lies(paths: str, each: int = 2) -> list[Any]:
     """Places in a JSON file and what stands there instead; by night every value, else `each` of them in turn."""
     names, places = list(VALUES), paths.split()
     turns = [names if NIGHTLY else [names[(each * i + j) % len(names)] for j in range(each)] for i in range(len(places))]
@@ -91,6 +92,7 @@ def _child(call: Callable[[], Any], said: Path, tell: Connection) -> None:
     os.dup2(out, 2)
     sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115, PTH123
     logging.getLogger().handlers[:] = []  # pytest's; without one, warnings of loggers go to stderr
+    gc.disable()  # it would touch, and so copy, all that the parent has
     torch.set_num_threads(1)  # the pool of the parent is not there
     if Path("/proc/self/statm").exists():
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -43,9 +43,11 @@ def sampled(folder: Path) -> None:
 def config_lies() -> Iterator[Any]:
     """A file, a key of it, a value, and what must hold: a value of another kind is refused."""
     for file, (_, config) in FILES.items():
-        for key, sound in asdict(config).items():
+        for i, (key, sound) in enumerate(asdict(config).items()):
             kinds = {bool: bool, float: (int, float), tuple: list}.get(type(sound), type(sound))
-            for name, value in list(VALUES.items())[: None if NIGHTLY or isinstance(sound, tuple) else 9]:
+            everything = list(VALUES.items())
+            turn = everything if NIGHTLY or isinstance(sound, tuple) else [everything[(4 * i + j) % 9] for j in range(4)]
+            for name, value in turn:
                 other = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool) or name in ("NaN", "Infinity")
                 must = "refuse" if other and sound is not None and value is not ABSENT else ""
                 yield pytest.param(file, key, value, must, id=f"{file}-{key}-{name}")
@@ -65,7 +67,7 @@ JSON: dict[str, Lie] = NO_FILES | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("file", FILES if NIGHTLY else ["unet", "scheduler"])
+@pytest.mark.parametrize("file", FILES if NIGHTLY else ["unet"])
 @pytest.mark.parametrize("case", JSON)
 def test_json(holds: Oracle, folder: Path, case: str, file: str) -> None:
     lay(folder / FILES[file][0], JSON[case])
