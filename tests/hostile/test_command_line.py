@@ -108,8 +108,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
-@pytest.mark.parametrize("at", range(1, 60) if NIGHTLY else (3, 9))
+KILLS = (
+    [(at, by) for at in range(1, 60) for by in (signal.SIGKILL, signal.SIGTERM)] if NIGHTLY else [(3, signal.SIGKILL), (9, signal.SIGTERM)]
+)
+
+
+@pytest.mark.parametrize(("at", "by"), KILLS, ids=lambda value: str(int(value)))
 @pytest.mark.parametrize("line", ["png", "npy", "prepare"])
 def test_killed(tmp_path: Path, typed: Typed, line: str, at: int, by: signal.Signals) -> None:
     """The same command again gives what an undisturbed one gives, and nothing else is left."""
