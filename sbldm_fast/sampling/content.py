@@ -9,7 +9,7 @@ against somebody who looks for two weights of one digest.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -20,41 +20,48 @@ from torch import Tensor, nn
 COLUMNS = 1021
 TOGETHER = {"cpu": 2**15, "cuda": 2**24}  # elements of small tensors that are summed in one: a copy costs less than a call
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_INTEGERS = {1: torch.uint8, 2: torch.int16}  # else int32, whose sums cannot overflow: two signs that change would be none
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-def tensors_of(*models: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer by name, also what is left out of a state dict."""
+def survey(*models: nn.Module) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """The structure of models: every module with the numbers and words that it keeps (a LoRA's scaling is in a dictionary) but not whether
+    it trains, and the kind of every tensor; and the tensors, parameters and buffers, also what is left out of a state dict.
+    """  # fmt: skip
+    modules, kinds, tensors = [], [], []
     for model in models:
-        yield from model.named_parameters()
-        yield from model.named_buffers()
+        for name, module in model.named_modules():
+            values = vars(module)
+            words = tuple((k, _plain(v)) for k, v in values.items() if k == "_internal_dict" or (k[0] != "_" and k != "training"))
+            modules.append((name, type(module), words))
+            for found in (values["_parameters"], values["_buffers"]):
+                for key, t in found.items():
+                    if t is not None:
+                        kinds.append((key, t.shape, t.stride(), t.dtype, t.device))
+                        tensors.append(t)
+    return (modules, kinds), tensors
 
 
-def structure(*models: nn.Module) -> tuple[Any, ...]:
-    """The modules with the numbers and words that they keep, and the kind of every tensor; nothing is read from a device."""
-    modules = tuple((name, type(m), _words(vars(m))) for model in models for name, m in model.named_modules())
-    return modules, tuple((name, t.shape, t.stride(), t.dtype, t.device) for name, t in tensors_of(*models))
+def addresses(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Which tensors they are, and where: what a recorded graph reads, and keeps reading."""
+    return [(id(t), t.data_ptr()) for t in tensors]
 
 
-def addresses(*models: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Which tensors the modules hold and where: what a recorded graph reads, and keeps reading."""
-    return tuple((id(t), t.data_ptr()) for _, t in tensors_of(*models))
-
-
-def digest(*models: nn.Module) -> int:
-    """64 bits of the bits of every parameter and buffer, summed on its device: one number is fetched from each.
+def digest(tensors: Iterable[Tensor]) -> int:
+    """64 bits of the bits of all tensors, summed where they lie: one number is fetched from each device.
 
     `sum_k sum_c w_kc mix(sum_r bits_k[1021 r + c]) mod 2^64`, over groups k of tensors of one device and width, w random;
     mix(s) = s + s / 2^29 brings the signs of many elements down to where w has its bits.
     """
-    groups: dict[tuple[torch.device, int], list[Tensor]] = {}
-    for _, t in tensors_of(*models):
-        if t.numel() and not t.is_meta:
-            groups.setdefault((t.device, t.itemsize), []).append(_bits(t))
-    total = 0
-    for number, ((device, _), bits) in enumerate(sorted(groups.items(), key=lambda item: str(item[0]))):
-        sums = torch.stack([_columns(v) for v in _packed(bits, TOGETHER.get(device.type, 2**15))])
-        total += int(((sums + (sums >> 29)) * _weights(number, len(sums), device)).sum())
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    with torch.no_grad():
+        for t in tensors:
+            if t.numel() and not t.is_meta:
+                bits = _bits(t)
+                groups.setdefault((t.device, bits.dtype), []).append(bits)
+        total = 0
+        for number, ((device, _), found) in enumerate(sorted(groups.items(), key=lambda item: str(item[0]))):
+            sums = torch.stack([_columns(v) for v in _packed(found, TOGETHER.get(device.type, 2**15))])
+            total += int(((sums + (sums >> 29)) * _weights(number, len(sums), device)).sum())
     return total % 2**64
 
 
@@ -67,23 +74,30 @@ def fingerprint(thing: object) -> str:
 
 def _bits(t: Tensor) -> Tensor:
     """The elements in the order of memory, as integers; a view, unless they overlap or have gaps."""
-    t = t.detach()
-    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-    order = sorted(range(t.dim()), key=t.stride, reverse=True)
-    return t.permute(order).reshape(-1).view(_INTEGERS.get(t.itemsize, torch.int32))
+    if t.is_complex():
+        t = torch.view_as_real(t.resolve_conj())
+    if not t.is_contiguous():
+        t = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
+    flat = t.reshape(-1).contiguous()
+    # pairs of float32 are read twice as fast; the sums of float64 would overflow and lose its signs two by two
+    pairs = flat.dtype == torch.float32 and flat.numel() % 2 == 0 and flat.storage_offset() % 2 == 0
+    return flat.view(torch.int64 if pairs else _INTEGERS.get(flat.itemsize, torch.int32))
 
 
 def _packed(bits: list[Tensor], most: int) -> Iterator[Tensor]:
     """Small ones put together up to `most` elements, in their order; large ones as they are."""
     waiting: list[Tensor] = []
+    total = 0
     for v in bits:
-        if waiting and sum(len(w) for w in waiting) + len(v) > most:
+        n = v.numel()
+        if waiting and total + n > most:
             yield torch.cat(waiting)
-            waiting = []
-        if len(v) > most:
+            waiting, total = [], 0
+        if n > most:
             yield v
         else:
             waiting.append(v)
+            total += n
     if waiting:
         yield torch.cat(waiting)
 
@@ -100,11 +114,6 @@ def _columns(v: Tensor) -> Tensor:
 def _weights(number: int, count: int, device: torch.device) -> Tensor:
     random = torch.Generator().manual_seed(number)
     return torch.randint(-(2**62), 2**62, (count, COLUMNS), generator=random).mul_(2).add_(1).to(device)  # odd: no bit is multiplied away
-
-
-def _words(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The plain values of a module, and of the containers among them (a LoRA's scaling is in a dictionary); not whether it trains."""
-    return tuple((k, _plain(v)) for k, v in values.items() if k != "training" and (k[0] != "_" or k == "_internal_dict"))
 
 
 def _plain(value: Any) -> Any:

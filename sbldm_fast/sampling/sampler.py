@@ -18,7 +18,7 @@ from sbldm_fast.diffusion.table import NotLinear, SolverTable, prepared
 from sbldm_fast.models import UNet2D
 
 from . import variations
-from .content import addresses, digest, fingerprint, structure, tensors_of
+from .content import addresses, digest, fingerprint, survey
 from .loop import Callback, Loop, ModeFailed, Turn, broken, float32_precision, modules_of
 from .memory import out_of_memory, what_fits
 from .model import Cond, evaluating, predictor, ready
@@ -115,8 +115,8 @@ class FastSampler:
         self.device = self._device if parameter is None else parameter.device
         self.dtype = self._dtype or (torch.float32 if parameter is None else parameter.dtype)
         parse_mode(self._mode, self.device)  # a graph stays on CUDA
-        if isinstance(model, UNet2D) and (len(self.shape) != 3 or self.shape[0] != model.config.in_channels):
-            raise ValueError(f"shape: got {self.shape}, allowed for this model is ({model.config.in_channels}, H, W)")
+        if isinstance(model, UNet2D) and self.shape[:-2] != (channels := model.config.in_channels,):
+            raise ValueError(f"shape: got {self.shape}, allowed for this model is ({channels}, H, W)")
         self._solve()
         self.model, self.layout = ready(model, self.dtype, self.device, len(self.shape))
         self.predict = predictor(self.model)
@@ -124,25 +124,25 @@ class FastSampler:
 
     def _solve(self) -> None:
         """The scheduler's numbers: its table, or without one its timesteps."""
-        scheduler, self.linear, self._settings = self.scheduler, True, fingerprint(self.scheduler)
+        scheduler, settings, table = self.scheduler, fingerprint(self.scheduler), None
+        name = type(scheduler).__name__
         if isinstance(scheduler, SolverTable):
             if self.eta:
                 raise ValueError(f"eta: got {self.eta}, allowed is 0 with a SolverTable, which has its own")
-            self.table = scheduler.from_step(self._start)
-            self._numbers = self._settings
-            return
-        try:
-            self.table = SolverTable.from_scheduler(scheduler, self._asked, eta=self.eta, start=self._start)
-            self._numbers = fingerprint(self.table)
-        except NotLinear as why:
-            warnings.warn(f"{type(scheduler).__name__} is stepped as it is, without a table: {why}", stacklevel=4)
-            if self.stop is not None or self._mode not in ("auto", "eager"):
-                raise ValueError(
-                    f"mode, stop: got {self._mode!r}, {self.stop!r}, allowed for {type(scheduler).__name__} are 'eager', None"
-                ) from why
-            self.linear, self._numbers = False, ""
-            self.timesteps: list[float] = prepared(scheduler, self._asked, self.eta).timesteps.tolist()
-            self.init_noise_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
+            table = scheduler.from_step(self._start)
+        else:
+            try:
+                table = SolverTable.from_scheduler(scheduler, self._asked, eta=self.eta, start=self._start)
+            except NotLinear as why:
+                warnings.warn(f"{name} is stepped as it is, without a table: {why}", stacklevel=4)
+                if self.stop is not None or self._mode not in ("auto", "eager"):
+                    raise ValueError(f"mode, stop: got {self._mode!r}, {self.stop!r}, allowed for {name} are 'eager', None") from why
+                self.timesteps: list[float] = prepared(scheduler, self._asked, self.eta).timesteps.tolist()
+                self.init_noise_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
+        if table is not None:
+            self.table = table
+        # last: what is refused is refused again
+        self.linear, self._settings, self._solved = table is not None, settings, fingerprint(table)
 
     def _load(self) -> None:
         """Put the table's numbers on the device."""
@@ -154,16 +154,14 @@ class FastSampler:
             raise ValueError(f"stop: got {self.stop!r}, allowed is None: this scheduler does not tell what x0 is")
         self.timesteps, self.init_noise_sigma = table.timesteps.tolist(), table.init_noise_sigma
         self.numbers = table.rows.to(self.device, torch.float32)
-        scale = table.input_scale.to(self.device, torch.float32)
-        self.input_scale = None if bool((scale == 1).all()) else scale
+        self.input_scale = None if bool((table.input_scale == 1).all()) else table.input_scale.to(self.device, torch.float32)
         self.rows = self._rows()
         # one pool for all batch sizes: replays follow on one another, and outputs are copied out before the next
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def _rows(self) -> Tensor:
         """What the model is given of time at each step."""
-        times = self.table.timesteps.to(self.device)
-        times = times.float() if times.is_floating_point() else times
+        times = self.table.timesteps.to(self.device, torch.float32 if self.table.timesteps.is_floating_point() else torch.int64)
         with torch.no_grad(), float32_precision(self.device, self.tf32):
             return self.model.time_rows(times).to(self.dtype) if isinstance(self.model, UNet2D) else times
 
@@ -173,16 +171,16 @@ class FastSampler:
         if not (copied or self.graph or self.fuse):
             first = _first(model)
             return () if first is None else (first.device, first.dtype)
-        modules = [model] if isinstance(model, nn.Module) else modules_of(model)
-        read = addresses(*modules, *modules_of(self.decode)) if self.graph or self.fuse else ()
-        return structure(*modules), read, digest(*modules) if copied else 0
+        found, tensors = survey(*([model] if isinstance(model, nn.Module) else modules_of(model)))
+        read = addresses([*tensors, *survey(*modules_of(self.decode))[1]]) if self.graph or self.fuse else []
+        return found, read, digest(tensors) if copied else 0
 
     def _refresh(self) -> None:
         """Make anew what was made of weights, modules or settings that have been changed since."""
         if fingerprint(self.scheduler) != self._settings:
-            before = self._numbers
+            before = self._solved
             self._solve()  # a run of the caller's own moves a scheduler's counters: its table is what it was
-            if before != self._numbers:
+            if before != self._solved:
                 self._tails.clear()
                 self._load()
         model = self._given()
@@ -196,7 +194,7 @@ class FastSampler:
             # a graph goes on reading where it read when it was recorded: what is a copy is written there again
             anew = ready(model, self.dtype, self.device, len(self.shape))[0]
             with torch.no_grad():
-                for (_, mine), (_, fresh) in zip(tensors_of(self.model), tensors_of(anew), strict=True):
+                for mine, fresh in zip(survey(self.model)[1], survey(anew)[1], strict=True):
                     mine.copy_(fresh)
                 self.rows.copy_(self._rows())
         else:
