@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 COLUMNS = 1021
-TOGETHER = {"cpu": 2**15, "cuda": 2**24}  # elements of small tensors that are summed in one: a copy costs less than a call
+TOGETHER = 2**17, 2**24  # elements of small tensors that are summed in one, on a CPU and elsewhere: a copy costs less than a call
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -52,15 +52,15 @@ def digest(tensors: Iterable[Tensor]) -> int:
     `sum_k sum_c w_kc mix(sum_r bits_k[1021 r + c]) mod 2^64`, over groups k of tensors of one device and width, w random;
     mix(s) = s + s / 2^29 brings the signs of many elements down to where w has its bits.
     """
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    groups: dict[tuple[int, torch.dtype], list[Tensor]] = {}
     with torch.no_grad():
         for t in tensors:
-            if t.numel() and not t.is_meta:
-                bits = _bits(t)
-                groups.setdefault((t.device, bits.dtype), []).append(bits)
+            if not t.is_meta and (n := t.numel()):
+                groups.setdefault((t.get_device(), t.dtype), []).append(t.view(-1) if t.is_contiguous() else _flat(t, n))
         total = 0
-        for number, ((device, _), found) in enumerate(sorted(groups.items(), key=lambda item: str(item[0]))):
-            sums = torch.stack([_columns(v) for v in _packed(found, TOGETHER.get(device.type, 2**15))])
+        for number, (_, found) in enumerate(sorted(groups.items(), key=lambda item: str(item[0]))):
+            device = found[0].device
+            sums = torch.stack([_columns(_bits(v)) for v in _packed(found, TOGETHER[device.type != "cpu"])])
             total += int(((sums + (sums >> 29)) * _weights(number, len(sums), device)).sum())
     return total % 2**64
 
@@ -72,16 +72,18 @@ def fingerprint(thing: object) -> str:
     return made.hexdigest()
 
 
-def _bits(t: Tensor) -> Tensor:
-    """The elements in the order of memory, as integers; a view, unless they overlap or have gaps."""
-    if t.is_complex():
-        t = torch.view_as_real(t.resolve_conj())
-    if not t.is_contiguous():
-        t = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
-    flat = t.reshape(-1).contiguous()
+def _flat(t: Tensor, n: int) -> Tensor:
+    """The elements in the order of memory; a view, unless they overlap or have gaps."""
+    ordered = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
+    return ordered.reshape(n).contiguous()
+
+
+def _bits(v: Tensor) -> Tensor:
+    if v.is_complex():
+        v = torch.view_as_real(v.resolve_conj()).flatten()
     # pairs of float32 are read twice as fast; the sums of float64 would overflow and lose its signs two by two
-    pairs = flat.dtype == torch.float32 and flat.numel() % 2 == 0 and flat.storage_offset() % 2 == 0
-    return flat.view(torch.int64 if pairs else _INTEGERS.get(flat.itemsize, torch.int32))
+    pairs = v.dtype == torch.float32 and len(v) % 2 == 0 and v.storage_offset() % 2 == 0
+    return v.view(torch.int64 if pairs else _INTEGERS.get(v.itemsize, torch.int32))
 
 
 def _packed(bits: list[Tensor], most: int) -> Iterator[Tensor]:
