@@ -77,7 +77,7 @@ def print_doctor(report: dict[str, Any]) -> None:
 @app.command()
 def prepare(
     sources: Annotated[list[str], typer.Argument(help="NIfTI files, folders of NIfTI, DICOM or PNG/JPG, mni152, synthetic[:COUNT].")],
-    out: Annotated[str, typer.Option("-o", "--out", metavar="PATH", help="Folder to write; one that prepare wrote is replaced.")],
+    out: Annotated[Path, typer.Option("-o", "--out", callback=place, help="Folder to write; one that prepare wrote is replaced.")],
     split: Annotated[Split, typer.Option(help="subject keeps a subject in one split; slice leaks, as paper 001 does.")] = Split.subject,
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the synthetic brains.")] = 42,
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of 4-D files.")] = None,
@@ -97,7 +97,7 @@ def prepare(
         sources, out, split=split.value, seed=seed, volume=volume, every=every, subject=subject, covariates=covariates, strict=strict,
         workers=workers or os.cpu_count() or 1, progress=not as_json,
     )  # fmt: skip
-    done = {"out": out, "slices": len(manifest["slices"]), "subjects": manifest["subjects"], "split": manifest["split"]["slices"],
+    done = {"out": str(out), "slices": len(manifest["slices"]), "subjects": manifest["subjects"], "split": manifest["split"]["slices"],
             "skipped": manifest["skipped"], "without_covariates": manifest["without_covariates"]}  # fmt: skip
     for one in manifest["skipped"]:
         print(f"skipped {one['source']}: {one['reason']}", file=sys.stderr)
@@ -117,7 +117,7 @@ def prepare(
         print(f"{source[:24]:24} {modality:9} {part:6} {len(people):8} {len(scans):6} {count:7}")
     summary = f"{_many(len(manifest['slices']), 'slice')} of {_many(manifest['subjects'], 'subject')}, {len(manifest['skipped'])} skipped"
     lacking = f", {len(manifest['without_covariates'])} without covariates" if covariates else ""
-    print(f"{summary}{lacking}; look at {Path(out) / 'contact_sheet.png'}")
+    print(f"{summary}{lacking}; look at {out / 'contact_sheet.png'}")
 
 
 def _many(count: int, name: str) -> str:
@@ -183,10 +183,9 @@ def train(
         if torch.distributed.is_initialized() and torch.distributed.get_rank():
             return
     result |= {"pipeline": str(out / "pipeline"), "seconds": round(time.monotonic() - start, 1)}
-    people = f"{result['subjects']} subject{'s' * (result['subjects'] != 1)}"
     # a run that was continued took longer than this part of it
     result["training_seconds"] = round(sum({row["stage"]: row["seconds"] for row in read_log(out)}.values()), 1)
-    text = (f"trained on {result['slices']} slices of {people} in {result['seconds']} s, "
+    text = (f"trained on {result['slices']} slices of {_many(result['subjects'], 'subject')} in {result['seconds']} s, "
             f"{result['training_seconds']} s of training in all: {result['pipeline']}")  # fmt: skip
     print(json.dumps(result) if as_json else text)
 
