@@ -45,10 +45,15 @@ def test_prepare_train_sample_end_to_end(run: Any, tmp_path: Path) -> None:
     code, out, _ = run("prepare", "synthetic:3", "-o", tmp_path / "d", "--every", "10", "--json")
     assert code == 0
     assert json.loads(out)["subjects"] == 3
-    code, out, _ = run("train", tmp_path / "r", "--data", tmp_path / "d", "--preset", "demo", "--steps", "2", "--batch", "2",
-                       "--vae-batch", "2", "--views", "1", "--amp", "off", "--json")  # fmt: skip
+    whole = ("train", tmp_path / "r", "--data", tmp_path / "d", "--preset", "demo", "--steps", "2", "--batch", "2",
+             "--vae-batch", "2", "--views", "1", "--amp", "off", "--json")  # fmt: skip
+    code, out, _ = run(*whole)
     assert code == 0
-    pipeline = json.loads(out)["pipeline"]
+    done = json.loads(out)
+    pipeline = done["pipeline"]
+    code, out, _ = run(*whole, "--resume")
+    assert code == 0
+    assert json.loads(out)["training_seconds"] == done["training_seconds"] > 0, "what came before is told, too"
     again = ("train", tmp_path / "r", "--data", tmp_path / "d", "--preset", "demo", "--steps", "2")
     code, _, err = run(*again)
     assert code == 1
