@@ -193,7 +193,7 @@ def _single(
     x, image = torch.from_numpy(example["noise"]), torch.from_numpy(example["images"])
     t = torch.tensor(manifest["solver"]["timesteps"])[torch.linspace(0, len(manifest["solver"]["timesteps"]) - 1, len(x)).long()]
     with torch.no_grad():
-        unet, vae = copy.deepcopy(pipeline.unet).cpu(), copy.deepcopy(pipeline.vae).cpu()
+        unet, vae = copy.deepcopy(pipeline.unet).cpu().eval(), copy.deepcopy(pipeline.vae).cpu().eval()
         scale = vae.config.scaling_factor
         wanted = {
             "unet": ({"x": x, "t": t}, unet(x, t)),

@@ -9,6 +9,7 @@ import re
 import reprlib
 import sys
 import time
+import warnings
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -229,7 +230,7 @@ def sample(
     rate = done["made"] / seconds
     done |= {"seconds": round(seconds, 2), "images_per_s": round(rate, 3), "notice": NOTICE}
     print(f"mode {done['mode']}: {done['reason']}", file=sys.stderr)
-    text = f"{done['made']} images in {seconds:.1f} s ({rate:.2f}/s), {done['kept']} were there: {out}; {NOTICE}"
+    text = f"{_many(done['made'], 'image')} in {seconds:.1f} s ({rate:.2f}/s), {done['kept']} were there: {out}; {NOTICE}"
     print(json.dumps(done) if as_json else text)
 
 
@@ -326,7 +327,7 @@ def _print_check(folder: Path, report: dict[str, Any], as_json: bool) -> None:
 
 def _verdict(folder: Path, report: dict[str, Any]) -> str:
     if report["failures"]:
-        return f"FAILED: {folder}, {len(report['failures'])} fault{'s'[: len(report['failures']) > 1]}"
+        return f"FAILED: {folder}, {_many(len(report['failures']), 'fault')}"
     alone = report["not_compared"]
     return f"OK: {folder}" + (f"; what {', '.join(alone)} make was compared with nothing: that needs PIPELINE" if alone else "")
 
@@ -391,12 +392,28 @@ demo {"finished" if ok else "FAILED"} in {time.monotonic() - start:.0f} s""")
 
 def main() -> None:
     """Run the command line: 0 ok, 1 failed with one sentence, 2 bad usage, 130 interrupted."""
+    from sbldm_fast.files import printable
+
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as for a daemon
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  # as long as the process
+        elif hasattr(stream, "reconfigure"):  # a name that the terminal cannot show is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"warning: {printable(str(message))}", file=sys.stderr)
+            app()
     except OSError as error:
-        sys.exit(f"sbldm-fast: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        said = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     except (ValueError, FloatingPointError, MemoryError) as error:
-        sys.exit(f"sbldm-fast: {error}")
+        said = str(error) or type(error).__name__
+    except KeyboardInterrupt:  # before a command could say it
+        print("sbldm-fast: interrupted", file=sys.stderr)
+        sys.exit(130)
+    else:
+        return
+    sys.exit(f"sbldm-fast: {printable(said)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-LEFT = re.compile(r"\..+\.(\d+|[a-z0-9_]{8})\.(old|part)")  # hidden files of other names are the user's
+LEFT = r"\.({})\.(\d+|[a-z0-9_]{{8}})\.(old|part)"
 PLACES = 4  # that are looked at for what dead processes left: as many as write one path at a time
 
 
@@ -50,9 +50,14 @@ def whole_folder(path: str | Path, lose: bool = False) -> Iterator[Path]:
         for file in place.rglob("*"):
             _sync(file)
         with suppress(FileNotFoundError):
-            if (lost := sorted({p.name for p in path.iterdir()} - {p.name for p in place.iterdir()})) and not lose:
+            if (lost := sorted(_files(path) - _files(place))) and not lose:
                 raise ValueError(f"{path} holds {lost[0]}, which would be lost; allowed is a new folder or one that this command wrote")
         _put(place, path)
+
+
+def _files(folder: Path) -> set[str]:
+    """All that is not a folder, below it, and folders with nothing in them."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir() or not any(p.iterdir())}
 
 
 def _put(place: Path, path: Path) -> None:
@@ -67,6 +72,8 @@ def _put(place: Path, path: Path) -> None:
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 _remove(old)  # another process put its own there in this moment: that one is replaced, too
+                if old.exists():
+                    raise OSError(error.errno, "what an earlier run left there cannot be removed", str(old)) from None
                 continue
             if old.exists() and not path.exists():
                 old.rename(path)
@@ -75,9 +82,11 @@ def _put(place: Path, path: Path) -> None:
     _sync(path.parent)
 
 
-def recover(folder: str | Path) -> None:
-    """Clear what dead processes left in `folder` of `whole_file` or `whole_folder`; what they had moved aside comes back."""
-    for place in {path.with_suffix(".part") for path in Path(folder).iterdir() if LEFT.fullmatch(path.name)}:
+def recover(folder: str | Path, names: str) -> None:
+    """Clear what dead processes left in `folder` of `whole_file` or `whole_folder` of these names, a regular expression; what they had
+    moved aside comes back. Hidden files of other names are the user's.
+    """  # fmt: skip
+    for place in {path.with_suffix(".part") for path in Path(folder).iterdir() if re.fullmatch(LEFT.format(names), path.name)}:
         _clear(place)
 
 
@@ -104,7 +113,11 @@ def _take(place: Path) -> int | None:
     except FileExistsError:
         return None
     with suppress(FileNotFoundError):
-        lock = os.open(place, os.O_RDONLY)
+        try:
+            lock = os.open(place, os.O_RDONLY)
+        except PermissionError:  # a umask that takes from its own user
+            place.rmdir()
+            raise
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         if _same(lock, place):
@@ -142,9 +155,16 @@ def _same(descriptor: int, path: Path) -> bool:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
+        with suppress(OSError):  # a folder that its user had closed
+            path.chmod(0o700)
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def printable(text: str) -> str:
+    """The text with what would act on a terminal, or cannot be printed, as its escape."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _sync(path: Path) -> None:

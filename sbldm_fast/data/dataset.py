@@ -37,7 +37,7 @@ class Slices:
             raise ValueError(f"{path} does not exist, or is no file")
         with path.open("rb") as f:
             if f.read(8) != b"\x93NUMPY\x01\x00":  # later versions promise headers of gigabytes, which numpy takes memory for
-                raise ValueError(f"{path} is not a .npy file as prepare writes it; run prepare again")
+                raise ValueError(f"{path} is not readable as a .npy file (header); run prepare again")
         try:
             # copy on write: torch wants memory that it may write to, the file stays as it is
             array = npy.open_memmap(path, mode="c")

@@ -16,9 +16,8 @@ TIMES = ("TemporalPositionIdentifier", "DiffusionBValue", "EchoTime", "Acquisiti
 TAGS = ["PatientID", "SeriesInstanceUID", "SOPInstanceUID", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows",
         "Columns", "SeriesDescription", "PhotometricInterpretation", "NumberOfFrames", "SliceThickness", "ImageType", *TIMES]  # fmt: skip
 MAX_PIXELS = 4096**2  # of a slice
-MIXED = (
-    1.3  # neighbours that differ so much more than slices two apart: 0.6 to 0.9 in a head's series, 1.7 and more in two heads' 3 mm apart
-)
+# neighbours that differ so much more than slices two apart: 0.6 to 0.9 in a head's series, 1.7 and more in those of two heads 3 mm apart
+MIXED = 1.3
 
 
 class Series(NamedTuple):

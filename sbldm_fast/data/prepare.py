@@ -23,11 +23,11 @@ from numpy.lib import format as npy
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from sbldm_fast.files import read_json, whole_folder, write_json
+from sbldm_fast.files import printable, read_json, whole_folder, write_json
 
 from .covariates import Covariates
 from .dicom import load_dicom
-from .sources import PREPARED, Job, Subjects, expand, modality_of, printable, subject_of
+from .sources import PREPARED, Job, Subjects, expand, modality_of, subject_of
 from .synthetic import mni152, synthetic_brain
 from .volumes import SIZE, MissingPackage, Unusable, Volume, axial_slices, load_nifti, silent
 
@@ -150,6 +150,8 @@ def _writable(out: str | Path) -> None:
     if not str(out):
         raise ValueError("out: got '', allowed is a folder")
     folder = Path(out)
+    if os.path.ismount(folder):  # noqa: PTH  # of a link, too
+        raise ValueError(f"{out} is where a disk is mounted, which cannot be replaced; allowed is a folder in it")
     if not folder.is_dir() or not (there := sorted(folder.iterdir())):
         return
     lost = next((p.name for p in there if p.name not in PREPARED or not p.is_file()), None)

@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sbldm_fast.files import printable
+
 from .dicom import is_dicom
 
 # longest first: t1ce is not t1
@@ -82,11 +84,6 @@ def expand(source: str) -> Iterator[Job]:
             yield Job(printable(f"{top}{dicom[0].relative_to(root)}"), "dicom", tuple(dicom))
     if not found:
         raise ValueError(f"{source} holds no NIfTI (.nii, .nii.gz, .hdr), DICOM, .png or .jpg file")
-
-
-def printable(text: str) -> str:
-    """The text with what would act on a terminal, or cannot be printed, as its escape."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _kind(file: Path) -> str:

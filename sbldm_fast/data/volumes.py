@@ -165,16 +165,16 @@ def _measure_extensions(path: Path) -> None:
             return
         at = struct.unpack(f"{order}i", first)[0] + 4
         header = first + f.read(at - 4)
+        if len(header) < at or not header[-4]:
+            return
         end = int(struct.unpack_from(f"{order}f", header, 108)[0] if at == 352 else struct.unpack_from(f"{order}q", header, 168)[0])
         end = end or path.stat().st_size  # a pair has them to the end of the .hdr
-        while len(header) == at and header[-4] and len(size := f.read(4)) == 4:
+        while at + 16 <= end and len(size := f.read(4)) == 4:
             length = struct.unpack(f"{order}i", size)[0]
-            if at + 16 > end:
-                return
             if not 16 <= length <= end - at:
                 raise Unusable(f"an extension of the header promises {length} bytes, where there are {end - at}")
             at += length
-            header += f.read(length - 4)
+            f.seek(at)
 
 
 def _read_to_end(path: Path, most: int) -> None:

@@ -214,8 +214,8 @@ def _warn_of_a_late_start(own: Any, steps: int) -> None:
     """A run starts from pure noise: where its first timestep is far below T - 1, the model takes some of that noise for an image."""
     T, times = getattr(getattr(own, "config", own), "num_train_timesteps", None), own.timesteps
     first = float(times[0])
-    # leading starts a stride late by its nature, and a tenth is what it rounds; timesteps up to 1 are of another unit
-    if T and steps > 1 and first > max(1.0, float(times[-1])) and first < T - 1 - 1.1 * T / steps:
+    # DDIM's usual 50 steps of `leading` start a fiftieth late; timesteps up to 1 are of another unit
+    if T and steps > 1 and first > max(1.0, float(times[-1])) and first < T - 1 - T / 50:
         warnings.warn(
             f"{type(own).__name__}: a run of {steps} steps starts at t = {first:g}, not at {T - 1}, from pure noise; "
             "timestep_spacing='trailing' starts there",

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sbldm_fast.data import Slices
-from sbldm_fast.files import whole_folder, write_json
+from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.models import AutoencoderKL
 from sbldm_fast.sampling.images import save_grid, to_uint8
 from sbldm_fast.sampling.pipeline import Pipeline
@@ -67,8 +67,10 @@ def memorisation(pipeline: Pipeline, data: str | Path, out: str | Path, *, n: in
     Raises:
         ValueError: as `Slices`; a prepared folder without validation and test slices; a folder `out` with other files.
     """
-    if Path(out).is_dir() and (other := sorted({p.name for p in Path(out).iterdir()} - {REPORT, PICTURE})):
-        raise ValueError(f"{out} holds {other[0]}, which would be lost; allowed is a new folder or one that evaluate wrote")
+    there = sorted(p.name for p in Path(out).glob("*"))
+    lost = next((name for name in there if name not in (REPORT, PICTURE)), None)
+    if there and (lost or REPORT not in there or "samples" not in read_json(Path(out) / REPORT)):
+        raise ValueError(f"{out} holds {lost or there[0]}, which would be lost; allowed is a new folder or one that evaluate wrote")
     train = Slices(data, "train")
     unseen = []
     for split in ("val", "test"):

@@ -6,6 +6,7 @@ one is to run its code, so only what this user alone can have written is loaded,
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
@@ -37,15 +38,18 @@ def cache_folder() -> Path:
     Raises:
         Unavailable: the folder or one above it belongs to somebody else, or can be written by others, who could put code there.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = Path(os.environ.get("SBLDM_FAST_CACHE", base / "sbldm_fast")).absolute()
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        asked = os.environ.get("SBLDM_FAST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sbldm_fast"
+        folder = Path(asked).expanduser().absolute()
+        for path in reversed((folder, *folder.parents)):
+            if not path.exists():
+                path.mkdir(mode=0o700)  # also those above, whatever the umask
         folder = folder.resolve(strict=True)
-    except OSError as error:
-        raise Unavailable(
-            f"SBLDM_FAST_CACHE: {folder} cannot be made: {error.strerror}; allowed is a folder that its user may write to"
-        ) from None
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file")
+    except (OSError, RuntimeError) as error:  # no home, no current folder, a file in the way
+        why = getattr(error, "strerror", None) or error
+        raise Unavailable(f"SBLDM_FAST_CACHE: no folder can be made: {why}; allowed is one that its user may write to") from None
     for path in (folder, *folder.parents):
         found = path.stat()
         shared = found.st_mode & 0o022 and not (path != folder and found.st_mode & stat.S_ISVTX)  # in a sticky folder each has his own
@@ -125,6 +129,8 @@ def compiled_ahead(
                 return torch._inductor.aoti_load_package(str(path)), True
             except RuntimeError:  # cut short
                 pass
+        if path.is_dir():
+            raise Unavailable(f"SBLDM_FAST_CACHE: {path} is a folder, allowed at that name is what was compiled")
         path.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             try:
@@ -133,7 +139,8 @@ def compiled_ahead(
                 raise NotTraceable(str(failure) or type(failure).__name__) from failure
             Path(made).chmod(0o600)
             Path(made).replace(path)
-    for old in sorted(path.parent.glob("*.pt2"), key=lambda p: p.lstat().st_mtime)[:-KEPT]:
+    others = [(p.lstat().st_mtime, p) for p in path.parent.glob("[0-9a-f]" * 64 + ".pt2") if p != path]
+    for _, old in sorted(others)[: 1 - KEPT]:
         old.unlink(missing_ok=True)
     return torch._inductor.aoti_load_package(str(path)), False
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
 import math
 import os
 import re
+from contextlib import suppress
 from datetime import timedelta
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,8 @@ def sample_to_folder(
         raise ValueError(f"format: got {form!r}, allowed are {', '.join(FORMATS)}")
     if form == "nifti" and importlib.util.find_spec("nibabel") is None:
         raise ValueError("format: nifti needs nibabel: pip install 'sbldm_fast[data]'")
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    world = _of_torchrun("WORLD_SIZE", 1, 1, 2**20)
+    rank, local = (_of_torchrun(name, 0, 0, world - 1) for name in ("RANK", "LOCAL_RANK"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     pipe = Pipeline.from_pretrained(pipeline).to(device)
     size, reason = even_batch(n, min(batch_size, math.ceil(n / world))), ""  # no rank without work
@@ -62,7 +66,7 @@ def sample_to_folder(
         mode, reason = choose(device, n, steps)
     sampler = pipe.sampler(steps, mode, scheduler=scheduler, eta=eta, dtype=dtype)
     numbered(pipe.latent_shape, device, 1, seed, None, None)  # a seed that is refused leaves no folder
-    _claim(out, n, form, {
+    claim = _claim(out, form, {
         "pipeline": _identity(pipe), "seed": seed, "steps": steps, "scheduler": scheduler, "eta": eta,
         "dtype": str(sampler.dtype)[6:], "batch": batch_size, "format": form, "notice": NOTICE,
     })  # fmt: skip
@@ -86,6 +90,7 @@ def sample_to_folder(
         torch.distributed.destroy_process_group()
     if rank == 0:
         _assemble(out, n, form)
+    os.close(claim)
     total = len(shared[0])
     return {
         "out": str(out),
@@ -107,7 +112,46 @@ def _identity(pipe: Pipeline) -> str:
     return digest.hexdigest()
 
 
-def _claim(out: Path, n: int, form: str, settings: dict[str, Any]) -> None:
+def _of_torchrun(name: str, default: int, least: int, most: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise ValueError(f"{name}: got {text!r} in the environment, allowed is {least} to {most}: torchrun sets it with the others")
+    return int(text)
+
+
+def _claim(out: Path, form: str, settings: dict[str, Any]) -> int:
+    """Hold `out` for images of these settings, as long as what is returned is open, beside others who make the same ones.
+
+    Raises:
+        ValueError: another run is at work there, or there are images of something else, or files that are not a run's.
+    """
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # others are at work: with these settings, or this run is refused
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if (out / RECORD).exists() and (there := read_json(out / RECORD)) != settings:
+                k = next((k for k in settings if there.get(k) != settings[k]), "settings")
+                raise ValueError(f"{out} is where images of {k} {there.get(k)} are being made, this run's is {settings.get(k)}") from None
+            return lock
+        except OSError:  # a file system without locks
+            pass
+        _record(out, form, settings)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+    except BaseException:
+        os.close(lock)
+        if new:
+            with suppress(OSError):
+                out.rmdir()  # what is refused leaves no folder
+        raise
+    return lock
+
+
+def _record(out: Path, form: str, settings: dict[str, Any]) -> None:
     """Write down what the images are made with, unless there are images of something else, or files that are not a run's."""
     ours = (out / RECORD).exists()
     there = read_json(out / RECORD) if ours else {}
@@ -139,14 +183,24 @@ def _write_part(image: torch.Tensor, path: Path, form: str) -> None:
 
 def _assemble(out: Path, n: int, form: str) -> None:
     if form == "png":
-        shown = [Image.open(_part(out, i, form)) for i in range(min(n, GRID))]
-        save_grid(np.stack([np.asarray(image) for image in shown]), out / WHOLE[form])
+        shown = []
+        for i in range(min(n, GRID)):
+            with Image.open(_part(out, i, form)) as image:
+                shown.append(np.asarray(image))
+        save_grid(np.stack(shown), out / WHOLE[form])
         return
-    images = np.stack([np.load(_part(out, i, form), allow_pickle=False) for i in range(n)])
+    images = np.stack([_load(_part(out, i, form)) for i in range(n)])
     if form == "nifti":
         save_nifti(images, out / WHOLE[form])
     else:
         _save(images, out / WHOLE[form])
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return npy.read_array(BytesIO(path.read_bytes()), allow_pickle=False)
+    except Exception:  # numpy meets a damaged file with any
+        raise ValueError(f"{path} is damaged; without it the same command makes it again") from None
 
 
 def _save(array: np.ndarray, path: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -15,6 +14,7 @@ from sbldm_fast.kernels import solver_step
 from sbldm_fast.models import UNet2D
 
 from .ahead import NotTraceable, Unavailable, compiled_ahead, private_caches
+from .content import behind, survey
 from .model import Named, Predict, for_cpu, fused, predictor
 from .modes import OWN_GRAPHS
 
@@ -45,20 +45,13 @@ class Turn:
         self._owner = 0
         self._lock.release()
 
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()  # a copy of a sampler has its own
+
 
 def broken(x: Tensor) -> list[int]:
     """The samples of a batch with NaN or infinity."""
     return (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-
-
-def modules_of(function: object) -> list[nn.Module]:
-    """The modules behind a function: itself, its owner and its owner's parts, and those that it names, in its closure or globally."""
-    owner = getattr(function, "__self__", function)
-    found = [owner, *getattr(owner, "__dict__", {}).values()]
-    with suppress(TypeError, ValueError):  # not a function of Python, or one whose variables are not there yet
-        variables = inspect.getclosurevars(function)  # type: ignore[arg-type]  # that is asked
-        found += [*variables.nonlocals.values(), *variables.globals.values()]
-    return [m for m in found if isinstance(m, nn.Module)]
 
 
 class Buffers(NamedTuple):
@@ -134,13 +127,16 @@ class Loop:
             x = torch.cat([self.x] * (1 + guided)).to(s.dtype)
             predict, s.counts["fused"] = fused(predict, model, x, s.rows[:1], self.cond)
         self.step = make_step(predict, s.dtype, s.layout, s.table.clip_range, s.stop, s.threshold)
+        if (s.compiled or s.fuse) and not isinstance(model, UNet2D):  # a trace would not show that a model writes into its input
+            with torch.no_grad():
+                s.predict(torch.cat([self.x] * (1 + guided)).to(s.dtype), s.rows[:1], self.cond)
         self.traced = s.compiled is not None and (s.device.type != "cpu" or not self._ahead(model, s.compiled))
         if self.traced:
             # a graph break in our own model would be a defect; a foreign model may have its reasons
             self.step = torch.compile(self.step, fullgraph=isinstance(s.model, UNet2D), dynamic=False, mode=s.compiled)
         self.graphs: dict[str, Callable[[], Tensor]] = {}
         # a graph keeps addresses, not tensors: without this a model that moves away would leave it freed memory
-        self.held = [t.data for part in (s.model, s.decode) for m in modules_of(part) for t in (*m.parameters(), *m.buffers())]
+        self.held = [t.data for part in (s.model, s.decode) for t in survey(*behind(part))[1]]
 
     def run(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, real: int, callback: Callback | None) -> Tensor:
         """From the first x to the last, or to what `decode` makes of it; `real` of the samples are not padding."""
@@ -169,7 +165,7 @@ class Loop:
                 s.counts["stopped"] += int(b.frozen[:real].sum())
                 x = torch.where(b.frozen.reshape(-1, *[1] * len(s.shape)), b.x0, x)
             x = x.clone()  # out of the memory of a graph, ours or torch.compile's
-            return x if s.decode is None else s.decode(x)
+            return x if s.decode is None else s.decode(x).clone()  # out of the memory of a decoder that has its own
 
     def _advance(self, x: Tensor, i: int) -> Tensor:
         s = self.sampler

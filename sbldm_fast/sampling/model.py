@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,7 +20,10 @@ from sbldm_fast.models.layers import Attention, ResBlock, Upsample, added_by_nor
 
 Cond = Tensor | Mapping[str, Any] | None  # what a caller gives
 Named = dict[str, Tensor]  # what the loop handles; "" is a tensor that came without a name, "a/b" one inside another mapping
+_EVALUATED = threading.Lock()
+_USERS: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
 Predict = Callable[[Tensor, Tensor, Named], Tensor]
+LIST = "a list in cond"
 COND_NAMES = ("encoder_hidden_states", "context", "class_labels", "cond")  # diffusers', MONAI's, both, ours
 
 
@@ -33,8 +38,15 @@ def named(cond: Cond, argument: str = "cond") -> Named:
     if isinstance(cond, Mapping):
         found: Named = {}
         for key, value in cond.items():
-            inner: Any = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
-            found |= {f"{key}/{rest}" if rest else str(key): v for rest, v in named(inner, f"{argument}[{key!r}]").items()}
+            if not isinstance(key, str) or not key or "/" in key or (key[0] == "#" and argument != LIST):
+                raise ValueError(f"{argument}: got the name {key!r}, allowed are names of arguments")
+            inner: Any = value
+            if isinstance(value, (list, tuple)):
+                if any(v is None for v in value):
+                    raise ValueError(f"{argument}[{key!r}]: got None in a list, allowed are tensors and arrays in each of its places")
+                inner = {f"#{i}": v for i, v in enumerate(value)}
+            what = LIST if inner is not value else f"{argument}[{key!r}]"
+            found |= {f"{key}/{rest}" if rest else key: v for rest, v in named(inner, what).items()}
         return found
     tensor = torch.from_numpy(cond) if isinstance(cond, np.ndarray) else cond
     if not isinstance(tensor, Tensor) or not tensor.dim():
@@ -59,7 +71,18 @@ def _listed(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     inner = {k: _listed(v) for k, v in value.items()}
-    return tuple(inner[k] for k in sorted(inner, key=int)) if all(k.isdecimal() for k in inner) else inner
+    return tuple(inner[k] for k in sorted(inner, key=lambda k: int(k[1:]))) if all(k[0] == "#" for k in inner) else inner
+
+
+def ours(model: object) -> TypeGuard[UNet2D]:
+    """Whether a model is a `UNet2D` whose forward pass nobody has changed: then its rows of time are made before the loop."""
+    if not isinstance(model, UNet2D) or type(model).forward is not UNet2D.forward or "forward" in vars(model):
+        return False
+    return not _hooked(model)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
@@ -70,9 +93,12 @@ def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
     to False. A conditioning without a name goes by the first of the names above, whole numbers by `class_labels` if there is such an
     argument, or else as the third argument.
     """
-    if isinstance(model, UNet2D):
+    if ours(model):
         return lambda x, row, cond: model.forward_rows(x, row)
-    takes = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
+    try:
+        takes: Mapping[str, Any] = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
+    except ValueError:  # a scripted model says nothing
+        takes = {}
     name = next((n for n in COND_NAMES if n in takes), None)
     options = {"return_dict": False} if "return_dict" in takes else {}
     each = each or "timesteps" in takes
@@ -99,7 +125,7 @@ def ready(model: Any, dtype: torch.dtype, device: torch.device, dims: int) -> tu
     """The model as the loop wants it, and the layout of its input: `model` itself, or a copy where something is to be changed."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     layout = torch.preserve_format
-    if isinstance(model, UNet2D):
+    if ours(model):
         model = phase_upsampling(model).eval()
         model = merged_biases(model) if added_by_norms(device) else model
     if parameter is not None and dtype != parameter.dtype:
@@ -110,15 +136,26 @@ def ready(model: Any, dtype: torch.dtype, device: torch.device, dims: int) -> tu
 
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """Inside, a module is in evaluation mode; what of it was training goes on training."""
-    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
-    for m in training:
-        m.training = False
+    """Inside, a module is in evaluation mode; what of it was training trains again when the last of those who evaluate it has left."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    with _EVALUATED:
+        users, training = _USERS.get(model, (0, []))
+        training = training or [m for m in model.modules() if m.training]
+        _USERS[model] = users + 1, training
+        for m in training:
+            m.training = False
     try:
         yield
     finally:
-        for m in training:
-            m.training = True
+        with _EVALUATED:
+            users, training = _USERS.pop(model)
+            if users > 1:
+                _USERS[model] = users - 1, training
+            else:
+                for m in training:
+                    m.training = True
 
 
 def phase_upsampling(model: UNet2D) -> UNet2D:
@@ -130,7 +167,7 @@ def phase_upsampling(model: UNet2D) -> UNet2D:
     model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Upsample):
+            if isinstance(child, Upsample) and type(child.conv) is nn.Conv2d and not _hooked(child) and not _hooked(child.conv):
                 setattr(parent, name, _transposed(child.conv))
     return model
 

@@ -82,7 +82,10 @@ def numbered(
     given = None if noise is None else torch.as_tensor(noise)
     if given is not None and (not given.dim() or tuple(given.shape[1:]) != shape):
         raise ValueError(f"noise: got shape {tuple(given.shape)}, allowed is [n, {', '.join(map(str, shape))}]")
-    many = None if indices is None else list(indices)
+    try:
+        many = None if indices is None else list(indices)
+    except TypeError:
+        raise ValueError(f"indices: got {indices!r}, allowed are whole numbers, one for each sample") from None
     asked = None if n is None else whole("n", n, 1)
     counts = [c for c in (asked, None if given is None else len(given), None if many is None else len(many)) if c is not None]
     if not counts or min(counts) != max(counts):
@@ -116,7 +119,9 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
     try:
         number = operator.index(value)
     except (TypeError, RuntimeError):
-        raise ValueError(f"{name}: got {value!r}, allowed is a whole number") from None
+        number = None
+    if number is None or isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}: got {value!r}, allowed is a whole number")
     if least is not None and number < least:
         raise ValueError(f"{name}: got {number}, allowed is {least} or more")
     return number

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sbldm_fast.diffusion import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from sbldm_fast.files import whole_folder, write_json
+from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.models import AutoencoderKL, SchedulerConfig, UNet2D
 
 from .content import fingerprint
@@ -29,7 +29,7 @@ class Pipeline:
     """An autoencoder, a UNet and a noise schedule: what makes images.
 
     Saved as a folder in diffusers' layout: `model_index.json`, `vae/`, `unet/`, `scheduler/`. The three are attributes that may be changed
-    or replaced: the next call samples with what is there. Threads may share a pipeline: their batches take turns.
+    or replaced: the next call samples with what is there. Threads may share a pipeline.
 
     Raises:
         ValueError: a part of another library; `FastSampler` takes those.
@@ -40,12 +40,18 @@ class Pipeline:
             if not isinstance(part, kind):
                 got = f"{type(part).__module__.partition('.')[0]}'s {type(part).__name__}"
                 raise ValueError(
-                    f"{name}: got {got}, allowed is a {kind.__name__} of sbldm_fast; FastSampler(unet, scheduler, shape=...) takes others"
+                    f"{name}: got {got}, allowed is sbldm_fast's {kind.__name__}; FastSampler(unet, scheduler, shape=...) takes others"
                 )
         self.vae, self.unet = vae, unet
         self.scheduler: Any = DDIMScheduler.from_config(scheduler)
         self._samplers: dict[tuple[object, ...], FastSampler] = {}
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_samplers": {}, "_lock": None}  # a copy has models of its own, and no samplers yet
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> Self:
@@ -63,7 +69,14 @@ class Pipeline:
         return cls(AutoencoderKL.from_pretrained(folder / "vae"), UNet2D.from_pretrained(folder / "unet"), scheduler)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the folder, whole or not at all; weights in `dtype` if one is given."""
+        """Write the folder, whole or not at all; weights in `dtype` if one is given.
+
+        Raises:
+            ValueError: a folder that holds something else than a pipeline that `save` wrote.
+        """
+        there, path = sorted(p.name for p in Path(folder).glob("*")), Path(folder) / "model_index.json"
+        if there and (not path.is_file() or read_json(path).get("_class_name") != "Pipeline"):
+            raise ValueError(f"{folder} holds {there[0]}, which would be lost; allowed is a new folder or one that save wrote")
         with whole_folder(folder) as aside:
             self.vae.save_pretrained(aside / "vae", dtype)
             self.unet.save_pretrained(aside / "unet", dtype)
@@ -100,14 +113,14 @@ class Pipeline:
         Raises:
             ValueError: an unknown name, and as `FastSampler`.
         """
-        who: Any = self.scheduler if scheduler is None else scheduler
+        who: object = id(self.scheduler if scheduler is None else scheduler)  # a sampler that is kept keeps it: the id is not given again
         if isinstance(scheduler, str):
             if scheduler not in SCHEDULERS:
                 raise ValueError(f"scheduler: got {scheduler!r}, allowed are {', '.join(SCHEDULERS)}")
             spacing = {"timestep_spacing": "trailing"} if scheduler in ("dpm", "unipc") else {}
             who = scheduler, fingerprint(self.scheduler.config)
             scheduler = SCHEDULERS[scheduler].from_config(self.scheduler.config, **spacing)
-        key = (self.unet, steps, mode, who, eta, dtype)  # objects themselves, not their ids: an id is given again
+        key = self.unet, steps, mode, who, eta, dtype
         with self._lock:
             if key not in self._samplers:
                 if len(self._samplers) == MAX_LOOPS:

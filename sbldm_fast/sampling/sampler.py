@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from sbldm_fast.diffusion.table import NotLinear, SolverTable, prepared
-from sbldm_fast.models import UNet2D
 
 from . import variations
-from .content import addresses, digest, fingerprint, survey
-from .loop import Callback, Loop, ModeFailed, Turn, broken, float32_precision, modules_of
+from .content import addresses, behind, digest, fingerprint, survey
+from .loop import Callback, Loop, ModeFailed, Turn, broken, float32_precision
 from .memory import out_of_memory, what_fits
-from .model import Cond, evaluating, predictor, ready
+from .model import Cond, evaluating, ours, predictor, ready
 from .modes import choose, parse_mode
 from .noise import Parts, Request, whole
 from .stepped import stepped
@@ -115,16 +114,17 @@ class FastSampler:
         self.device = self._device if parameter is None else parameter.device
         self.dtype = self._dtype or (torch.float32 if parameter is None else parameter.dtype)
         parse_mode(self._mode, self.device)  # a graph stays on CUDA
-        if isinstance(model, UNet2D) and self.shape[:-2] != (channels := model.config.in_channels,):
+        if ours(model) and self.shape[:-2] != (channels := model.config.in_channels,):
             raise ValueError(f"shape: got {self.shape}, allowed for this model is ({channels}, H, W)")
         self._solve()
         self.model, self.layout = ready(model, self.dtype, self.device, len(self.shape))
         self.predict = predictor(self.model)
         self._load()
+        self._settings = fingerprint(self.scheduler)
 
     def _solve(self) -> None:
         """The scheduler's numbers: its table, or without one its timesteps."""
-        scheduler, settings, table = self.scheduler, fingerprint(self.scheduler), None
+        scheduler, table = self.scheduler, None
         name = type(scheduler).__name__
         if isinstance(scheduler, SolverTable):
             if self.eta:
@@ -141,13 +141,13 @@ class FastSampler:
                 self.init_noise_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
         if table is not None:
             self.table = table
-        # last: what is refused is refused again
-        self.linear, self._settings, self._solved = table is not None, settings, fingerprint(table)
+        self.linear, self._solved = table is not None, fingerprint(table)
 
     def _load(self) -> None:
         """Put the table's numbers on the device."""
         self._loops.clear()
         if not self.linear:
+            self._loaded = self._solved
             return
         table = self.table
         if self.stop is not None and not table.rows[:, :2].isfinite().all():
@@ -158,12 +158,14 @@ class FastSampler:
         self.rows = self._rows()
         # one pool for all batch sizes: replays follow on one another, and outputs are copied out before the next
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._loaded = self._solved
 
     def _rows(self) -> Tensor:
         """What the model is given of time at each step."""
         times = self.table.timesteps.to(self.device, torch.float32 if self.table.timesteps.is_floating_point() else torch.int64)
-        with torch.no_grad(), float32_precision(self.device, self.tf32):
-            return self.model.time_rows(times).to(self.dtype) if isinstance(self.model, UNet2D) else times
+        plain = torch.autocast(self.device.type, enabled=False)
+        with torch.no_grad(), plain, float32_precision(self.device, self.tf32):
+            return self.model.time_rows(times).to(self.dtype) if ours(self.model) else times
 
     def _content(self, model: Any) -> tuple[Any, ...]:
         """What the sampler holds copies, addresses or traces of, as it is now; nothing where it calls the caller's module itself."""
@@ -171,18 +173,19 @@ class FastSampler:
         if not (copied or self.graph or self.fuse):
             first = _first(model)
             return () if first is None else (first.device, first.dtype)
-        found, tensors = survey(*([model] if isinstance(model, nn.Module) else modules_of(model)))
-        read = addresses([*tensors, *survey(*modules_of(self.decode))[1]]) if self.graph or self.fuse else []
+        found, tensors = survey(*behind(model))
+        read = addresses([*tensors, *survey(*behind(self.decode))[1]]) if self.graph or self.fuse else []
         return found, read, digest(tensors) if copied else 0
 
     def _refresh(self) -> None:
         """Make anew what was made of weights, modules or settings that have been changed since."""
         if fingerprint(self.scheduler) != self._settings:
-            before = self._solved
+            self._settings = ""
             self._solve()  # a run of the caller's own moves a scheduler's counters: its table is what it was
-            if before != self._solved:
+            if self._loaded != self._solved:
                 self._tails.clear()
                 self._load()
+            self._settings = fingerprint(self.scheduler)  # last: what is refused is refused again
         model = self._given()
         if model is None:  # nobody can change it
             return
@@ -194,7 +197,7 @@ class FastSampler:
             # a graph goes on reading where it read when it was recorded: what is a copy is written there again
             anew = ready(model, self.dtype, self.device, len(self.shape))[0]
             with torch.no_grad():
-                for mine, fresh in zip(survey(self.model)[1], survey(anew)[1], strict=True):
+                for mine, fresh in zip(survey([self.model])[1], survey([anew])[1], strict=True):
                     mine.copy_(fresh)
                 self.rows.copy_(self._rows())
         else:
@@ -249,7 +252,7 @@ class FastSampler:
         """The samples of a call, batch by batch as they are made; arguments and errors as there."""
         asked = Request(self.shape, self.device, n=n, seed=seed, noise=noise, indices=indices, cond=cond, uncond=uncond,
                         guidance_scale=guidance_scale, batch_size=batch_size)  # fmt: skip
-        if asked.conds and isinstance(self.model, UNet2D):
+        if asked.conds and ours(self.model):
             raise ValueError("cond: got a value, allowed is None: this model is unconditional")
         for numbers, parts in asked.batches(1.0):
             with self.at_work(asked.count):
@@ -305,7 +308,7 @@ class FastSampler:
 
         samples, pads, compiled, loaded, captures, replays, evictions, fallbacks, stopped, steps_saved, fused; what is 0 is left out.
         """
-        return dict(self.counts)
+        return {name: count for name, count in self.counts.items() if count}
 
     def _choose(self, n: int) -> None:
         if self.compiled is None and self._captures:
@@ -317,12 +320,15 @@ class FastSampler:
     @contextmanager
     def at_work(self, n: int = 1) -> Iterator[None]:
         """Inside, one thread has the sampler, made anew where it has to be, and its model evaluates; `auto` chooses for n samples."""
-        with self._turn:
+        with self._turn, torch.inference_mode(False):  # or buffers would be of it, and of no use outside
             if self._auto and self.linear:
                 self._choose(n)
             self._refresh()
+            captures = self.counts["captures"]
             with evaluating(self.model):
                 yield
+            if captures != self.counts["captures"]:  # which ran the model's Python, and may have moved its counters
+                self._made_of = self._content(self._given())
 
     def tail(self, strength: float) -> FastSampler:
         """The sampler of the last `strength` of the steps, kept; it shares the model and the turn."""
@@ -341,6 +347,7 @@ class FastSampler:
                 if len(self._tails) == MAX_LOOPS:
                     self._tails.popitem(last=False)
                 self._tails[start] = tail
+            self._tails[start].decode = self.decode
             return self._tails[start]
 
     def cast(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -374,8 +381,9 @@ class FastSampler:
             self.counts["fallbacks"] += 1
             with torch.no_grad(), float32_precision(self.device, self.tf32):
                 x = stepped(self._predict_at, self.scheduler, self._asked, self.eta, parts, callback)
-                return x if self.decode is None else self.decode(x)
-        key = (len(x), guidance is not None, *((name, tuple(v.shape), v.dtype) for name, v in cond.items()))
+                return x if self.decode is None else self.decode(x).clone()
+        autocast = torch.is_autocast_enabled(self.device.type)
+        key = (len(x), guidance is not None, autocast, *((name, tuple(v.shape), v.dtype) for name, v in cond.items()))
         if key not in self._loops and len(self._loops) == MAX_LOOPS:
             self._loops.popitem(last=False)
             self.counts["evictions"] += 1
@@ -392,7 +400,7 @@ class FastSampler:
             return self._made(parts, real, callback)
 
     def _predict_at(self, h: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        row = self.model.time_rows(t).to(self.dtype) if isinstance(self.model, UNet2D) else t
+        row = self.model.time_rows(t).to(self.dtype) if ours(self.model) else t
         return self.predict(h.to(self.dtype), row, cond).float()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,13 @@ from torch import Tensor
 
 from sbldm_fast.diffusion.table import prepared, scaled_input, scheduler_step
 
+from .loop import Callback
 from .noise import Parts, draw
 
-Callback = Callable[[int, float, Tensor], None]
+
+def of_both(seed: int, number: int) -> int:
+    """One number from a sample's two, spread over all its bits: a generator on a CPU takes the lower half alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7])
 
 
 def stepped(
@@ -35,7 +40,7 @@ def stepped(
     takes = inspect.signature(own.step).parameters
     size = 1 if "generator" in takes and "variance_noise" not in takes else len(x)
     copies = [copy.deepcopy(own) for _ in range(len(x) // size)]
-    generators = [torch.Generator(x.device).manual_seed(seed ^ number << 32) for seed, number in seeds.tolist()]
+    generators = [torch.Generator(x.device).manual_seed(of_both(*pair)) for pair in seeds.tolist()]
     times = own.timesteps.to(x.device)
     for i, t in enumerate(own.timesteps):
         h = torch.cat([scaled_input(one, part, t) for one, part in zip(copies, x.split(size), strict=True)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .loop import broken, float32_precision
-from .model import Cond, named
+from .model import Cond, named, ours
 from .noise import draw, numbered, whole
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def interpolate(sampler: FastSampler, seeds: tuple[int, int], n: int, arguments:
     """See `FastSampler.interpolate`."""
     if len(seeds) != 2:
         raise ValueError(f"seeds: got {len(seeds)}, allowed are two")
-    if not sampler.linear or sampler.table.stochastic:
+    with sampler.at_work():  # the scheduler as it is now
+        noisy = not sampler.linear or sampler.table.stochastic
+    if noisy:
         raise ValueError("scheduler: got one with noise in its steps, allowed is a deterministic one, such as DDIM with eta 0")
     shape, device = sampler.shape, sampler.device
     a, b = (draw(torch.tensor([[whole("seeds", s, 0), 0]]), shape, device) for s in seeds)
@@ -71,6 +73,8 @@ def invert(sampler: FastSampler, z: Tensor, cond: Cond) -> Tensor:
         x, _ = numbered(s.shape, s.device, None, 0, z, None)
         assert x is not None
         given = s.cast(named(cond))
+        if given and ours(s.model):
+            raise ValueError("cond: got a value, allowed is None: this model is unconditional")
         for i in reversed(range(s.steps)):
             a, b = s.table.rows[i, 4:6].tolist()
             after = x

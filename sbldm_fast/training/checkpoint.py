@@ -26,7 +26,12 @@ STATE: dict[str, tuple[type, ...]] = {
 
 def newest(folder: Path, name: str) -> Path | None:
     """The last checkpoint of stage `name`."""
-    return max(folder.glob(f"checkpoint-{name}-*"), default=None)
+    return max(checkpoints(folder, name), default=None)
+
+
+def checkpoints(folder: Path, name: str = "*") -> list[Path]:
+    """Those of a stage, or of all, by step; a folder of another name is the user's."""
+    return sorted(folder.glob(f"checkpoint-{name}-" + "[0-9]" * 8))
 
 
 def save(
@@ -40,7 +45,7 @@ def save(
         if ema is not None:
             write_tensors(_plain(ema.state_dict()), aside / "ema.safetensors")
         write_json(aside / "state.json", state)
-    for old in sorted(folder.glob(f"checkpoint-{name}-*"))[:-keep]:
+    for old in checkpoints(folder, name)[:-keep]:
         shutil.rmtree(old)
 
 
@@ -50,7 +55,7 @@ def naming(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        last = max(folder.glob("checkpoint-*"), default=None, key=lambda path: path.stat().st_mtime)
+        last = max(checkpoints(folder), default=None, key=lambda path: path.stat().st_mtime)
         raise OSError(f"{error}; last good checkpoint: {last or 'none yet'}") from error
 
 

@@ -33,6 +33,7 @@ from .board import Board
 from .ranks import Ranks
 
 AMP = ("auto", "off", "fp16", "bf16")
+OURS = r"checkpoint-\w+-\d{8}|best-\w+|latents[\w.-]*|log\.jsonl|pipeline"  # what a run writes to its folder
 SEEDS = 2**40  # below it seed * 1,000,003 + step is one of PyTorch's
 READ_EVERY = 50  # steps between two looks at the device
 ASK_EVERY = 10  # steps between two agreements of several processes on a signal
@@ -272,7 +273,7 @@ def train(
         if step_of.scaler.is_enabled():
             step_of.scaler.load_state_dict(state["scaler"])
     if ranks.rank == 0:
-        recover(folder)
+        recover(folder, OURS)
         checkpoint.rewind_log(folder, name, state["step"])
     since, best, began = state["since"], state["best"], time.monotonic() - state["seconds"]
     board = Board(folder / "tensorboard" / name, state["step"]) if ranks.rank == 0 else None

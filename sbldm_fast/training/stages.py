@@ -229,7 +229,7 @@ def train_pipeline(
     for o in (vae, unet):
         if o.batch_size % size:
             raise ValueError(f"batch_size: got {o.batch_size}, allowed are multiples of the {size} processes")
-    found = sorted(folder.glob("checkpoint-*"))
+    found = checkpoint.checkpoints(folder)
     if found and not resume:
         raise ValueError(f"{folder} holds a run ({found[-1].name}); allowed is a new folder, or --resume to go on with it")
     manifest = read_manifest(data)

@@ -33,7 +33,7 @@ def pipeline() -> Pipeline:
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 128), layers_per_block=1, attention_resolutions=(4,),
         norm_num_groups=4, time_embed_dim=32, time_embedding_type=p.unet.time_embedding_type,
     )  # fmt: skip
-    made = Pipeline(AutoencoderKL(vae), UNet2D(unet), p.scheduler)
+    made = Pipeline(AutoencoderKL(vae).eval(), UNet2D(unet).eval(), p.scheduler)
     for parameter in (*made.unet.parameters(), *made.vae.parameters()):
         if parameter.dim() < 2:  # biases and norms that are not 0 and 1
             nn.init.normal_(parameter, mean=0.5, std=0.3)

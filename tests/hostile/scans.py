@@ -102,6 +102,10 @@ def nifti_files() -> Iterator[tuple[str, str, bytes, str]]:
     for size in (0, 8, 17, 2**31 - 16, -16):
         at = whole.index(SECRET.encode(), 348) - 8
         yield f"extension-{size}", "a.nii", whole[:at] + struct.pack("<i", size) + whole[at + 4 :], ""
+    two = nifti(extension=SECRET.encode() * 4)
+    at = two.index(SECRET.encode(), 348) - 8
+    second = struct.pack("<ii", 16, 6) + bytes(8) + struct.pack("<ii", 2**31 - 16, 6)
+    yield "extension-second", "a.nii", two[:at] + second + two[at + len(second) :], "refuse"
 
 
 def dicom(k: int, sound: bool = True, person: int = 0, **values: Any) -> FileDataset:

@@ -135,7 +135,7 @@ def test_a_folder_above_that_others_may_write_to_is_refused(tmp_path: Path, monk
     assert ahead.cache_folder() == tmp_path / "open" / "own", "where a link leads is looked at"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SBLDM_FAST_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ahead.Unavailable, match="file cannot be made"):
+    with pytest.raises(ahead.Unavailable, match=r"no folder can be made: .*file is a file"):
         ahead.cache_folder()
 
 
@@ -186,3 +186,41 @@ except ValueError as error:
     assert first.startswith("2 samples of 2 steps would win the minute of compiling back, but mode: compiling on a CPU needs a C++")
     assert first.endswith(" eager")
     assert second.startswith("mode: compiling on a CPU needs a C++ compiler, and none was found")
+
+
+def test_only_packages_make_room_and_never_the_new_one(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead.cache_folder()
+    mine = [cache / "mine.pt2", cache / ("0" * 63 + ".pt2")]
+    old = [cache / (f"{i:064x}.pt2") for i in range(ahead.KEPT + 2)]
+    for i, path in enumerate([*mine, *old]):
+        path.write_bytes(b"")
+        os.utime(path, (2**32, 2**32 + i))  # the clock was set back since
+    monkeypatch.setattr(
+        torch._inductor, "aoti_compile_and_package", lambda program, package_path, **_: Path(package_path).touch() or package_path
+    )
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: path)
+    made, found = ahead.compiled_ahead(lambda x: x + 1, None, (torch.ones(2),), "default")
+    assert not found
+    assert Path(str(made)).exists()
+    assert all(path.exists() for path in mine), "files of other names are the user's"
+    assert sorted(cache.glob("[0-9a-f]" * 64 + ".pt2")) == sorted([*old[-ahead.KEPT + 1 :], Path(str(made))])
+
+
+@pytest.mark.parametrize("empty", ["SBLDM_FAST_CACHE", "XDG_CACHE_HOME"])
+def test_an_empty_setting_is_none_and_a_tilde_is_the_home(empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SBLDM_FAST_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(empty, "")
+    before = os.umask(0o002)
+    try:
+        assert ahead.cache_folder() == tmp_path / ".cache" / "sbldm_fast", "and what is made above it is the user's alone"
+    finally:
+        os.umask(before)
+    monkeypatch.setenv("SBLDM_FAST_CACHE", "~/c")
+    assert ahead.cache_folder() == tmp_path / "c"
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    assert ahead.cache_folder() == tmp_path / "c", "a home is asked for where it is needed"
+    monkeypatch.delenv("SBLDM_FAST_CACHE")
+    with pytest.raises(ahead.Unavailable, match="no folder can be made: Could not determine home"):
+        ahead.cache_folder()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -300,3 +302,13 @@ def test_a_provider_that_fails_is_in_the_exit_code(run: Any, tmp_path: Path, mon
     assert code == 1
     assert "| reference |" in out
     assert "FAILED FastSampler eager float32: OutOfMemoryError: CUDA out of memory" in err
+
+
+def test_streams_that_are_closed_or_cannot_show_a_name_are_no_reason_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "\u8133\u00e9"
+    line = [sys.executable, "-m", "sbldm_fast", "prepare", "synthetic:1", "-o", str(out)]
+    for how in ("2>&-", ">&- 2>&-", ""):
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(["sh", "-c", f'"$@" {how}', "sh", *line], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (out / "manifest.json").is_file()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sbldm_fast import AutoencoderKL, DDIMScheduler, FastSampler, Pipeline, SchedulerConfig, SolverTable, UNet2D, UNetConfig, VAEConfig
+from sbldm_fast import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    FastSampler,
+    Pipeline,
+    SchedulerConfig,
+    SolverTable,
+    UNet2D,
+    UNetConfig,
+    VAEConfig,
+)
 from sbldm_fast.sampling.content import COLUMNS, digest, fingerprint, survey
 
 loop = importlib.import_module("sbldm_fast.sampling.loop")
@@ -38,7 +51,7 @@ def unet() -> UNet2D:
 
 
 def bits(model: nn.Module) -> int:
-    return digest(survey(model)[1])
+    return digest(survey([model])[1])
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -76,19 +89,19 @@ def test_any_bit_any_exchange_and_any_sign_changes_the_digest(n: int, dtype: str
 
 def test_exchanged_channels_layouts_and_names_are_told_apart() -> None:
     conv = nn.Conv2d(64, 64, 3)
-    before = bits(conv), survey(conv)[0]
+    before = bits(conv), survey([conv])[0]
     with torch.no_grad():
         conv.weight.copy_(conv.weight.flip(0))
     assert bits(conv) != before[0]
     with torch.no_grad():
         conv.weight.copy_(conv.weight.flip(0))
-    assert (bits(conv), survey(conv)[0]) == before
+    assert (bits(conv), survey([conv])[0]) == before
     a, b = torch.ones(3), torch.zeros(3)
     assert bits(Holds(a, b)) != bits(Holds(b, a))
     conv.train(False)
-    assert survey(conv)[0] == before[1], "whether it trains is not what it computes"
+    assert survey([conv])[0] == before[1], "whether it trains is not what it computes"
     conv.padding = (1, 1)
-    assert survey(conv)[0] != before[1]
+    assert survey([conv])[0] != before[1]
     assert bits(Holds(torch.empty(0), torch.tensor(1.5))) != bits(Holds(torch.empty(0), torch.tensor(-1.5)))
     strided = torch.arange(12.0).reshape(3, 4)[:, ::2]
     assert bits(Holds(strided)) == bits(Holds(strided.clone()))
@@ -224,16 +237,85 @@ def test_a_compiled_step_is_compiled_again_for_other_weights(monkeypatch: pytest
     assert len(set(made)) == 5
 
 
-def test_the_modules_that_a_function_names_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+class Holder:
+    def __init__(self, model: nn.Module) -> None:
+        self.inner: Any = type("Inner", (), {})()
+        self.inner.models = [model]
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = self.inner.models[0](x, t)
+        return out
+
+
+def in_a_default(model: nn.Module) -> Any:
+    return lambda x, t, model=model: 2 * model(x, t)
+
+
+def in_a_closure_of_a_closure(model: nn.Module) -> Any:
+    def twice(f: Any) -> Any:
+        return lambda x, t: 2 * f(x, t)
+
+    return twice(lambda x, t: model(x, t))
+
+
+WAYS: dict[str, Callable[[nn.Module], Any]] = {
+    "lambda": lambda model: lambda x, t: 2 * model(x, t),
+    "mapping": lambda model: (lambda d: lambda x, t: d["m"](x, t))({"m": model}),
+    "partial": lambda model: functools.partial(lambda net, x, t: net(x, t), model),
+    "default": in_a_default,
+    "closure": in_a_closure_of_a_closure,
+    "object": Holder,
+    "method": lambda model: Holder(model).__call__,
+    "tensor": lambda model: (lambda w: lambda x, t: x * w.mean())(model.conv.weight),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_function_is_made_of_is_seen(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(loop, "compiled_ahead", lambda function, *_: (made.append(1) or function, False))
     model = Small()
-    sampler = make(lambda x, t: 2 * model(x, t), mode="compile")  # type: ignore[arg-type]  # a function is one
-    sampler(2)
-    sampler(2)
-    through_data(model)
-    sampler(2)
-    assert len(made) == 2
+    sampler = make(WAYS[way](model), mode="compile")
+    for count in (1, 1, 2, 2):
+        if count == 2 and len(made) == 1:
+            through_data(model)
+        sampler(2)
+        assert len(made) == count
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dtype": torch.bfloat16}, {"fuse": True}], ids=["eager", "half", "fuse"])
+def test_hooks_private_numbers_loose_tensors_and_configurations_are_seen(arguments: dict[str, Any]) -> None:
+    class Odd(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self._scale, self.loose, self.cfg = 1.0, torch.tensor(1.0), type("Config", (), {})()
+            self.cfg.power = 1.0
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(x, t) * self._scale * self.loose.to(x.dtype) * self.cfg.power
+
+    torch.manual_seed(0)
+    model = Odd()
+    sampler = make(model, **arguments)
+    changes = (
+        lambda: setattr(model, "_scale", 2.0),
+        lambda: model.loose.mul_(2),
+        lambda: setattr(model.cfg, "power", 0.3),
+        lambda: model.conv.register_forward_hook(lambda module, given, out: out * 1.5),
+    )
+    for change in changes:
+        before = sampler(2)
+        change()
+        after = sampler(2)
+        assert relative(after, before) > 1e-3
+        assert torch.equal(after, make(model, **arguments)(2))
+
+
+def test_hooks_of_our_own_model_are_seen(unet: UNet2D) -> None:
+    sampler = make(unet)
+    before = sampler(2)
+    unet.conv_in.register_forward_hook(lambda module, given, out: 0 * out)
+    assert relative(sampler(2), before) > 1e-3
 
 
 @pytest.fixture
@@ -416,3 +498,66 @@ def test_fingerprints_tell_values_and_not_objects() -> None:
     assert fingerprint(nested) != fingerprint({"a": [1, 2.0, None], "b": {"c": torch.ones(2, dtype=torch.bfloat16)}})
     nested["b"]["self"] = nested
     assert fingerprint(nested), "a cycle ends"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([[1], [2]], [[1, [2]]]),
+        ({"a": {"b": 1}, "c": 2}, {"a": {"b": 1, "c": 2}}),
+        ({1, 2}, {1, 3}),
+        (range(3), range(4)),
+        (bytearray(b"a"), bytearray(b"b")),
+        (torch.ones(2), torch.ones(1, 2)),
+        (Holder(nn.Linear(1, 1)), Holder(nn.Linear(1, 1))),
+    ],
+    ids=["lists", "mappings", "sets", "ranges", "bytes", "shapes", "objects"],
+)
+def test_fingerprints_of_other_things_differ(one: Any, other: Any) -> None:
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one) == fingerprint(copy.deepcopy(one))
+
+
+def test_tensors_without_bits_do_no_harm() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls them a beta, or deprecated
+        odd = [torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)]
+    held = Holds(*odd, torch.ones(3, device="meta"))
+    assert bits(held) == bits(held)
+
+
+def test_a_latents_run_decodes_as_its_sampler_does(unet: UNet2D) -> None:
+    sampler, z = make(unet, decode=torch.tanh), torch.ones(1, *SHAPE)
+    sampler.from_latents(z, 0.7)
+    sampler.decode = lambda v: 0 * v
+    assert not sampler.from_latents(z, 0.7).any()
+    sampler.scheduler = DDPMScheduler()
+    with pytest.raises(ValueError, match="scheduler: got one with noise in its steps"):
+        sampler.interpolate((1, 2), 3)
+
+
+def test_a_table_that_is_refused_is_refused_again(unet: UNet2D) -> None:
+    table = SolverTable.from_scheduler(scheduler(), 3)
+    sampler = FastSampler(unet, table, shape=SHAPE, mode="eager", stop="x0_delta")
+    sampler(1)
+    table.rows[:, :2] = torch.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match="this scheduler does not tell what x0 is"):
+            sampler(1)
+
+
+def test_a_model_that_counts_its_calls_is_recorded_once(recorded: Any) -> None:
+    class Counts(Small):
+        calls = 0
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            self.calls = self.calls + 1 if not replaying else self.calls
+            return super().forward(x, t)
+
+    replaying: list[int] = []
+    graphed = recorded(Counts())
+    graphed(2)
+    replaying.append(1)  # a replay runs no Python
+    graphed(2)
+    graphed(2)
+    assert graphed.stats()["captures"] == 1

@@ -63,7 +63,7 @@ with whole_folder({str(path)!r}) as aside:
     if cleared_by == "recover":
         for name in (".y.json.77.part", ".z.k3j_2x9a.part"):  # as earlier versions named them
             (tmp_path / name).write_text("half a file")
-        recover(tmp_path)
+        recover(tmp_path, ".+")
     else:
         with pytest.raises(RuntimeError), whole_folder(path):
             raise RuntimeError
@@ -105,7 +105,7 @@ def test_what_a_living_process_writes_stays_and_what_an_ended_one_left_goes(tmp_
     assert ended.returncode == -signal.SIGTERM
     with begun() as living:
         write()
-        recover(tmp_path)
+        recover(tmp_path, ".+")
         assert (folder / "x").read_text() == file.read_text() == "two"
         assert len(list(tmp_path.iterdir())) == 4, "and both places of the living process"
     assert living.returncode == 0
@@ -198,3 +198,31 @@ def test_json_is_readable(tmp_path: Path) -> None:
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text) == {"a": [1, 2]}
     assert text.endswith("}\n")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be two users")
+def test_what_cannot_be_removed_is_said_and_does_not_hang(tmp_path: Path) -> None:
+    """As a user without rights over what another one left: it waited for ever."""
+    tmp_path.chmod(0o777)
+    for parent in tmp_path.parents:
+        if parent.stat().st_uid == os.getuid() and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o011)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "f").write_text("")
+    (tmp_path / ".d.0.old").mkdir()
+    (tmp_path / ".d.0.old" / "f").write_text("")
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            signal.alarm(20)
+            os.setuid(65534)
+            with whole_folder(tmp_path / "d") as place:
+                (place / "f").write_text("new")
+        except OSError as error:
+            code = 0 if "cannot be removed" in str(error) else 2
+        except BaseException:
+            code = 3
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert (tmp_path / "d" / "f").read_text() == "", "the folder that was there is there"

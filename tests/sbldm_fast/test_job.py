@@ -118,6 +118,52 @@ def test_a_finished_array_is_not_replaced_by_one_of_other_settings(pipeline: Pat
         make(pipeline, tmp_path, 2, form="npy")
 
 
+@pytest.mark.parametrize(("name", "value"), [("RANK", "3"), ("RANK", "-1"), ("RANK", "x"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "1")])
+def test_what_torchrun_would_never_set_is_named(
+    name: str, value: str, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}: got '{value}' in the environment"):
+        make(pipeline, tmp_path / "o", 1)
+    assert not (tmp_path / "o").exists()
+
+
+def test_two_runs_of_other_settings_at_once_do_not_mix(pipeline: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(command(pipeline, tmp_path / "o", 400), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "o" / "sample.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    try:
+        with pytest.raises(ValueError, match=r"(is where images of|holds images of) seed 1"):
+            make(pipeline, tmp_path / "o", 1, seed=2)
+    finally:
+        process.kill()
+        process.wait()
+    assert json.loads((tmp_path / "o" / "sample.json").read_text())["seed"] == 1
+
+
+def test_few_open_files_are_enough(pipeline: Path, tmp_path: Path) -> None:
+    make(pipeline, tmp_path, 40, steps=1, batch_size=40)
+    (tmp_path / "grid.png").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+    try:
+        assert make(pipeline, tmp_path, 40, steps=1, batch_size=40)["made"] == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("content", [b"", b"cut", None])
+def test_a_damaged_part_is_named(content: bytes | None, pipeline: Path, tmp_path: Path) -> None:
+    make(pipeline, tmp_path, 2, form="npy")
+    part = tmp_path / "parts" / "000001.npy"
+    part.write_bytes(part.read_bytes()[:200] if content is None else content)
+    with pytest.raises(ValueError, match=r"parts/000001\.npy is damaged; without it the same command makes it again"):
+        make(pipeline, tmp_path, 2, form="npy")
+    part.unlink()
+    assert make(pipeline, tmp_path, 2, form="npy")["made"] == 1
+
+
 @pytest.mark.parametrize("form", ["png", "npy"])
 def test_a_full_disk_is_called_so(form: str, pipeline: Path, tmp_path: Path) -> None:
     arguments = [*command(pipeline, tmp_path / "o", 1), "--format", form]

@@ -160,8 +160,9 @@ def test_a_model_that_writes_into_its_input_is_refused() -> None:
     def model(x: Tensor, t: Tensor) -> Tensor:
         return x.mul_(0.1)
 
-    with pytest.raises(ValueError, match="model: it writes into its input x, allowed is one that leaves x as it is"):
-        make(model)(1)
+    for arguments in ({}, {"fuse": True}, {"mode": "compile"}, {"mode": "compile", "dtype": torch.bfloat16}):
+        with pytest.raises(ValueError, match="model: it writes into its input x, allowed is one that leaves x as it is"):
+            make(model, **arguments)(1)
     with torch.inference_mode():
         assert make(lambda x, t: 0.1 * x)(1).shape == (1, *SHAPE)
 
@@ -182,7 +183,7 @@ def test_what_is_no_network_is_refused_with_what_would_be_one() -> None:
         with pytest.raises(ValueError, match=message):
             make(model)
     vae: Any = diffusers.AutoencoderKL()
-    with pytest.raises(ValueError, match="vae: got diffusers's AutoencoderKL, allowed is a AutoencoderKL of sbldm_fast; FastSampler"):
+    with pytest.raises(ValueError, match="vae: got diffusers's AutoencoderKL, allowed is sbldm_fast's AutoencoderKL; FastSampler"):
         Pipeline(vae, unet, SchedulerConfig())  # type: ignore[arg-type]  # that is the point
 
 
@@ -195,3 +196,94 @@ def test_a_module_evaluates_inside_and_trains_on_outside() -> None:
     assert [m.training for m in model.modules()] == [True, True, False]
     with evaluating(lambda x: x):
         pass
+
+
+@pytest.mark.parametrize(
+    ("cond", "message"),
+    [
+        ({"res": [torch.ones(2), None]}, r"cond\['res'\]: got None in a list"),
+        ({"x/y": torch.ones(2)}, "got the name 'x/y'"),
+        ({5: torch.ones(2)}, "got the name 5"),
+        ({"a": {"": torch.ones(2)}}, "got the name ''"),
+        ({"#0": torch.ones(2)}, "got the name '#0'"),
+    ],
+    ids=str,
+)
+def test_names_that_would_be_taken_for_others_are_refused(cond: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(lambda x, t, **given: x)(2, cond=cond)
+
+
+def test_a_mapping_of_numbers_stays_a_mapping() -> None:
+    taken = _nested(named({"a": {"0": torch.ones(2)}, "b": [torch.ones(2)]}))
+    assert (type(taken["a"]), type(taken["b"])) == (dict, tuple)
+
+
+def test_two_who_evaluate_a_module_give_it_back_when_both_have_left() -> None:
+    model = nn.Dropout()
+    with evaluating(model):
+        with evaluating(model):
+            pass
+        assert not model.training
+    assert model.training
+
+
+def test_a_decoder_with_an_output_of_its_own_does_not_overwrite_what_it_gave() -> None:
+    held = torch.zeros(2, *SHAPE)
+    sampler = make(lambda x, t: 0.1 * x, decode=lambda z: held.copy_(z))
+    assert torch.equal(sampler(4, batch_size=2), make(lambda x, t: 0.1 * x)(4, batch_size=2))
+
+
+def test_inference_mode_and_autocast_of_a_caller_stay_the_callers() -> None:
+    from sbldm_fast import UNet2D, UNetConfig
+
+    model = UNet2D(UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+                              attention_resolutions=(4,), norm_num_groups=8, time_embed_dim=32)).eval()  # fmt: skip
+    nn.init.normal_(model.row_offsets, std=0.1)
+    expected = make(model)(2)
+    sampler = make(model)
+    with torch.inference_mode():
+        assert torch.equal(sampler(2), expected)
+        inside = make(model)
+        inside(2)
+    assert torch.equal(sampler(2), expected)
+    assert torch.equal(inside(2), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = make(model)
+    assert torch.equal(cast(2), expected)
+
+
+def test_hooks_and_layers_of_the_callers_in_our_model_run() -> None:
+    from sbldm_fast import UNet2D, UNetConfig
+
+    config = UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+                        attention_resolutions=(4,), norm_num_groups=8, time_embed_dim=32)  # fmt: skip
+
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Conv2d) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = 3 * self.inner(x)
+            return out
+
+    class Doubled(UNet2D):
+        def forward(self, x: Tensor, t: Tensor | int, cond: None = None) -> Tensor:
+            return 2 * super().forward(x, t)
+
+    def zero(module: nn.Module, given: Any, out: Tensor) -> Tensor:
+        return 0 * out
+
+    torch.manual_seed(0)
+    for change in (
+        lambda model: model.register_forward_hook(zero),
+        lambda model: model.upsample[0].register_forward_hook(zero),
+        lambda model: model.upsample[0].conv.register_forward_hook(zero),
+        lambda model: setattr(model.upsample[0], "conv", Wrapped(model.upsample[0].conv)),
+        lambda model: setattr(model, "__class__", Doubled),
+    ):
+        model = UNet2D(config).eval()
+        change(model)
+        got, expected = make(model)(2), make(lambda x, t, model=model: model(x, t.expand(2)))(2)
+        assert relative(got, expected) < 1e-5

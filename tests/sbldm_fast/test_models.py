@@ -278,13 +278,13 @@ def broken(folder: Path, how: str) -> None:
     [
         ("missing tensor", "tensor conv_in.bias is missing"),
         ("wrong shape", r"tensor conv_in.bias has shape \[3\], allowed is \[16\]"),
-        ("extra tensor", "tensor extra is not in the model"),
+        ("extra tensor", "tensor 'extra' is not in the model"),
         ("truncated", "is not a safetensors file"),
         ("pickle", "diffusion_pytorch_model.bin beside it is a pickle, which is never read"),
         ("pickle in disguise", "is not a safetensors file, and nothing else is read"),
         ("no config", "config.json does not exist"),
         ("config not JSON", "config.json is not readable as JSON"),
-        ("config of something else", "UNetConfig: got cross_attention_dim, allowed are"),
+        ("config of something else", "UNetConfig: got 'cross_attention_dim', allowed are"),
     ],
 )
 def test_broken_checkpoint_is_named(how: str, message: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from sbldm_fast.kernels import philox_normal
 from torch import Tensor
 
 from sbldm_fast import FastSampler
+from sbldm_fast.sampling.stepped import of_both
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers brings these schedulers")
 SHAPE = (3, 4, 4)
@@ -45,6 +46,9 @@ def test_a_samples_noise_is_its_own_whatever_the_batch(name: str, config: dict[s
     assert relative(sampler(4, seed=2, batch_size=3), whole) < 1e-5
     assert relative(sampler(indices=[1, 1], seed=2), whole[[1, 1]]) < 1e-5
     assert relative(sampler(4, seed=3), whole) > 1e-3
+    same = sampler(noise=whole[:1].expand(4, *SHAPE), seed=2)
+    assert all(relative(same[i : i + 1], same[:1]) > 1e-3 for i in (1, 2, 3)), "the noise of the steps is another for each"
+    assert relative(sampler(noise=whole[:1], seed=2 + 2**32), same[:1]) > 1e-3
 
 
 @pytest.mark.parametrize(("name", "config"), DRAWING)
@@ -53,7 +57,7 @@ def test_it_is_the_schedulers_own_loop_with_that_generator(name: str, config: di
     got = sampler(1, seed=[7])
     scheduler = copy.deepcopy(sampler.scheduler)
     scheduler.set_timesteps(6)
-    x, generator = philox_normal((1, *SHAPE), 7) * scheduler.init_noise_sigma, torch.Generator().manual_seed(7)
+    x, generator = philox_normal((1, *SHAPE), 7) * scheduler.init_noise_sigma, torch.Generator().manual_seed(of_both(7, 0))
     times = [*scheduler.timesteps, None]
     for i, t in enumerate(scheduler.timesteps):
         following = {"prev_timestep": times[i + 1]} if name == "UnCLIPScheduler" else {}

@@ -203,16 +203,19 @@ def test_a_start_inside_is_diffusers_begin_index() -> None:
         torch.testing.assert_close(getattr(whole.from_step(4), field), getattr(part, field), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("spacing", "steps", "first"), [("leading", 20, 940), ("leading", 50, 950), ("leading", 200, 800)])
+@pytest.mark.parametrize(
+    ("spacing", "steps", "first"),
+    [("leading", 5, 830), ("leading", 10, 900), ("leading", 20, 940), ("leading", 50, 950), ("leading", 200, 800)],
+)
 def test_a_late_start_is_said_with_its_mend(spacing: str, steps: int, first: int) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers brings this scheduler")
     with pytest.warns(UserWarning, match=f"UniPCMultistepScheduler: a run of {steps} steps starts at t = {first}, .*'trailing'"):
-        SolverTable.from_scheduler(diffusers.UniPCMultistepScheduler(timestep_spacing=spacing), steps)
+        SolverTable.from_scheduler(diffusers.UniPCMultistepScheduler(timestep_spacing="leading"), steps)
 
 
 def test_a_start_that_is_near_enough_is_not_spoken_of(recwarn: pytest.WarningsRecorder) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers brings these schedulers")
-    for steps in (1, 7, 10, 50, 1000):
+    for steps in (1, 50, 100, 1000):
         SolverTable.from_scheduler(DDIMScheduler(), steps)
         SolverTable.from_scheduler(diffusers.UniPCMultistepScheduler(timestep_spacing="trailing"), min(steps, 50))
         SolverTable.from_scheduler(diffusers.DDIMScheduler(), steps, start=steps // 2)

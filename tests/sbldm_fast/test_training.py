@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sbldm_fast import Pipeline, UNet2D, preset
 from sbldm_fast.data import prepare
 from sbldm_fast.models.config import Preset
-from sbldm_fast.training import Objective, Optimisation, Stopped, train_pipeline
+from sbldm_fast.training import Objective, Optimisation, Stopped, checkpoint, train_pipeline
 from sbldm_fast.training.loop import Step, amp_dtype, batches, train
 from sbldm_fast.training.stages import augment, unet_loss
 
@@ -142,9 +142,9 @@ def test_killed_at_any_point_it_goes_on_to_the_same_end(script: Path, data: Path
         time.sleep(rng.uniform(0, 1.5))
         process.kill()
         process.wait()
-    (tmp_path / ".best-vae.killed.part").mkdir(exist_ok=True)
+    (tmp_path / ".best-vae.7.part").mkdir(exist_ok=True)
     if (tmp_path / "best-vae").exists():  # a kill between two renames
-        (tmp_path / "best-vae").rename(tmp_path / ".best-vae.killed.old")
+        (tmp_path / "best-vae").rename(tmp_path / ".best-vae.7.old")
     assert start(script, data, tmp_path).wait() == 0
     same_run(whole, tmp_path)
     assert not [p for p in tmp_path.iterdir() if p.name.endswith((".part", ".old"))], "what kills left is cleared"
@@ -513,8 +513,8 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
         ("state.json", "{}", "step is None, which is no state of a run"),
         ("state.json", '{"step": "2", "since": 0, "seconds": 0, "loss": 0, "settings": {}, "scaler": {}}', "step is '2'"),
         ("state.json", '{"step": 2, "since": 0, "seconds": 0, "loss": 0, "settings": null, "scaler": {}}', "settings is None"),
-        ("optimizer.safetensors", {"7.exp_avg": torch.zeros(1)}, "tensor 7.exp_avg is of no parameter of this model"),
-        ("optimizer.safetensors", {"first.step": torch.zeros(())}, "tensor first.step is of no parameter"),
+        ("optimizer.safetensors", {"7.exp_avg": torch.zeros(1)}, "tensor '7.exp_avg' is of no parameter of this model"),
+        ("optimizer.safetensors", {"first.step": torch.zeros(())}, "tensor 'first.step' is of no parameter"),
         ("optimizer.safetensors", {"0.exp_avg": torch.zeros(3)}, r"tensor 0.exp_avg has shape \[3\]"),
         ("model.safetensors", {"a": torch.zeros(1, dtype=torch.int64)}, "tensor a is of int64"),
         ("../log.jsonl", "[]\n", "log.jsonl, line 1 is no row of a run"),
@@ -530,6 +530,20 @@ def test_a_damaged_checkpoint_is_named(file: str, content: Any, message: str, tm
         save_file({k: v.reshape(Line().a.shape) if k == "a" else v for k, v in content.items()}, path)
     with pytest.raises(ValueError, match=message):
         train(Line(), loss_of, 8, o, tmp_path, name="line", progress=False)
+
+
+def test_copies_that_a_user_made_of_checkpoints_stay_theirs(tmp_path: Path) -> None:
+    o = Optimisation(steps=4, batch_size=4, lr=0.1, amp="off", save_every=1, keep=1)
+    train(Line(), loss_of, 8, o, tmp_path, name="line", progress=False)
+    real = tmp_path / "checkpoint-line-00000004"
+    others = [tmp_path / "checkpoint-line-00000001-mine", tmp_path / "checkpoint-line-good", tmp_path / ".vimrc.original.old",
+              tmp_path / ".notes.20261101.old", tmp_path / ".photos.archived.part"]  # fmt: skip
+    for other in others:
+        shutil.copytree(real, other)
+    train(Line(), loss_of, 8, o, tmp_path, name="line", progress=False)
+    assert all((other / "state.json").exists() for other in others)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == [real.name]
+    assert checkpoint.newest(tmp_path, "line") == real
 
 
 def test_an_epoch_meets_every_item_once_from_any_start() -> None:
