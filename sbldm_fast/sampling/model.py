@@ -38,7 +38,8 @@ def named(cond: Cond, argument: str = "cond") -> Named:
     if isinstance(cond, Mapping):
         found: Named = {}
         for key, value in cond.items():
-            if not isinstance(key, str) or not key or "/" in key or (key[0] == "#" and argument != LIST):
+            inside = argument not in ("cond", "uncond")  # where a tensor has a name, as one that comes alone has not
+            if not isinstance(key, str) or (inside and not key) or "/" in key or (key[:1] == "#" and argument != LIST):
                 raise ValueError(f"{argument}: got the name {key!r}, allowed are names of arguments")
             inner: Any = value
             if isinstance(value, (list, tuple)):
