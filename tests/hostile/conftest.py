@@ -53,10 +53,10 @@ def lay(path: Path, lie: Lie) -> None:
     lie(path) if callable(lie) else path.write_bytes(lie)
 
 
-def lies(paths: str, each: int = 2) -> list[Any]:
-    """Places in a JSON file and what stands there instead; by night every value, else `each` of them in turn."""
+def lies(paths: str) -> list[Any]:
+    """Places in a JSON file and what stands there instead; by night every value, else one of them in turn."""
     names, places = list(VALUES), paths.split()
-    turns = [names if NIGHTLY else [names[(each * i + j) % len(names)] for j in range(each)] for i in range(len(places))]
+    turns = [names if NIGHTLY else [names[i % len(names)]] for i in range(len(places))]
     return [pytest.param(p, VALUES[n], id=f"{p.replace('/', '.')}-{n}") for p, turn in zip(places, turns, strict=True) for n in turn]
 
 

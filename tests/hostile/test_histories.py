@@ -18,7 +18,7 @@ from sbldm_fast import DDIMScheduler, DDPMScheduler, FastSampler, UNet2D, UNetCo
 SHAPE = (2, 4, 4)
 UNET = UNetConfig(sample_size=4, in_channels=2, out_channels=2, block_out_channels=(8, 8), layers_per_block=1, attention_resolutions=(2,),
                   attention_head_dim=4, norm_num_groups=4, time_embed_dim=8, dropout=0.5)  # fmt: skip
-HISTORIES, LENGTH = (1000, 12) if os.environ.get("SBLDM_FAST_FUZZ") == "nightly" else (24, 8)
+HISTORIES, LENGTH = (1000, 12) if os.environ.get("SBLDM_FAST_FUZZ") == "nightly" else (12, 8)
 loop = importlib.import_module("sbldm_fast.sampling.loop")
 sampler_module = importlib.import_module("sbldm_fast.sampling.sampler")
 
