@@ -101,7 +101,7 @@ def survey(modules: Iterable[nn.Module], loose: Iterable[Tensor] = ()) -> tuple[
 
 def addresses(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     """Which tensors they are, and where: what a recorded graph reads, and keeps reading."""
-    return [(id(t), t.data_ptr()) for t in tensors]
+    return [(id(t), t.data_ptr() if t.layout == torch.strided else 0) for t in tensors]  # a sparse one has several
 
 
 def digest(tensors: Iterable[Tensor]) -> int:

@@ -27,7 +27,7 @@ from sbldm_fast import (
     UNetConfig,
     VAEConfig,
 )
-from sbldm_fast.sampling.content import COLUMNS, digest, fingerprint, survey
+from sbldm_fast.sampling.content import COLUMNS, addresses, digest, fingerprint, survey
 
 loop = importlib.import_module("sbldm_fast.sampling.loop")
 SHAPE = (4, 8, 8)
@@ -524,6 +524,8 @@ def test_tensors_without_bits_do_no_harm() -> None:
         odd = [torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)]
     held = Holds(*odd, torch.ones(3, device="meta"))
     assert bits(held) == bits(held)
+    tensors = survey([held])[1]
+    assert addresses(tensors) == addresses(tensors)
 
 
 def test_a_latents_run_decodes_as_its_sampler_does(unet: UNet2D) -> None:
