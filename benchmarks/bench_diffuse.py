@@ -33,14 +33,23 @@ def problems(device: torch.device, large: bool) -> Iterator[Problem]:
     bars = torch.linspace(0.999, 0.01, 1000, device=device)
     for dtype in on_device(device):
         for N in (16, *([8192] if large else [])):
-            z0, t = torch.randn(N, 8, 16, 16, device=device, dtype=dtype), torch.zeros(N, dtype=torch.int64, device=device)
+            z0, t = (
+                torch.randn(N, 8, 16, 16, device=device, dtype=dtype),
+                torch.zeros(N, dtype=torch.int64, device=device),
+            )
             providers: Providers = {"eager": partial(eager, z0, t, bars)}
             providers["torch.compile"] = partial(torch.compile(eager, dynamic=False), z0, t, bars)
             providers |= ours(partial(diffuse, z0, t, bars, key[:1], stream=key[1:], cutmix_prob=0.25))
             yield Problem(
-                f"{N}x8x16x16", dtype, "nchw", 3 * z0.numel() * z0.element_size(), 80 * z0.numel(), 2, providers,
+                f"{N}x8x16x16",
+                dtype,
+                "nchw",
+                3 * z0.numel() * z0.element_size(),
+                80 * z0.numel(),
+                2,
+                providers,
                 own_stream=("eager", "torch.compile"),
-            )  # fmt: skip
+            )
 
 
 def test_diffuse(timed: Callable[[], None]) -> None:

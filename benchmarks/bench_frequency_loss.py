@@ -14,7 +14,9 @@ from .kernels import Problem, Providers, on_device, ours
 module = importlib.import_module("sbldm_fast.kernels.frequency_loss")  # the package's attribute is the function
 
 
-def with_gradient(loss: Callable[[Tensor, Tensor], Tensor], pred: Tensor, target: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+def with_gradient(
+    loss: Callable[[Tensor, Tensor], Tensor], pred: Tensor, target: Tensor
+) -> Callable[[], tuple[Tensor, Tensor]]:
     leaf = pred.detach().requires_grad_()
 
     def step() -> tuple[Tensor, Tensor]:
@@ -42,11 +44,19 @@ def problems(device: torch.device, large: bool) -> Iterator[Problem]:
                 return frequency_loss(pred, target, low_weight=2.0, high_weight=0.5)
 
             compiled = torch.compile(eager, dynamic=False)
-            providers: Providers = {"eager": with_gradient(eager, pred, target), "torch.compile": with_gradient(compiled, pred, target)}
+            providers: Providers = {
+                "eager": with_gradient(eager, pred, target),
+                "torch.compile": with_gradient(compiled, pred, target),
+            }
             providers |= ours(with_gradient(op, pred, target))
-            modes = int(low.sum()) if device.type != "meta" else int(module.low_modes(side, side, 0.25, torch.device("cpu")).sum())
+            modes = (
+                int(low.sum())
+                if device.type != "meta"
+                else int(module.low_modes(side, side, 0.25, torch.device("cpu")).sum())
+            )
             small = side <= module.BASIS_SIDE
-            # read pred and target, write the gradient; ours also scales it in a pass of its own, and by FFT moves the spectrum three times
+            # read pred and target, write the gradient; ours also scales it in a pass of its own, and by FFT moves the
+            # spectrum three times
             moved, again = pred.numel() * 3 * pred.element_size(), pred.numel() * (8 if small else 32)
             flops = pred.numel() * (4 * modes if small else 60)
             yield Problem(f"{N}x{C}x{side}x{side}", dtype, "nchw", moved, flops, 3 if small else 8, providers, again)

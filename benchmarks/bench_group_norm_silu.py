@@ -27,26 +27,34 @@ SHAPES = ((1, 64, 16, 32), (16, 64, 16, 32), (16, 256, 4, 32), (1, 32, 128, 8), 
 TILES = (512, 1024, 2048, 4096, 8192)
 
 
-SUMS = ((1, 64, 16, 32), (64, 64, 16, 32), (64, 256, 4, 32))  # with the bias of a convolution and a shortcut before the norm
+# with the bias of a convolution and a shortcut before the norm
+SUMS = ((1, 64, 16, 32), (64, 64, 16, 32), (64, 256, 4, 32))
 
 
 def eager(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.group_norm(x, groups, weight, bias))
 
 
-def eager_sum(x: Tensor, groups: int, weight: Tensor, bias: Tensor, conv_bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def eager_sum(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, conv_bias: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor]:
     h = x + conv_bias[:, None, None] + residual
     return F.silu(F.group_norm(h, groups, weight, bias)), h
 
 
-def fused_sum(x: Tensor, groups: int, weight: Tensor, bias: Tensor, conv_bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def fused_sum(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, conv_bias: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor]:
     return group_norm_silu(x, groups, weight, bias, conv_bias=conv_bias, residual=residual)
 
 
 def problems(device: torch.device, large: bool) -> Iterator[Problem]:
     for dtype in on_device(device):
         for (N, C, side, groups), last, train in (
-            (shape, last, train) for shape in SHAPES[: None if large else -1] for last in (False, True) for train in (False, True)
+            (shape, last, train)
+            for shape in SHAPES[: None if large else -1]
+            for last in (False, True)
+            for train in (False, True)
         ):
             x = torch.randn(N, C, side, side, device=device, dtype=dtype)
             x = x.contiguous(memory_format=torch.channels_last) if last else x
@@ -59,25 +67,37 @@ def problems(device: torch.device, large: bool) -> Iterator[Problem]:
             providers |= ours(providers["ours"])
             size, limit = x.numel() * x.element_size(), _group_tiles.register_tile(device)
             cut, cut_back = (
-                int(_group_tiles.plan(x.shape, groups, last, x.element_size(), tile)[0][3] > 1) for tile in (limit, limit // 2)
+                int(_group_tiles.plan(x.shape, groups, last, x.element_size(), tile)[0][3] > 1)
+                for tile in (limit, limit // 2)
             )
-            # forward reads x and writes y, backward reads x and dy and writes dx; a group that is cut is read twice, in one more launch
+            # forward reads x and writes y, backward reads x and dy and writes dx; a group that is cut is read twice, in
+            # one more launch
             yield Problem(
-                f"{N}x{C}x{side}x{side}/{groups}{' forward and backward' if train else ''}", dtype, "nhwc" if last else "nchw",
-                size * (5 if train else 2), x.numel() * (35 if train else 12), (3 + cut + 2 * cut_back if train else 1 + cut), providers,
+                f"{N}x{C}x{side}x{side}/{groups}{' forward and backward' if train else ''}",
+                dtype,
+                "nhwc" if last else "nchw",
+                size * (5 if train else 2),
+                x.numel() * (35 if train else 12),
+                (3 + cut + 2 * cut_back if train else 1 + cut),
+                providers,
                 size * (cut + 2 * cut_back * train),
-            )  # fmt: skip
+            )
 
         for N, C, side, groups in SUMS:
             x, residual = torch.randn(2, N, side, side, C, device=device, dtype=dtype).permute(0, 1, 4, 2, 3)
             given = (x, groups, *torch.randn(3, C, device=device, dtype=dtype), residual)
-            sums: Providers = {name: partial(f, *given) for name, f in (("eager", eager_sum), ("torch.compile", torch.compile(eager_sum)))}
+            sums: Providers = {
+                name: partial(f, *given)
+                for name, f in (("eager", eager_sum), ("torch.compile", torch.compile(eager_sum)))
+            }
             sums |= ours(partial(fused_sum, *given))
             moved = 4 * x.numel() * x.element_size()  # reads x and the residual, writes h and y
             yield Problem(f"{N}x{C}x{side}x{side}/{groups} of a sum", dtype, "nhwc", moved, x.numel() * 14, 1, sums)
 
 
-def _step(f: Callable[..., Tensor], x: Tensor, dy: Tensor, arguments: tuple[Any, ...], train: bool) -> Callable[[], Any]:
+def _step(
+    f: Callable[..., Tensor], x: Tensor, dy: Tensor, arguments: tuple[Any, ...], train: bool
+) -> Callable[[], Any]:
     if not train:
         return torch.no_grad()(lambda: f(x, *arguments))
     leaves = [x.detach().requires_grad_(), *(t.detach().requires_grad_() for t in arguments[1:])]
@@ -96,7 +116,8 @@ def _liger(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def measure_crossover(rounds: int = 9) -> tuple[int, Row]:
-    """The largest group that is faster in one launch than in two on this GPU, in elements; and the seconds of both, by size."""
+    """The largest group that is faster in one launch than in two on this GPU, in elements; and the seconds of both, by
+    size."""
     best, seconds = TILES[0], {}
     for tile in TILES:
         x = torch.randn(4, 32, tile, 1, device="cuda", dtype=torch.float16)
@@ -110,7 +131,9 @@ def measure_crossover(rounds: int = 9) -> tuple[int, Row]:
 
 
 def _with_limit(x: Tensor, limit: int) -> Tensor:
-    with mock.patch.object(importlib.import_module("sbldm_fast.kernels.group_norm_silu"), "register_tile", return_value=limit):
+    with mock.patch.object(
+        importlib.import_module("sbldm_fast.kernels.group_norm_silu"), "register_tile", return_value=limit
+    ):
         return group_norm_silu(x, 32)
 
 

@@ -17,7 +17,9 @@ def problems(device: torch.device, large: bool) -> Iterator[Problem]:
         providers: Providers = {"eager": partial(torch.randn, shape, device=device)}
         providers |= ours(partial(philox_normal, shape, 0, device=device))
         numel = N * 2048
-        yield Problem("x".join(map(str, shape)), torch.float32, "nchw", 4 * numel, 60 * numel, 2, providers, own_stream=("eager",))
+        yield Problem(
+            "x".join(map(str, shape)), torch.float32, "nchw", 4 * numel, 60 * numel, 2, providers, own_stream=("eager",)
+        )
 
 
 def test_philox_normal(timed: Callable[[], None]) -> None:

@@ -15,7 +15,9 @@ from .kernels import Problem, Providers, on_device, ours
 K = 2
 
 
-def eager(x: Tensor, m: Tensor, table: Tensor, counter: Tensor, w: Tensor, history: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+def eager(
+    x: Tensor, m: Tensor, table: Tensor, counter: Tensor, w: Tensor, history: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor]:
     """A step as a device-side loop would write it with PyTorch operators: no transfer, the row by index_select."""
     i = counter[:1].long()
     c_x, c_m, d, _, a, b, a1, b1, a2, b2 = table.index_select(0, i)[0]
@@ -35,19 +37,35 @@ def problems(device: torch.device, large: bool) -> Iterator[Problem]:
         for N in (1, 16, *([2048] if large else [])):
             x, m = torch.randn(N, 8, 16, 16, device=device), torch.randn(2 * N, 8, 16, 16, device=device, dtype=dtype)
             table, w = torch.randn(1, 6 + 2 * K, device=device), torch.full((1,), 2.0, device=device)
-            state = (torch.zeros(2, dtype=torch.int32, device=device), torch.zeros(K, 2, *x.shape, device=device), torch.zeros_like(x))
+            state = (
+                torch.zeros(2, dtype=torch.int32, device=device),
+                torch.zeros(K, 2, *x.shape, device=device),
+                torch.zeros_like(x),
+            )
             sums = torch.zeros(N, 2, device=device)
 
             def fused(
-                x: Tensor, m: Tensor, table: Tensor, counter: Tensor, w: Tensor, history: Tensor, x0: Tensor, sums: Tensor = sums
+                x: Tensor,
+                m: Tensor,
+                table: Tensor,
+                counter: Tensor,
+                w: Tensor,
+                history: Tensor,
+                x0: Tensor,
+                sums: Tensor = sums,
             ) -> tuple[Tensor, Tensor]:
-                return solver_step(x, m, table, counter, guidance_scale=w, history=history, x0=x0, statistics=sums), sums
+                return solver_step(
+                    x, m, table, counter, guidance_scale=w, history=history, x0=x0, statistics=sums
+                ), sums
 
-            def own(f: Callable[..., Any], inputs: tuple[Tensor, ...] = (x, m, table), w: Tensor = w, state: Any = state) -> Any:
+            def own(
+                f: Callable[..., Any], inputs: tuple[Tensor, ...] = (x, m, table), w: Tensor = w, state: Any = state
+            ) -> Any:
                 return partial(_fresh, f, inputs, w, tuple(t.clone() for t in state))
 
             providers: Providers = {"eager": own(eager), "torch.compile": own(torch.compile(eager, dynamic=False))}
-            providers |= {name: ours(own(fused))[name] for name in ("reference", "ours")}  # each with a history of its own
+            # each with a history of its own
+            providers |= {name: ours(own(fused))[name] for name in ("reference", "ours")}
             # reads x, both halves of m, four of history and x0; writes x', a pair of history and x0
             moved = x.numel() * (4 * 10 + 2 * m.element_size())
             yield Problem(f"{N}x8x16x16", dtype, "nchw", moved, 30 * x.numel(), 1, providers)

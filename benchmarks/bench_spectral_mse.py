@@ -1,4 +1,5 @@
-"""spectral_mse, value and gradient, against Parseval's form in PyTorch: the literal transform would be a weaker baseline."""
+"""spectral_mse, value and gradient, against Parseval's form in PyTorch: the literal transform would be a weaker
+baseline."""
 
 from __future__ import annotations
 

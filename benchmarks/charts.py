@@ -1,6 +1,8 @@
-"""The pictures of the report: SVG drawn by matplotlib, in colours that the page's theme decides, each mark linked to its row.
+"""The pictures of the report: SVG drawn by matplotlib, in colours that the page's theme decides, each mark linked to
+its row.
 
-python -m sbldm_fast.benchmarks.charts ROWS benchmarks/waterfall.svg     the README's picture; a test fails when they differ
+python -m sbldm_fast.benchmarks.charts ROWS benchmarks/waterfall.svg     the README's picture; a test fails when they
+differ
 """
 
 from __future__ import annotations
@@ -24,12 +26,22 @@ from .rows import Row, latest, read_rows
 from .t4 import Ceilings
 from .table import fastest, groups, missing, pareto
 
-INK, GRID, OURS, PEER, FAINT = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"  # stand-ins for the page's variables
+# stand-ins for the page's variables
+INK, GRID, OURS, PEER, FAINT = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
 THEME = {INK: "currentColor", GRID: "var(--grid)", OURS: "var(--ours)", PEER: "var(--peer)", FAINT: "var(--faint)"}
 STYLE: dict[str, Any] = {
-    "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": GRID, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK,
-    "ytick.color": INK, "grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.edgecolor": GRID,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
 MARKS = "osD^vP*X<>hd"
 Link = Callable[[Row], str]
 
@@ -75,11 +87,20 @@ def waterfall(rows: Sequence[Row], dtype: str, link: Link) -> str | None:
             ax.text(0, i, f" not here: {missing(r).split(' (')[0]}", va="center", color=FAINT, fontsize=8)
             continue
         bar = ax.barh(
-            i, r["ms_per_image"], color=OURS if r["provider"].startswith("reference") or is_ours(r["provider"]) else PEER, height=0.62
+            i,
+            r["ms_per_image"],
+            color=OURS if r["provider"].startswith("reference") or is_ours(r["provider"]) else PEER,
+            height=0.62,
         )[0]
         bar.set_url(link(r))
         ax.plot([1e3 * r["p10_s"] / r["batch"], 1e3 * r["p90_s"] / r["batch"]], [i, i], color=INK, lw=1)
-        ax.text(longest * 1.03, i, f"{r['ms_per_image']:.0f} ms  {first['median_s'] / r['median_s']:.2f}×", va="center", ha="left")
+        ax.text(
+            longest * 1.03,
+            i,
+            f"{r['ms_per_image']:.0f} ms  {first['median_s'] / r['median_s']:.2f}×",
+            va="center",
+            ha="left",
+        )
     ax.set_yticks(range(len(stages)), [label for label, _ in stages])
     ax.invert_yaxis()
     ax.set_xlim(0, longest * 1.55)
@@ -88,12 +109,16 @@ def waterfall(rows: Sequence[Row], dtype: str, link: Link) -> str | None:
 
 
 def by_batch(rows: Sequence[Row], link: Link) -> str | None:
-    """Latency of a batch and images/s against the batch, of what people would choose: our modes and the peers' fast ones."""
+    """Latency of a batch and images/s against the batch, of what people would choose: our modes and the peers' fast
+    ones."""
     found: dict[str, list[Row]] = {}
     for r in sorted((r for r in rows if "median_s" in r), key=lambda r: int(r["batch"])):
         found.setdefault(r["provider"], []).append(r)
-    left_out = ("reference", "MONAI bf", "under FastSampler", "eager", "to images", "cudnn.benchmark")  # slow, or near another line
-    lines = {n: rs for n, rs in found.items() if len(rs) > 1 and not any(words in n for words in left_out) and n != "MONAI"}
+    # slow, or near another line
+    left_out = ("reference", "MONAI bf", "under FastSampler", "eager", "to images", "cudnn.benchmark")
+    lines = {
+        n: rs for n, rs in found.items() if len(rs) > 1 and not any(words in n for words in left_out) and n != "MONAI"
+    }
     if not lines:
         return None
     fig, (left, right) = _figure(3.4, 2)
@@ -119,22 +144,34 @@ def roofline_chart(rows: Sequence[Row], on: Ceilings, link: Link) -> str | None:
         if "median_s" not in r:
             continue
         if r["target"] == "kernels" and r.get("flops") and r["provider"] in ("ours", "reference"):
-            points.setdefault(f"ops, {r['provider']}", []).append((r["flops"] / r["moved"], r["flops"] / r["median_s"], r))
+            points.setdefault(f"ops, {r['provider']}", []).append(
+                (r["flops"] / r["moved"], r["flops"] / r["median_s"], r)
+            )
         elif r["target"] == "sampling" and "work" in r:
             work, took = r["work"], r["median_s"] / r["steps"]
-            points.setdefault("a step of FastSampler", []).append((work["flops"] / work["bytes"], work["flops"] / took, r))
+            points.setdefault("a step of FastSampler", []).append(
+                (work["flops"] / work["bytes"], work["flops"] / took, r)
+            )
     if not points:
         return None
     fig, ax = _figure(3.6)
     low, high = 0.05, max(300.0, *(x for found in points.values() for x, _, _ in found))
     for name, rate in on.flops.items():
         ridge = rate / on.bandwidth[0]
-        ax.plot([low, ridge, high], [low * on.bandwidth[0], rate, rate], color=INK, lw=1, ls="-" if name == "float32" else "--")
+        ax.plot(
+            [low, ridge, high],
+            [low * on.bandwidth[0], rate, rate],
+            color=INK,
+            lw=1,
+            ls="-" if name == "float32" else "--",
+        )
         ax.text(high, rate * 1.12, f"{name} {rate / 1e12:.2g} Tflop/s", ha="right", fontsize=8)
     ax.text(low * 1.1, low * on.bandwidth[0] * 2.4, f"copy {on.bandwidth[0] / 1e9:.3g} GB/s", rotation=32, fontsize=8)
     for mark, (name, found) in zip(MARKS, points.items(), strict=False):
         color = PEER if "reference" in name else OURS
-        _points(ax, [x for x, _, _ in found], [y for _, y, _ in found], [r for _, _, r in found], link, mark, color, name)
+        _points(
+            ax, [x for x, _, _ in found], [y for _, y, _ in found], [r for _, _, r in found], link, mark, color, name
+        )
     ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations/s")
     ax.grid(lw=0.5)
     _legend(fig, ax, 3)
@@ -153,9 +190,18 @@ def pareto_chart(rows: Sequence[Row], link: Link) -> str | None:
         ax.plot([r["ms_per_image"] for r in of], [r["rms"] for r in of], color=PEER, lw=0.7)
         for r in of:
             _points(
-                ax, [r["ms_per_image"]], [r["rms"]], [r], link, mark, OURS if r["provider"] in front else PEER, solver if r is of[0] else ""
+                ax,
+                [r["ms_per_image"]],
+                [r["rms"]],
+                [r],
+                link,
+                mark,
+                OURS if r["provider"] in front else PEER,
+                solver if r is of[0] else "",
             )
-            ax.annotate(str(r["steps"]), (r["ms_per_image"], r["rms"]), textcoords="offset points", xytext=(4, 4), fontsize=8)
+            ax.annotate(
+                str(r["steps"]), (r["ms_per_image"], r["rms"]), textcoords="offset points", xytext=(4, 4), fontsize=8
+            )
     ax.set(xscale="log", yscale="log", xlabel="ms an image", ylabel="RMS difference from DDIM, 1000 steps")
     ax.grid(lw=0.5)
     _plain(ax.xaxis, ax.yaxis)
@@ -189,12 +235,22 @@ def _figure(height: float, columns: int = 1) -> tuple[Figure, Any]:
 
 
 def _points(
-    ax: Axes, x: Sequence[float], y: Sequence[float], rows: Iterable[Row], link: Link, mark: str, color: str, label: str,
-    line: bool = False, hollow: bool = False,
-) -> None:  # fmt: skip
+    ax: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    rows: Iterable[Row],
+    link: Link,
+    mark: str,
+    color: str,
+    label: str,
+    line: bool = False,
+    hollow: bool = False,
+) -> None:
     if line:
         ax.plot(x, y, color=color, lw=0.8)
-    drawn = ax.scatter(x, y, s=22, marker=mark, facecolors="none" if hollow else color, edgecolors=color, label=label or None, zorder=3)
+    drawn = ax.scatter(
+        x, y, s=22, marker=mark, facecolors="none" if hollow else color, edgecolors=color, label=label or None, zorder=3
+    )
     drawn.set_urls([link(r) for r in rows])
 
 
@@ -207,13 +263,17 @@ def _plain(*axes: Axis) -> None:
 
 
 def _legend(fig: Figure, ax: Axes, columns: int) -> None:
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8, handletextpad=0.2)
+    fig.legend(
+        *ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8, handletextpad=0.2
+    )
 
 
 def _svg(fig: Figure, salt: str) -> str:
     out = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": salt}):
-        fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        fig.savefig(
+            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text))

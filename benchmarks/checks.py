@@ -1,6 +1,8 @@
-"""The first minute on a GPU: every op against float64 and PyTorch, and captured loops against a loop of the plain objects.
+"""The first minute on a GPU: every op against float64 and PyTorch, and captured loops against a loop of the plain
+objects.
 
-python -m sbldm_fast.benchmarks.checks ops|graphs -o rows.jsonl     a line each, PASS, FAIL or SKIP; nothing that fails stops the rest
+python -m sbldm_fast.benchmarks.checks ops|graphs -o rows.jsonl     a line each, PASS, FAIL or SKIP; nothing that fails
+stops the rest
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from .harness import Absent, host, relative, why_not
 from .problem import Problem, stepped
 from .rows import Row, append, head
 
-ATOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest value, beside twice PyTorch's error
+# of the largest value, beside twice PyTorch's error
+ATOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 LOOP = 1e-4  # relative: a loop in float32
 Errors = tuple[float, float]  # found, allowed
 
@@ -37,11 +40,18 @@ def op_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], Errors]]
     yield from ((name, partial(_forward, call)) for name, call in found.items())
     for dtype in ATOL:
         for layout in (torch.contiguous_format, torch.channels_last):
-            for shape, groups in (((2, 64, 16, 16), 32), ((1, 4, 96, 90), 2)):  # a group in one program, and one that is cut
-                name = f"group_norm_silu, gradients, {'x'.join(map(str, shape))}/{groups} {str(dtype)[6:]} {str(layout)[6:]}"
+            # a group in one program, and one that is cut
+            for shape, groups in (((2, 64, 16, 16), 32), ((1, 4, 96, 90), 2)):
+                name = (
+                    f"group_norm_silu, gradients, {'x'.join(map(str, shape))}/{groups} {str(dtype)[6:]}"
+                    f" {str(layout)[6:]}"
+                )
                 yield name, partial(_norm, shape, groups, dtype, layout, device)
         for side in (16, 64):  # the basis, and the FFT
-            yield f"frequency_loss, gradient, {side}x{side} {str(dtype)[6:]}", partial(_loss, frequency_loss, side, dtype, device)
+            yield (
+                f"frequency_loss, gradient, {side}x{side} {str(dtype)[6:]}",
+                partial(_loss, frequency_loss, side, dtype, device),
+            )
         yield f"spectral_mse, gradient, {str(dtype)[6:]}", partial(_loss, spectral_mse, 16, dtype, device)
 
 
@@ -52,8 +62,11 @@ def _forward(call: Callable[[], float]) -> Errors:
         return call(), 2 * plain + 1e-5
 
 
-def _three_way(run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], inputs: tuple[Tensor, ...], exact: Any) -> Errors:
-    """The largest error of the Triton op beside what is allowed: twice that of PyTorch in the same dtype, both against float64."""
+def _three_way(
+    run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], inputs: tuple[Tensor, ...], exact: Any
+) -> Errors:
+    """The largest error of the Triton op beside what is allowed: twice that of PyTorch in the same dtype, both against
+    float64."""
     right = exact(tuple(t.double() for t in inputs))
     with backend("torch"):
         plain = run(inputs)
@@ -62,13 +75,18 @@ def _three_way(run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], inputs: 
     worst = 0.0, 1.0
     for a, b, c in zip(ours, plain, right, strict=True):
         size = max(1.0, float(c.abs().max()))
-        error, allowed = float((a.double() - c).abs().max()), 2 * float((b.double() - c).abs().max()) + ATOL[inputs[0].dtype] * size
+        error, allowed = (
+            float((a.double() - c).abs().max()),
+            2 * float((b.double() - c).abs().max()) + ATOL[inputs[0].dtype] * size,
+        )
         if not error / allowed <= worst[0] / worst[1]:  # NaN is the worst of all
             worst = error, allowed
     return worst
 
 
-def _norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> Errors:
+def _norm(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, layout: torch.memory_format, device: torch.device
+) -> Errors:
     draw = torch.Generator().manual_seed(0)
     x, residual, dy, dh = torch.randn(4, *shape, generator=draw)
     affine = torch.randn(3, shape[1], generator=draw), torch.randn(2, shape[0], shape[1], generator=draw)
@@ -83,7 +101,9 @@ def _norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype, layout: torch
             y = F.group_norm(h, groups, weight, bias) * (1 + scale[..., None, None]) + shift[..., None, None]
             y = F.silu(y)
         else:
-            y, h = group_norm_silu(x, groups, weight, bias, scale=scale, shift=shift, conv_bias=conv_bias, residual=residual)
+            y, h = group_norm_silu(
+                x, groups, weight, bias, scale=scale, shift=shift, conv_bias=conv_bias, residual=residual
+            )
         return (y.detach(), h.detach(), *torch.autograd.grad([y, h], leaves, list(given[2:4])))
 
     return _three_way(run, tuple(inputs), partial(run, exact=True))
@@ -102,7 +122,8 @@ def _loss(loss: Any, side: int, dtype: torch.dtype, device: torch.device) -> Err
 
 
 def graph_checks(device: torch.device, preset_name: str = "paper") -> Iterator[tuple[str, Callable[[], Errors]]]:
-    """Five steps in each mode against the textbook's loop in plain PyTorch, in float32. A capture that fails makes later ones suspect."""
+    """Five steps in each mode against the textbook's loop in plain PyTorch, in float32. A capture that fails makes
+    later ones suspect."""
     problem = Problem(preset_name, 5, 1, device)
 
     def loop(mode: str) -> Errors:
@@ -112,7 +133,8 @@ def graph_checks(device: torch.device, preset_name: str = "paper") -> Iterator[t
         with backend("torch"):
             wanted = host(stepped(unet, scheduler, 5, problem.noise))
         sampler = FastSampler(unet, scheduler, shape=problem.noise.shape[1:], steps=5, mode=mode)
-        return max(relative(host(sampler(noise=problem.noise)), wanted) for _ in range(3)), LOOP  # captured, replayed, replayed
+        # captured, replayed, replayed
+        return max(relative(host(sampler(noise=problem.noise)), wanted) for _ in range(3)), LOOP
 
     yield from ((f"FastSampler {mode}", partial(loop, mode)) for mode in ("eager", "loop-graph", "step-graph"))
 

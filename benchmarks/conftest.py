@@ -1,6 +1,7 @@
 """pytest-benchmark over the cases of the suites: python -m pytest benchmarks/bench_ddim_step.py --benchmark-save=before
 
-A module's cases are its `pytest_cases()`, or those of an op's `problems`. `--benchmark-compare` holds a run against a stored one.
+A module's cases are its `pytest_cases()`, or those of an op's `problems`. `--benchmark-compare` holds a run against a
+stored one.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if hasattr(module, "pytest_cases"):
         groups = module.pytest_cases(device)
     else:
-        groups = {f"{p.shape} {p.layout} {str(p.dtype)[6:]}": cases(p, device) for p in module.problems(device, large=False)}
+        groups = {
+            f"{p.shape} {p.layout} {str(p.dtype)[6:]}": cases(p, device) for p in module.problems(device, large=False)
+        }
     chosen = [(group, name) for group, found in groups.items() for name in found]
     metafunc.parametrize(
-        ("group_of_cases", "provider"), [(groups[g], name) for g, name in chosen], ids=[f"{g} {name}" for g, name in chosen]
+        ("group_of_cases", "provider"),
+        [(groups[g], name) for g, name in chosen],
+        ids=[f"{g} {name}" for g, name in chosen],
     )
 
 

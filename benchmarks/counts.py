@@ -1,7 +1,8 @@
 """What a step does on CUDA, counted without a GPU: operators are dispatched on meta tensors and compute nothing.
 
-Meta tensors take CUDA's path through our ops; attention is the flash operator that PyTorch takes there in half precision, and a
-convolution with a bias is two launches, as cuDNN has none that adds it (seen by `launches`, as is that it takes 7 or 8 memsets more).
+Meta tensors take CUDA's path through our ops; attention is the flash operator that PyTorch takes there in half
+precision, and a convolution with a bias is two launches, as cuDNN has none that adds it (seen by `launches`, as is that
+it takes 7 or 8 memsets more).
 
 python -m sbldm_fast.benchmarks.counts > benchmarks/counts.json     a test fails when they differ
 """
@@ -26,16 +27,19 @@ from sbldm_fast.models.layers import Attention
 from sbldm_fast.sampling.loop import Buffers, make_step
 from sbldm_fast.sampling.model import merged_biases, phase_upsampling, predictor
 
-WAITS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique")  # operators that stall the host
+# operators that stall the host
+WAITS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique")
 
 
 class Counts(NamedTuple):
-    """Of one step, or of decoding: operators that launch, by name; those that make the host wait; what each launch moves and computes."""
+    """Of one step, or of decoding: operators that launch, by name; those that make the host wait; what each launch
+    moves and computes."""
 
     launches: Counter[str]
     waits: Counter[str]
     transfers: int
-    work: list[tuple[int, int]]  # of each launch: bytes read and written, operations of convolutions and matrix products
+    # of each launch: bytes read and written, operations of convolutions and matrix products
+    work: list[tuple[int, int]]
 
     @property
     def bytes(self) -> int:
@@ -58,8 +62,17 @@ class _Counting(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._overloadpacket.__name__
         if name == "convolution" and any(t.is_contiguous(memory_format=torch.channels_last) for t in args[:2]):
-            out = torch.empty_like(out, memory_format=torch.channels_last)  # as cuDNN has it; on meta tensors it would be NCHW
-        if func.is_view or name in ("empty", "empty_strided", "empty_like", "detach", "new_empty", "reshape", "_unsafe_view"):
+            # as cuDNN has it; on meta tensors it would be NCHW
+            out = torch.empty_like(out, memory_format=torch.channels_last)
+        if func.is_view or name in (
+            "empty",
+            "empty_strided",
+            "empty_like",
+            "detach",
+            "new_empty",
+            "reshape",
+            "_unsafe_view",
+        ):
             return out
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         devices = {t.device.type for t in tensors}
@@ -69,7 +82,8 @@ class _Counting(TorchDispatchMode):
             self.transfers += 1
         self.launches[name] += 1
         moved = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
-        flops = flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), func._overloadpacket))  # addmm_ computes what addmm does
+        # addmm_ computes what addmm does
+        flops = flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), func._overloadpacket))
         self.work.append((moved, flops(*args, **(kwargs or {}), out_val=out) if flops else 0))
         if name == "convolution" and args[2] is not None:
             self.launches["bias of a convolution"] += 1
@@ -96,7 +110,9 @@ def count(
         step = make_step(predictor(unet), dtype, torch.channels_last, None, None, 0.0)
         counted = []
         for work in (
-            lambda: step(x, rows.index_select(0, buffers.counter[:1]) if counter_rows else rows[:1], None, table, buffers, {}),
+            lambda: step(
+                x, rows.index_select(0, buffers.counter[:1]) if counter_rows else rows[:1], None, table, buffers, {}
+            ),
             lambda: vae.decode(x / 1.0),
         ):
             with _Counting() as mode:
@@ -106,7 +122,8 @@ def count(
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention whose result lies as CUDA's does, heads side by side, so that the projection behind it is one launch."""
+    """Attention whose result lies as CUDA's does, heads side by side, so that the projection behind it is one
+    launch."""
     out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     return torch.empty_like(out.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
@@ -125,10 +142,14 @@ def counted() -> dict[str, Any]:
         step, decode = count(batch)
         launches = step.launches.total(), decode.launches.total()
         found[f"batch {batch}"] = {
-            "launches of a step": launches[0], "bytes of a step": step.bytes, "operations of a step": step.flops,
-            "launches of decoding": launches[1], "nodes of 50 steps and decoding": 50 * launches[0] + launches[1],
-            "host waits": step.waits.total() + decode.waits.total(), "transfers": step.transfers + decode.transfers,
-        }  # fmt: skip
+            "launches of a step": launches[0],
+            "bytes of a step": step.bytes,
+            "operations of a step": step.flops,
+            "launches of decoding": launches[1],
+            "nodes of 50 steps and decoding": 50 * launches[0] + launches[1],
+            "host waits": step.waits.total() + decode.waits.total(),
+            "transfers": step.transfers + decode.transfers,
+        }
     found["a step by operator"] = dict(count()[0].launches.most_common())
     return found
 

@@ -1,4 +1,5 @@
-"""What a fresh process costs: to the first image, in memory, for n images, on several processes. Each figure has a process of its own.
+"""What a fresh process costs: to the first image, in memory, for n images, on several processes. Each figure has a
+process of its own.
 
 The child is this file: python -m sbldm_fast.benchmarks.fresh '{"provider": ..., "started": ...}'
 """
@@ -24,12 +25,19 @@ PATIENCE = 900  # seconds that a child may take beyond its box
 
 
 def bench_startup(
-    *, preset_name: str = "paper", steps: int = 50, rounds: int = 3, compiled: bool = True, say: Callable[[str], None] = lambda _: None
+    *,
+    preset_name: str = "paper",
+    steps: int = 50,
+    rounds: int = 3,
+    compiled: bool = True,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:
-    """One row for each provider: seconds from the start of a process to its first decoded image, and what they went into.
+    """One row for each provider: seconds from the start of a process to its first decoded image, and what they went
+    into.
 
-    Compiled providers find what an earlier process has compiled; `cold_cache_s` is the first time of this run, which may have compiled.
-    Every process imports this library, the peers' too, beside its own; the imports are a part of their own.
+    Compiled providers find what an earlier process has compiled; `cold_cache_s` is the first time of this run, which
+    may have compiled. Every process imports this library, the peers' too, beside its own; the imports are a part of
+    their own.
 
     Raises:
         ValueError: steps or rounds below 1.
@@ -48,15 +56,27 @@ def bench_startup(
             continue
         warm = children[1:]
         parts = {key: summary([c[key] for c in warm])["median_s"] for key in ("import_s", "build_s", "run_s")}
-        yield common | summary([c["first_s"] for c in warm]) | {"provider": name, "cold_cache_s": children[0]["first_s"], "parts": parts}
+        yield (
+            common
+            | summary([c["first_s"] for c in warm])
+            | {
+                "provider": name,
+                "cold_cache_s": children[0]["first_s"],
+                "parts": parts,
+            }
+        )
 
 
 def bench_memory(
-    *, preset_name: str = "paper", steps: int = 10, batches: Sequence[int] = (1, 16), compiled: bool = True,
+    *,
+    preset_name: str = "paper",
+    steps: int = 10,
+    batches: Sequence[int] = (1, 16),
+    compiled: bool = True,
     say: Callable[[str], None] = lambda _: None,
-) -> Iterator[Row]:  # fmt: skip
-    """One row for each provider and batch: `peak_bytes` of sampling and decoding a batch; tensors on CUDA, on a CPU the process
-    beyond its imports.
+) -> Iterator[Row]:
+    """One row for each provider and batch: `peak_bytes` of sampling and decoding a batch; tensors on CUDA, on a CPU the
+    process beyond its imports.
 
     Raises:
         ValueError: steps or batches below 1.
@@ -73,14 +93,21 @@ def bench_memory(
 
 
 def bench_scaling(
-    *, preset_name: str = "paper", steps: int = 50, batch: int = 16, processes: Sequence[int] = (), seconds: float = 20.0,
-    compiled: bool = True, say: Callable[[str], None] = lambda _: None,
-) -> Iterator[Row]:  # fmt: skip
-    """Cost against the number of images, and images/s against the number of processes; each process works for `seconds`.
+    *,
+    preset_name: str = "paper",
+    steps: int = 50,
+    batch: int = 16,
+    processes: Sequence[int] = (),
+    seconds: float = 20.0,
+    compiled: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[Row]:
+    """Cost against the number of images, and images/s against the number of processes; each process works for
+    `seconds`.
 
-    The first rows have `cost`: seconds of a whole fresh process for 1 to 10 000 images, `extrapolated` by the median batch beyond
-    what was made in the time. The others have `images_per_s` of 1 and more processes under torchrun (gloo, or a GPU each), who
-    share the processor's threads and begin together.
+    The first rows have `cost`: seconds of a whole fresh process for 1 to 10 000 images, `extrapolated` by the median
+    batch beyond what was made in the time. The others have `images_per_s` of 1 and more processes under torchrun (gloo,
+    or a GPU each), who share the processor's threads and begin together.
 
     Raises:
         ValueError: steps, batch, processes or seconds below 1.
@@ -97,7 +124,12 @@ def bench_scaling(
         one = _child(name, preset_name, steps, 1)
         many = _child(name, preset_name, steps, batch, seconds) if "first_s" in one else one
         ends = many.pop("ends", None)
-        yield common | {"processes": 1} | many | ({"cost": cost(one["first_s"], ends, batch)} if many is not one and ends else {})
+        yield (
+            common
+            | {"processes": 1}
+            | many
+            | ({"cost": cost(one["first_s"], ends, batch)} if many is not one and ends else {})
+        )
     for number in dict.fromkeys(processes):
         if number > (torch.cuda.device_count() or os.cpu_count() or 1):
             yield common | {"processes": number, "provider": "torchrun", "absent": "more processes than devices"}
@@ -111,7 +143,8 @@ def bench_scaling(
 
 
 def cost(one: float, ends: Sequence[float], batch: int) -> list[Row]:
-    """Seconds for n images: `one`, or by the ends of the batches since the process began, or beyond what was made by the median batch."""
+    """Seconds for n images: `one`, or by the ends of the batches since the process began, or beyond what was made by
+    the median batch."""
     gaps = [b - a for a, b in itertools.pairwise(ends)]
     each = summary(gaps)["median_s"] if gaps else ends[0]
     found = [{"images": 1, "seconds": one, "ms_per_image": 1e3 * one, "extrapolated": False}]
@@ -142,13 +175,29 @@ def _child(name: str, preset_name: str, steps: int, batch: int, seconds: float =
     """What the process prints, or why it did not."""
     import torch
 
-    job = {"provider": name, "preset": preset_name, "steps": steps, "batch": batch, "seconds": seconds, "started": time.time()}
+    job = {
+        "provider": name,
+        "preset": preset_name,
+        "steps": steps,
+        "batch": batch,
+        "seconds": seconds,
+        "started": time.time(),
+    }
     module = ["-m", __name__, json.dumps(job)]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *module] if processes > 1 else module
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *module]
+        if processes > 1
+        else module
+    )
     threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
     try:
         done = subprocess.run(
-            [sys.executable, *launch], capture_output=True, text=True, check=False, env=os.environ | threads, timeout=PATIENCE + seconds
+            [sys.executable, *launch],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | threads,
+            timeout=PATIENCE + seconds,
         )
         row: Row = json.loads(done.stdout.strip().splitlines()[-1])
     except subprocess.TimeoutExpired as error:
@@ -205,14 +254,22 @@ def main(job: Row) -> Row:
             torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
         peak = _peak(device) - before
     return {
-        "provider": who.name, "first_s": ends[0], "import_s": imported - job["started"], "build_s": built - imported,
-        "run_s": ends[0] - (built - job["started"]), "peak_bytes": peak, "ends": ends, "images": int(total),
-        "together_s": float(slowest), "rank": ranks.rank,
-    }  # fmt: skip
+        "provider": who.name,
+        "first_s": ends[0],
+        "import_s": imported - job["started"],
+        "build_s": built - imported,
+        "run_s": ends[0] - (built - job["started"]),
+        "peak_bytes": peak,
+        "ends": ends,
+        "images": int(total),
+        "together_s": float(slowest),
+        "rank": ranks.rank,
+    }
 
 
 def _peak(device: Any) -> int:
-    """Bytes: of tensors at their most on CUDA, elsewhere of this process at its most (a parent's peak is not in VmHWM)."""
+    """Bytes: of tensors at their most on CUDA, elsewhere of this process at its most (a parent's peak is not in
+    VmHWM)."""
     import torch
 
     if device.type == "cuda":

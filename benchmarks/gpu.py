@@ -1,11 +1,14 @@
-"""Everything that a GPU can tell in ten minutes, in the order of what matters: python -m sbldm_fast.benchmarks.gpu -o FOLDER
+"""Everything that a GPU can tell in ten minutes, in the order of what matters: python -m sbldm_fast.benchmarks.gpu -o
+FOLDER
 
-Plain Python: no make, no install (`PYTHONPATH` of a copied tree is enough), no network; diffusers, MONAI and nilearn are used where they
-are. Each part of the plan is a process of its own with a time of its own, so that one that hangs or dies takes nothing with it: it gets an
-interrupt (SIGINT) and half a minute to write what it has, then it is killed. Rows are written as they come to `rows.jsonl`, which is whole
-whenever the command is killed; what this machine has finished with these sources is not done again by the next call.
+Plain Python: no make, no install (`PYTHONPATH` of a copied tree is enough), no network; diffusers, MONAI and nilearn
+are used where they are. Each part of the plan is a process of its own with a time of its own, so that one that hangs or
+dies takes nothing with it: it gets an interrupt (SIGINT) and half a minute to write what it has, then it is killed.
+Rows are written as they come to `rows.jsonl`, which is whole whenever the command is killed; what this machine has
+finished with these sources is not done again by the next call.
 
-FOLDER has at most six files: rows.jsonl, log.txt (what the parts printed), table.md (also printed last), gpu.tar.gz (the three).
+FOLDER has at most six files: rows.jsonl, log.txt (what the parts printed), table.md (also printed last), gpu.tar.gz
+(the three).
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ LAST = 8.0  # seconds for the table and the archive
 PROBE = 60.0  # seconds to tell what machine this is
 LOOK = 0.2  # seconds between two looks at the clock and at signals
 INTERRUPTED = 130  # the exit code of a suite that was interrupted
-MEMORY = 100 * 2**20  # bytes that one sample of the headline wants, all providers together: 6.2 GiB at batch 64 on an H200
+# bytes that one sample of the headline wants, all providers together: 6.2 GiB at batch 64 on an H200
+MEMORY = 100 * 2**20
 WORKERS = max(1, min(14, (os.cpu_count() or 2) - 2))  # of parity: most of a test is compiling, on the processor
 BATCHES = (1, 64, 256, 8)  # of the headline, in the order of what matters
 
@@ -52,7 +56,8 @@ class Part(NamedTuple):
 
 
 def plan(device: str, batches: Sequence[int] = BATCHES, sm: int = 80) -> list[Part]:
-    """The parts in the order of what matters; on a CPU tiny ones, to try the command itself. Below sm 80 bfloat16 is emulated: left out."""
+    """The parts in the order of what matters; on a CPU tiny ones, to try the command itself. Below sm 80 bfloat16 is
+    emulated: left out."""
     if device == "cpu":
         tiny = "bench {} --preset demo --rounds 3 --no-compile"
         return [
@@ -101,7 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sbldm_fast.benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results; run again it goes on")
     parser.add_argument("--minutes", type=float, default=9.0, help="that the whole may take")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the command itself, dry, at tiny sizes")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the command itself, dry, at tiny sizes"
+    )
     given = parser.parse_args(arguments)
     if not 1 <= given.minutes < math.inf:
         parser.error(f"--minutes: got {given.minutes}, allowed is 1 or more")
@@ -130,7 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def probe(device: str) -> Row:
-    """The environment block of this machine, from a process of its own: one here would hold memory of the GPU while others are timed.
+    """The environment block of this machine, from a process of its own: one here would hold memory of the GPU while
+    others are timed.
 
     Raises:
         ValueError: the process failed, or did not end within a minute.
@@ -162,7 +170,9 @@ def run(folder: Path, device: str, env: Row, deadline: float, asked: Sequence[in
     if why := no_tests():
         print(f"parity is left out: {why}")
         parts = [p for p in parts if not p.command.startswith("pytest")]
-    versions = ", ".join(f"{name} {env['packages'].get(name, 'absent')}" for name in ("torch", "triton", "diffusers", "monai"))
+    versions = ", ".join(
+        f"{name} {env['packages'].get(name, 'absent')}" for name in ("torch", "triton", "diffusers", "monai")
+    )
     print(f"{env['gpu'] or env['cpu']}: {versions}; {len(parts)} parts", flush=True)
     with (folder / "log.txt").open("ab") as log:
         for part in parts:
@@ -173,7 +183,9 @@ def run(folder: Path, device: str, env: Row, deadline: float, asked: Sequence[in
                 seconds = round(time.monotonic() - begun, 1)
                 append(rows, [note("gpu", env, part=part.name, code=code, seconds=seconds)])
                 finished[part.name] = code
-                print(f"{'cut off' if code is None else f'exit {code}'} after {seconds:5.1f} s: {part.name}", flush=True)
+                print(
+                    f"{'cut off' if code is None else f'exit {code}'} after {seconds:5.1f} s: {part.name}", flush=True
+                )
     left = [p.name for p in parts if finished.get(p.name) is None]
     failed = {p.name: code for p in parts if (code := finished.get(p.name))}
     text = gpu_summary(rows_of(rows, env), failed, left)
@@ -194,8 +206,9 @@ def no_tests() -> str | None:
 
 def work(
     part: Part, rows: Path, device: str, log: IO[bytes], seconds: float, env: Row, asked: Sequence[int] = ()
-) -> int | None:  # fmt: skip
-    """The exit code of a part, None where its time was over or an end was asked for; what it had started goes with it."""
+) -> int | None:
+    """The exit code of a part, None where its time was over or an end was asked for; what it had started goes with
+    it."""
     words, report = shlex.split(part.command), rows.with_name("parity.xml")
     if tests := words[0] == "pytest":
         if importlib.util.find_spec("xdist") is None and "-n" in words:
@@ -208,7 +221,9 @@ def work(
     log.write(f"\n$ python {shlex.join(command)}\n".encode())
     log.flush()
     begun, at = time.monotonic(), log.tell()
-    start = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=variables(device), preexec_fn=_die_with_parent)
+    start = subprocess.Popen(
+        [sys.executable, *command], stdout=log, stderr=log, env=variables(device), preexec_fn=_die_with_parent
+    )
     with start as process:
         while (code := process.poll()) is None and not asked and time.monotonic() - begun < seconds:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -222,7 +237,19 @@ def work(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # workers that it has left
     if tests:
-        append(rows, [note("parity", env, part=part.name, code=code, seconds=round(time.monotonic() - begun, 1), **passed(report, code))])
+        append(
+            rows,
+            [
+                note(
+                    "parity",
+                    env,
+                    part=part.name,
+                    code=code,
+                    seconds=round(time.monotonic() - begun, 1),
+                    **passed(report, code),
+                )
+            ],
+        )
         report.unlink(missing_ok=True)
     elif part.name.startswith("checks") or code != 0:
         with Path(log.name).open("rb") as written:
@@ -246,7 +273,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def passed(report: Path, code: int | None) -> Row:
-    """What pytest's report says: how many passed or were skipped, and each failure in a line; `code` is how it ended."""
+    """What pytest's report says: how many passed or were skipped, and each failure in a line; `code` is how it
+    ended."""
     try:
         # an interrupt leaves a case without a name behind
         cases = [case for case in ElementTree.parse(report).getroot().iter("testcase") if case.get("name")]
@@ -254,7 +282,8 @@ def passed(report: Path, code: int | None) -> Row:
         why = "were killed" if code is None else f"ended with {code}"
         return {"passed": 0, "skipped": 0, "failures": [f"no report: the tests {why}"]}
     failures = [
-        f"{case.get('classname')}::{case.get('name')}: {((fault.get('message') or '').strip().splitlines() or ['no message'])[0][:200]}"
+        f"{case.get('classname')}::{case.get('name')}:"
+        f" {((fault.get('message') or '').strip().splitlines() or ['no message'])[0][:200]}"
         for case in cases
         for fault in (*case.findall("failure"), *case.findall("error"))
     ]
@@ -263,12 +292,16 @@ def passed(report: Path, code: int | None) -> Row:
 
 
 def fitting(env: Row) -> list[int]:
-    """The batches of the headline, halved until the GPU's free memory has room for them; and a word on who else is there."""
+    """The batches of the headline, halved until the GPU's free memory has room for them; and a word on who else is
+    there."""
     if not env["gpu"]:
         return list(BATCHES)
     free, total = env["memory"]["free"], env["memory"]["total"]
     if others := env["nvml"].get("other_processes"):
-        print(f"{others} other process{'es' if others > 1 else ''} on this GPU: figures are marked, and {free / 2**30:.1f} GiB are free")
+        print(
+            f"{others} other process{'es' if others > 1 else ''} on this GPU: figures are marked, and"
+            f" {free / 2**30:.1f} GiB are free"
+        )
     found: list[int] = []
     for wanted in BATCHES:
         batch = wanted
@@ -291,7 +324,9 @@ def rows_of(path: Path, env: Row) -> list[Row]:
 
     def alike(other: Row) -> bool:
         try:
-            return all(of(other) == of(env) for of in (machine_id, lambda e: e["source"], lambda e: e["packages"]["torch"]))
+            return all(
+                of(other) == of(env) for of in (machine_id, lambda e: e["source"], lambda e: e["packages"]["torch"])
+            )
         except (KeyError, TypeError):  # not of this project
             return False
 

@@ -20,12 +20,14 @@ from .rows import Row
 
 THROTTLED = 0.75  # of the clock at the start
 SPREAD = 0.10  # interquartile range beside the median above which a figure is marked
-SETTLE = 0.1  # seconds before each sample on a CPU: the threads of ONNX Runtime go on spinning and would slow whoever comes next
+# seconds before each sample on a CPU: the threads of ONNX Runtime go on spinning and would slow whoever comes next
+SETTLE = 0.1
 SAMPLE_SECONDS = 2e-3  # short calls are bundled until a sample lasts this long
 
 ROUNDS_AT_LEAST = 3  # also where the time is over
 CAPTURED = 20  # calls in one graph
-AHEAD = 10_000_000  # cycles that the GPU waits before a cold call: longer than Python takes for a forward and a backward pass
+# cycles that the GPU waits before a cold call: longer than Python takes for a forward and a backward pass
+AHEAD = 10_000_000
 LOST = 0.02  # relative: more than this no precision may lose, whatever the plain implementation loses
 
 Output = Callable[[], Any]
@@ -39,10 +41,10 @@ class Absent(Exception):
 class Case:
     """One provider's work.
 
-    `build` prepares and returns what is timed; it may raise. `check` gives the result that is compared, if the timed call does not. The
-    result must be as near to that of `against` as `tolerance` (relative to the largest value) and twice what the provider `plain`, the
-    plain implementation in the same precision, is off. `against` None: nothing to compare with, and no speed-up. `approximate`: not
-    to agree is no failure.
+    `build` prepares and returns what is timed; it may raise. `check` gives the result that is compared, if the timed
+    call does not. The result must be as near to that of `against` as `tolerance` (relative to the largest value) and
+    twice what the provider `plain`, the plain implementation in the same precision, is off. `against` None: nothing to
+    compare with, and no speed-up. `approximate`: not to agree is no failure.
     """
 
     build: Callable[[], Output]
@@ -55,21 +57,31 @@ class Case:
 
 
 def measure(
-    cases: Mapping[str, Case], *, rounds: int, base: str, device: torch.device, seconds: float = math.inf, bundle: bool = False,
-    cold: bool = False, energy: bool = False, say: Callable[[str], None] = lambda _: None,
-) -> list[Row]:  # fmt: skip
-    """A row for each case: warmed up one after the other, then timed in turns, every other round backwards, so that drift favours nobody.
+    cases: Mapping[str, Case],
+    *,
+    rounds: int,
+    base: str,
+    device: torch.device,
+    seconds: float = math.inf,
+    bundle: bool = False,
+    cold: bool = False,
+    energy: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """A row for each case: warmed up one after the other, then timed in turns, every other round backwards, so that
+    drift favours nobody.
 
-    After `seconds` of timing, or an interrupt (Ctrl-C), no further round begins, though three are made of what was warmed up; the rows
-    after an interrupt say `interrupted`, and whoever asked for them asks for no more.
+    After `seconds` of timing, or an interrupt (Ctrl-C), no further round begins, though three are made of what was
+    warmed up; the rows after an interrupt say `interrupted`, and whoever asked for them asks for no more.
 
-    A row has the seconds (raw, median, p10, p90, interquartile range, n), `build_s`, `first_call_s` and `compile_s` (the first call
-    beyond the median), on CUDA `peak_bytes` of building and two calls beyond what was there, `parity` of the first and the last call,
-    `speedup` over the case `base` (None without parity), `remarks`, with `cold` the seconds of single calls after the caches were
-    flushed, and with `energy` the joules of a call where NVML counts them. `bundle`: calls of less than 2 ms are timed several at a time,
-    one after the other; on CUDA from one captured graph of `CAPTURED` calls, as a Python call takes longer than a small kernel, or from
-    Python where that fails (`timed` says). A case that cannot run is a row with `absent` or `failed`, and why; a failure ends nothing but
-    its own case. TF32 is off, so that float32 means float32.
+    A row has the seconds (raw, median, p10, p90, interquartile range, n), `build_s`, `first_call_s` and `compile_s`
+    (the first call beyond the median), on CUDA `peak_bytes` of building and two calls beyond what was there, `parity`
+    of the first and the last call, `speedup` over the case `base` (None without parity), `remarks`, with `cold` the
+    seconds of single calls after the caches were flushed, and with `energy` the joules of a call where NVML counts
+    them. `bundle`: calls of less than 2 ms are timed several at a time, one after the other; on CUDA from one captured
+    graph of `CAPTURED` calls, as a Python call takes longer than a small kernel, or from Python where that fails
+    (`timed` says). A case that cannot run is a row with `absent` or `failed`, and why; a failure ends nothing but its
+    own case. TF32 is off, so that float32 means float32.
     """
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
@@ -79,9 +91,16 @@ def measure(
 
 
 def _measure(
-    cases: Mapping[str, Case], rounds: int, base: str, device: torch.device, limit: float, bundle: bool, cold: bool, energy: bool,
+    cases: Mapping[str, Case],
+    rounds: int,
+    base: str,
+    device: torch.device,
+    limit: float,
+    bundle: bool,
+    cold: bool,
+    energy: bool,
     say: Callable[[str], None],
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     gpu = Gpu() if device.type == "cuda" else None
     calls: dict[str, Output] = {}
     single: dict[str, Output] = {}
@@ -152,7 +171,12 @@ def _measure(
     look()
     idle = gpu.idle_watts() if gpu and energy else None
     for name in [name for name in calls if not raw[name]]:
-        rows[name] = {"provider": name, "dtype": cases[name].dtype, "absent": "interrupted before its turn", "interrupted": True}
+        rows[name] = {
+            "provider": name,
+            "dtype": cases[name].dtype,
+            "absent": "interrupted before its turn",
+            "interrupted": True,
+        }
         del calls[name]
     median = {name: summary(raw[name])["median_s"] for name in calls}
     for name in list(calls):
@@ -164,7 +188,8 @@ def _measure(
         if case.approximate:
             found["approximate"] = True
         try:
-            # what drifted since the first call has no parity either; a bundle's state may go on from call to call, a curve is a check's own
+            # what drifted since the first call has no parity either; a bundle's state may go on from call to call, a
+            # curve is a check's own
             drifted = host(last[name]) if case.against and not case.check and not bundle else results[name]
             found["parity"] = parity(case, results | {name: results[name] + drifted}, results, name)
             if found["parity"] and found["parity"]["ok"] and base in median:
@@ -190,7 +215,11 @@ def why_not(error: BaseException) -> Row:
     text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     if isinstance(error, Absent):
         return {"absent": text}
-    return {"absent": f"not installed ({text})"} if isinstance(error, ImportError) else {"failed": f"{type(error).__name__}: {text}"}
+    return (
+        {"absent": f"not installed ({text})"}
+        if isinstance(error, ImportError)
+        else {"failed": f"{type(error).__name__}: {text}"}
+    )
 
 
 def turns(names: Iterable[str], rounds: int) -> Iterator[str]:
@@ -211,18 +240,30 @@ def interleaved(calls: Mapping[str, Output], rounds: int, device: torch.device) 
 def summary(raw: Sequence[float]) -> Row:
     """Median, p10, p90, interquartile range and n of `raw`, in seconds, with the raw values."""
     t = torch.tensor(raw, dtype=torch.float64)
-    p10, q1, median, q3, p90 = torch.quantile(t, torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)).tolist()
-    return {"median_s": median, "p10_s": p10, "p90_s": p90, "iqr_s": q3 - q1, "n": len(raw), "raw_s": [round(v, 9) for v in raw]}
+    p10, q1, median, q3, p90 = torch.quantile(
+        t, torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    ).tolist()
+    return {
+        "median_s": median,
+        "p10_s": p10,
+        "p90_s": p90,
+        "iqr_s": q3 - q1,
+        "n": len(raw),
+        "raw_s": [round(v, 9) for v in raw],
+    }
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
     """Who failed or was wrong: what the exit code tells."""
     wrong = [r for r in rows if r.get("parity") and not r["parity"]["ok"] and not approximate(r)]
-    return [f"{r['provider']}: {r['failed']}" for r in rows if "failed" in r] + [f"{r['provider']}: {difference(r)}" for r in wrong]
+    return [f"{r['provider']}: {r['failed']}" for r in rows if "failed" in r] + [
+        f"{r['provider']}: {difference(r)}" for r in wrong
+    ]
 
 
 def difference(row: Row) -> str:
-    """How far a provider is from what it must equal; an error of None is one that is not finite, or of another shape."""
+    """How far a provider is from what it must equal; an error of None is one that is not finite, or of another
+    shape."""
     p = row["parity"]
     off = "beyond measure" if p["error"] is None else f"by {p['error']:.1e}"
     return f"differs from {p['against']} {off}, allowed is {p['allowed']:.1e}"
@@ -239,15 +280,21 @@ def host(out: Any) -> list[Tensor]:
 
 
 def relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The largest difference relative to the largest value of b; infinite for another shape or number, and where it is not finite."""
+    """The largest difference relative to the largest value of b; infinite for another shape or number, and where it is
+    not finite."""
     if [t.shape for t in a] != [t.shape for t in b]:
         return math.inf
-    errors = [float((x - y).abs().max() / y.abs().max().clamp(min=1e-30)) for x, y in zip(a, b, strict=True) if x.numel()]
+    errors = [
+        float((x - y).abs().max() / y.abs().max().clamp(min=1e-30)) for x, y in zip(a, b, strict=True) if x.numel()
+    ]
     return max((e if math.isfinite(e) else math.inf for e in errors), default=0.0)
 
 
-def parity(case: Case, got: Mapping[str, Sequence[Tensor]], wanted: Mapping[str, Sequence[Tensor]], name: str) -> Row | None:
-    """Whether `name`'s result is that of the case it is held against; `got` may hold several results of it, one after the other."""
+def parity(
+    case: Case, got: Mapping[str, Sequence[Tensor]], wanted: Mapping[str, Sequence[Tensor]], name: str
+) -> Row | None:
+    """Whether `name`'s result is that of the case it is held against; `got` may hold several results of it, one after
+    the other."""
     if case.against is None:
         return None
     right = wanted.get(case.against, [])
@@ -320,7 +367,8 @@ def _several(call: Output, times: int) -> Output:
 
 
 def _cold(call: Output, rounds: int, device: torch.device) -> list[float]:
-    """Seconds of single calls, each after the last level of cache was written over; on CUDA between events on a busy stream."""
+    """Seconds of single calls, each after the last level of cache was written over; on CUDA between events on a busy
+    stream."""
     flush = torch.empty(2 * cache_bytes(device), dtype=torch.uint8, device=device)
     raw = []
     for _ in range(rounds):

@@ -1,4 +1,5 @@
-"""The fused ops against eager PyTorch, torch.compile and, where installed, Liger-Kernel, in GB/s beside a copy of the same bytes."""
+"""The fused ops against eager PyTorch, torch.compile and, where installed, Liger-Kernel, in GB/s beside a copy of the
+same bytes."""
 
 from __future__ import annotations
 
@@ -17,12 +18,14 @@ from .rows import Row, head
 
 OPS = ("group_norm_silu", "ddim_step", "solver_step", "frequency_loss", "spectral_mse", "philox_normal", "diffuse")
 PARTS = ("ceilings", *OPS)
-RELATIVE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}  # of the largest value: what an op's own rounding leaves
+# of the largest value: what an op's own rounding leaves
+RELATIVE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 Providers = dict[str, Callable[[], Any]]
 
 
 class Problem(NamedTuple):
-    """One problem: what must be moved and computed at the least, and who computes it; `reference` is what the others must equal."""
+    """One problem: what must be moved and computed at the least, and who computes it; `reference` is what the others
+    must equal."""
 
     shape: str
     dtype: torch.dtype
@@ -57,13 +60,20 @@ def ours(call: Callable[[], Any]) -> Providers:
 
 
 def bench_kernels(
-    ops: Sequence[str] = PARTS, *, rounds: int = 10, seconds: float = math.inf, large: bool = True, compiled: bool = True,
+    ops: Sequence[str] = PARTS,
+    *,
+    rounds: int = 10,
+    seconds: float = math.inf,
+    large: bool = True,
+    compiled: bool = True,
     say: Callable[[str], None] = lambda _: None,
-) -> Iterator[Row]:  # fmt: skip
-    """One row for each op, problem and provider: seconds a call, warm and with its caches flushed, GB/s of the bytes that must move.
+) -> Iterator[Row]:
+    """One row for each op, problem and provider: seconds a call, warm and with its caches flushed, GB/s of the bytes
+    that must move.
 
-    On CUDA a warm call is one of a captured graph. `of_copy` is the part of the rate of a copy of the same bytes. The speed-up is over
-    eager PyTorch. Op `ceilings` is what the machine can do at most. `seconds`: after which the rounds of a problem end.
+    On CUDA a warm call is one of a captured graph. `of_copy` is the part of the rate of a copy of the same bytes. The
+    speed-up is over eager PyTorch. Op `ceilings` is what the machine can do at most. `seconds`: after which the rounds
+    of a problem end.
 
     Raises:
         ValueError: an unknown op, or rounds below 1.
@@ -77,7 +87,12 @@ def bench_kernels(
             continue
         for problem in problems(op, device, large):
             say(f"{op} {problem.shape} {problem.layout} {str(problem.dtype)[6:]}")
-            work = {"moved": problem.moved, "again": problem.again, "flops": problem.flops, "launches": problem.launches}
+            work = {
+                "moved": problem.moved,
+                "again": problem.again,
+                "flops": problem.flops,
+                "launches": problem.launches,
+            }
             common = head("kernels", op=op, shape=problem.shape, layout=problem.layout, device=str(device), **work)
             rows = timed(problem, device, rounds, compiled, seconds)
             yield from (common | row for row in rows)
@@ -85,14 +100,30 @@ def bench_kernels(
                 return
 
 
-def timed(problem: Problem, device: torch.device, rounds: int, compiled: bool = True, seconds: float = math.inf) -> list[Row]:
+def timed(
+    problem: Problem, device: torch.device, rounds: int, compiled: bool = True, seconds: float = math.inf
+) -> list[Row]:
     """A row for each provider of a problem, and for a copy of the bytes that must move."""
-    # the problems of an op share the function that torch.compile is given: counted together, its ninth version would run eagerly
+    # the problems of an op share the function that torch.compile is given: counted together, its ninth version would
+    # run eagerly
     torch._dynamo.reset()
-    rows = measure(cases(problem, device, compiled), rounds=rounds, base="eager", device=device, seconds=seconds, bundle=True, cold=True)
+    rows = measure(
+        cases(problem, device, compiled),
+        rounds=rounds,
+        base="eager",
+        device=device,
+        seconds=seconds,
+        bundle=True,
+        cold=True,
+    )
     copy = next((r["median_s"] for r in rows if r["provider"] == "copy" and "median_s" in r), None)
     return [
-        r | {"gb_s": problem.moved / r["median_s"] / 1e9, "of_copy": copy and copy / r["median_s"]} if "median_s" in r else r for r in rows
+        (
+            r | {"gb_s": problem.moved / r["median_s"] / 1e9, "of_copy": copy and copy / r["median_s"]}
+            if "median_s" in r
+            else r
+        )
+        for r in rows
     ]
 
 
@@ -121,7 +152,8 @@ def _where_it_runs(call: Callable[[], Any], device: torch.device) -> Callable[[]
 
 
 def ceilings(device: torch.device, rounds: int, seconds: float = math.inf) -> Iterator[Row]:
-    """What this machine can do at most: bytes/s of a large copy, operations/s of matrix product and convolution, smallest operations/s."""
+    """What this machine can do at most: bytes/s of a large copy, operations/s of matrix product and convolution,
+    smallest operations/s."""
     on_gpu = device.type == "cuda"
     side, small = 4096 if on_gpu else 1536, torch.zeros(1, device=device)
     source = torch.ones(2**28 if on_gpu else 2**26, dtype=torch.uint8, device=device)
@@ -141,7 +173,7 @@ def ceilings(device: torch.device, rounds: int, seconds: float = math.inf) -> It
         x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
         operations = 2.0 * 9 * 256 * x.numel()
         calls[f"convolution {str(dtype)[6:]}"] = (partial(torch.conv2d, x, w, padding=1), operations, "operations/s")
-    found = {name: Case(lambda call=call: call, None, 0.0) for name, (call, _, _) in calls.items()}  # type: ignore[misc]  # mypy cannot type a default in a lambda
+    found = {name: Case(lambda call=call: call, None, 0.0) for name, (call, _, _) in calls.items()}  # type: ignore[misc]
     common = head("kernels", op="ceilings", shape="", layout="", device=str(device))
     for row in measure(found, rounds=rounds, base="", device=device, seconds=seconds, bundle=True):
         _, amount, unit = calls[row["provider"]]

@@ -1,4 +1,5 @@
-"""What one step of the sampler launches on a GPU, by kernel: counted and timed by torch.profiler, where `counts` counts operators.
+"""What one step of the sampler launches on a GPU, by kernel: counted and timed by torch.profiler, where `counts` counts
+operators.
 
 python -m sbldm_fast.benchmarks.launches -o rows.jsonl [--batch 1,64] [--dtype float32,float16]
 """
@@ -25,7 +26,8 @@ LONG, SHORT = 11, 1  # steps of two runs; their difference has nothing of what s
 
 
 def kernels_of_a_step(problem: Problem, dtype: torch.dtype) -> Row:
-    """Launches of each kernel in a step, and their microseconds on the device; the loop is run eagerly, as a graph holds the same."""
+    """Launches of each kernel in a step, and their microseconds on the device; the loop is run eagerly, as a graph
+    holds the same."""
     counted: dict[int, Counter[str]] = {}
     spent: dict[int, Counter[str]] = {}
     for steps in (LONG, SHORT):
@@ -72,10 +74,18 @@ def main(arguments: list[str] | None = None) -> int:
         for name in given.dtype.split(","):
             problem = Problem(given.preset, LONG, batch, torch.device("cuda"))
             found = kernels_of_a_step(problem, DTYPES[name])
-            row = head("launches", preset=given.preset, batch=batch, dtype=name, modelled=step_work(given.preset, batch, DTYPES[name]))
+            row = head(
+                "launches",
+                preset=given.preset,
+                batch=batch,
+                dtype=name,
+                modelled=step_work(given.preset, batch, DTYPES[name]),
+            )
             append(given.out, [row | found])
-            print(f"batch {batch}, {name}: {found['launches']:.1f} launches and {found['us']:.0f} us of kernels a step; "
-                  f"{row['modelled']['launches']} modelled")  # fmt: skip
+            print(
+                f"batch {batch}, {name}: {found['launches']:.1f} launches and {found['us']:.0f} us of kernels a step; "
+                f"{row['modelled']['launches']} modelled"
+            )
             for kernel, k in sorted(found["kernels"].items(), key=lambda item: -item[1]["us"])[:40]:
                 print(f"  {k['launches']:6.1f} x {k['us'] / k['launches']:7.2f} us = {k['us']:7.1f} us  {kernel[:110]}")
     return 0

@@ -1,4 +1,5 @@
-"""What NVML tells of the GPU that PyTorch uses: clocks, throttling, energy, other processes. What it cannot tell is None."""
+"""What NVML tells of the GPU that PyTorch uses: clocks, throttling, energy, other processes. What it cannot tell is
+None."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Gpu:
             return None
         try:
             return getattr(self.nvml, name)(self.handle, *arguments)
-        except (self.nvml.NVMLError, AttributeError):  # hosted GPUs withhold some of it, and old versions of the library
+        # hosted GPUs withhold some of it, and old versions of the library
+        except (self.nvml.NVMLError, AttributeError):
             return None
 
     def clock(self) -> int | None:
@@ -62,13 +64,17 @@ class Gpu:
             return {"obstacle": self.obstacle}
         power = self._ask("nvmlDeviceGetEnforcedPowerLimit")
         return {
-            "driver": driver.decode() if isinstance(driver := self.nvml.nvmlSystemGetDriverVersion(), bytes) else driver,
+            "driver": (
+                driver.decode() if isinstance(driver := self.nvml.nvmlSystemGetDriverVersion(), bytes) else driver
+            ),
             "clock_mhz": self.clock(),
             "memory_clock_mhz": self._ask("nvmlDeviceGetClockInfo", 2),  # NVML_CLOCK_MEM
             "power_limit_w": None if power is None else power / 1e3,
             "temperature_c": self._ask("nvmlDeviceGetTemperature", 0),
-            "throttle_reasons": self._ask("nvmlDeviceGetCurrentClocksEventReasons")
-            or self._ask("nvmlDeviceGetCurrentClocksThrottleReasons"),
+            "throttle_reasons": (
+                self._ask("nvmlDeviceGetCurrentClocksEventReasons")
+                or self._ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+            ),
             "other_processes": self.others(),
         }
 
@@ -80,7 +86,7 @@ class Gpu:
         torch.cuda.synchronize()
         begun = time.perf_counter()
         time.sleep(SETTLED)
-        return (self.joules() - start) / (time.perf_counter() - begun)  # type: ignore[operator]  # it was told a second ago
+        return (self.joules() - start) / (time.perf_counter() - begun)  # type: ignore[operator]
 
     def energy(self, run: Callable[[], object], idle_watts: float | None) -> dict[str, float] | None:
         """Joules of one `run`, over at least two seconds of them, and those above idling."""

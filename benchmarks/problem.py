@@ -17,13 +17,16 @@ from sbldm_fast import AutoencoderKL, DDIMScheduler, UNet2D, preset
 
 
 class Problem:
-    """What is sampled: noise, steps, and each library's UNet of the preset's widths with its DDIM scheduler on the preset's betas."""
+    """What is sampled: noise, steps, and each library's UNet of the preset's widths with its DDIM scheduler on the
+    preset's betas."""
 
     def __init__(self, preset_name: str, steps: int, batch: int, device: torch.device) -> None:
         self.preset, self.steps, self.device = preset(preset_name), steps, device
         c = self.preset.unet
         self.noise = philox_normal((batch, c.in_channels, c.sample_size, c.sample_size), 0, device=device)
-        self.attends: list[bool] = [c.sample_size >> i in c.attention_resolutions for i in range(len(c.block_out_channels))]
+        self.attends: list[bool] = [
+            c.sample_size >> i in c.attention_resolutions for i in range(len(c.block_out_channels))
+        ]
 
     @cached_property
     def ours(self) -> tuple[UNet2D, DDIMScheduler]:
@@ -46,11 +49,16 @@ class Problem:
         c, own = self.preset.unet, DDIMScheduler.from_config(self.preset.scheduler)
         torch.manual_seed(0)
         model = diffusers.UNet2DModel(
-            sample_size=c.sample_size, in_channels=c.in_channels, out_channels=c.out_channels, layers_per_block=c.layers_per_block,
-            block_out_channels=c.block_out_channels, norm_num_groups=c.norm_num_groups, attention_head_dim=c.attention_head_dim,
+            sample_size=c.sample_size,
+            in_channels=c.in_channels,
+            out_channels=c.out_channels,
+            layers_per_block=c.layers_per_block,
+            block_out_channels=c.block_out_channels,
+            norm_num_groups=c.norm_num_groups,
+            attention_head_dim=c.attention_head_dim,
             down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in self.attends),
             up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(self.attends)),
-        )  # fmt: skip
+        )
         config = {"clip_sample": own.config.clip_sample, "prediction_type": own.config.prediction_type}
         return model.to(self.device).eval(), diffusers.DDIMScheduler(trained_betas=own.betas.numpy(), **config)
 
@@ -61,14 +69,22 @@ class Problem:
         c, own = self.preset.unet, DDIMScheduler.from_config(self.preset.scheduler)
         torch.manual_seed(0)
         model = networks.DiffusionModelUNet(
-            spatial_dims=2, in_channels=c.in_channels, out_channels=c.out_channels, channels=c.block_out_channels,
-            num_res_blocks=c.layers_per_block, attention_levels=self.attends, norm_num_groups=c.norm_num_groups,
+            spatial_dims=2,
+            in_channels=c.in_channels,
+            out_channels=c.out_channels,
+            channels=c.block_out_channels,
+            num_res_blocks=c.layers_per_block,
+            attention_levels=self.attends,
+            norm_num_groups=c.norm_num_groups,
             num_head_channels=[c.attention_head_dim] * len(self.attends),
-        )  # fmt: skip
-        for module in model.modules():  # it begins with zeros in its last layers, and would predict zero whatever it computes
+        )
+        # it begins with zeros in its last layers, and would predict zero whatever it computes
+        for module in model.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        scheduler = schedulers.DDIMScheduler(prediction_type=own.config.prediction_type, clip_sample=own.config.clip_sample)
+        scheduler = schedulers.DDIMScheduler(
+            prediction_type=own.config.prediction_type, clip_sample=own.config.clip_sample
+        )
         scheduler.alphas_cumprod = own.alphas_cumprod.clone()  # it has no argument for betas of one's own
         scheduler.final_alpha_cumprod = torch.tensor(1.0)
         return model.to(self.device).eval(), scheduler

@@ -1,6 +1,8 @@
-"""Who samples: one small class for each library, built from the same problem, and each held against its library's plain float32 loop.
+"""Who samples: one small class for each library, built from the same problem, and each held against its library's plain
+float32 loop.
 
-A new provider is a class with a name, what it is held against, and `build`; see `Monai`. Then it is added to `providers`.
+A new provider is a class with a name, what it is held against, and `build`; see `Monai`. Then it is added to
+`providers`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ FLOAT = torch.float32
 
 @dataclass(frozen=True)
 class Provider(ABC):
-    """Who samples; `dtype` is the precision of the UNet's arithmetic, `compiled` a mode of torch.compile or None for eager."""
+    """Who samples; `dtype` is the precision of the UNet's arithmetic, `compiled` a mode of torch.compile or None for
+    eager."""
 
     dtype: torch.dtype = FLOAT
     compiled: str | None = None
@@ -68,7 +71,14 @@ class Provider(ABC):
 
     def case(self, p: Problem) -> Case:
         """The provider on a problem, for the harness."""
-        return Case(lambda: self.build(p), self.against, TOLERANCE, self.plain, dtype=str(self.dtype)[6:], approximate=self.approximate)
+        return Case(
+            lambda: self.build(p),
+            self.against,
+            TOLERANCE,
+            self.plain,
+            dtype=str(self.dtype)[6:],
+            approximate=self.approximate,
+        )
 
     @property
     def suffix(self) -> str:
@@ -79,9 +89,9 @@ class Provider(ABC):
     def loop(self, model: nn.Module, scheduler: Any, p: Problem, call: Callable[..., Any]) -> Output:
         """The textbook loop of `call(model)(x, t)` with the model in this precision, compiled as this provider is."""
         if self.dtype != FLOAT:
-            model = copy.deepcopy(model).to(dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+            model = copy.deepcopy(model).to(dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compiled:
-            model = torch.compile(model, dynamic=False, mode=self.compiled)  # type: ignore[assignment]  # a module of a module
+            model = torch.compile(model, dynamic=False, mode=self.compiled)  # type: ignore[assignment]
 
         def run() -> Tensor:
             with compilation(p.device) if self.compiled else nullcontext():
@@ -92,7 +102,8 @@ class Provider(ABC):
 
 @dataclass(frozen=True)
 class Reference(Provider):
-    """Our UNet and scheduler stepped as in a textbook; the stages of the waterfall up to torch.compile with our kernels."""
+    """Our UNet and scheduler stepped as in a textbook; the stages of the waterfall up to torch.compile with our
+    kernels."""
 
     channels_last: bool = False
     fused: bool = False
@@ -116,7 +127,7 @@ class Reference(Provider):
             raise Absent(why)
         unet, scheduler = p.ours
         if self.channels_last:
-            unet = copy.deepcopy(unet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+            unet = copy.deepcopy(unet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         run = self.loop(unet, scheduler, p, lambda model, x, t: model(x, t))
 
         def with_backend() -> Tensor:
@@ -159,8 +170,16 @@ class Ours(Provider):
         """A run of FastSampler on these objects."""
         if "graph" in self.mode and p.device.type != "cuda":
             raise Absent("CUDA graphs need CUDA")
-        sampler = FastSampler(model, scheduler, shape=p.noise.shape[1:], steps=p.steps, mode=self.mode, dtype=self.dtype,
-                              decode=p.decode if self.images else None, tf32=self.tf32)  # fmt: skip
+        sampler = FastSampler(
+            model,
+            scheduler,
+            shape=p.noise.shape[1:],
+            steps=p.steps,
+            mode=self.mode,
+            dtype=self.dtype,
+            decode=p.decode if self.images else None,
+            tf32=self.tf32,
+        )
         return lambda: sampler(noise=p.noise)
 
 
@@ -256,6 +275,7 @@ class Runtime(Provider):
 
             def call(inputs: dict[str, Any]) -> Any:
                 return session.run(None, inputs)[0]
+
         else:
             import openvino
 
@@ -307,9 +327,13 @@ class Exported(Provider):
         folder = Path(p.folder.name) / self.precision
         if not folder.exists():
             shape = (channels, height, width)
-            export(unet, folder, dtype=self.precision, scheduler=scheduler, steps=p.steps, shape=shape, batch=len(p.noise))
+            export(
+                unet, folder, dtype=self.precision, scheduler=scheduler, steps=p.steps, shape=shape, batch=len(p.noise)
+            )
         options: dict[str, str] = {"use_tf32": "0"} if self.cuda else {}
-        sampler = ORTSampler(folder, mode=self.mode, providers=[(wanted, options)], cuda_graph=self.cuda_graph, fuse=self.fuse)
+        sampler = ORTSampler(
+            folder, mode=self.mode, providers=[(wanted, options)], cuda_graph=self.cuda_graph, fuse=self.fuse
+        )
         start = p.noise.cpu()
         return lambda: torch.from_numpy(sampler(noise=start))
 
@@ -333,7 +357,8 @@ def brief(device: torch.device, dtypes: Sequence[torch.dtype], compiled: bool = 
     for dtype in dtypes:
         yield Reference(dtype)
         yield from (Ours(dtype, mode=mode) for mode in graphs)
-        if dtype == torch.bfloat16 and len(dtypes) > 2:  # as fast as float16, and its plain loops take a third of the time
+        # as fast as float16, and its plain loops take a third of the time
+        if dtype == torch.bfloat16 and len(dtypes) > 2:
             continue
         yield Diffusers(dtype)
         yield DiffusersUnderOurs(dtype, mode=graphs[-1])
@@ -359,7 +384,11 @@ def providers(device: torch.device, dtypes: Sequence[torch.dtype], compiled: boo
             yield Reference(dtype, "default", channels_last=True)
             yield Reference(dtype, "default", channels_last=True, fused=True)
         yield Ours(dtype, mode="eager")
-        modes = ["compile"] * compiled + ["step-graph", "loop-graph"] + ["step-graph+compile", "loop-graph+compile"] * (compiled and graphs)
+        modes = (
+            ["compile"] * compiled
+            + ["step-graph", "loop-graph"]
+            + ["step-graph+compile", "loop-graph+compile"] * (compiled and graphs)
+        )
         yield from (Ours(dtype, mode=mode) for mode in modes)
         yield Diffusers(dtype)
         ways = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs") if graphs else ("default",)

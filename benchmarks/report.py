@@ -25,16 +25,37 @@ GATE = Path(__file__).with_name("gate.jsonl")
 TITLES = {
     "sampling": (
         "Sampling",
-        "Noise to latent, ms/step of the whole batch; × is over eager float32 diffusers, for what agreed with its reference.",
+        (
+            "Noise to latent, ms/step of the whole batch; × is over eager float32 diffusers, for what agreed with its"
+            " reference."
+        ),
     ),
     "training": ("Training", "A step of the UNet, the same maths in every loop."),
     "export": ("Export", "The same UNet in ONNX Runtime. int8 is approximate by design and has no speed-up."),
-    "startup": ("First image of a fresh process", "From its start to a decoded image; compiled code is cached, but for the last column."),
+    "startup": (
+        "First image of a fresh process",
+        "From its start to a decoded image; compiled code is cached, but for the last column.",
+    ),
     "memory": ("Memory", "The peak of a process of its own that samples and decodes one batch."),
-    "energy": ("Energy", "NVML's counter over two seconds or more of each provider; above idle: less what the board takes doing nothing."),
-    "scaling": ("Scaling", "What n images cost, importing and compiling included; and images/s of processes that share the machine."),
-    "solvers": ("Steps and error", "Bundled weights; the difference of images in [-1, 1] from the converged ones of the same noise."),
-    "kernels": ("Kernels", "Each op beside PyTorch, torch.compile and a copy of its bytes; cold: after the caches were written over."),
+    "energy": (
+        "Energy",
+        (
+            "NVML's counter over two seconds or more of each provider; above idle: less what the board takes doing"
+            " nothing."
+        ),
+    ),
+    "scaling": (
+        "Scaling",
+        "What n images cost, importing and compiling included; and images/s of processes that share the machine.",
+    ),
+    "solvers": (
+        "Steps and error",
+        "Bundled weights; the difference of images in [-1, 1] from the converged ones of the same noise.",
+    ),
+    "kernels": (
+        "Kernels",
+        "Each op beside PyTorch, torch.compile and a copy of its bytes; cold: after the caches were written over.",
+    ),
 }
 
 
@@ -62,7 +83,10 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     machines: dict[str, list[Row]] = {}
     for row in rows:
         machines.setdefault(machine_id(row["env"]), []).append(row)
-    shown = {name: latest(of) for name, of in sorted(machines.items(), key=lambda item: max(r["run"] for r in item[1]), reverse=True)}
+    shown = {
+        name: latest(of)
+        for name, of in sorted(machines.items(), key=lambda item: max(r["run"] for r in item[1]), reverse=True)
+    }
     linked = [row for of in shown.values() for row in of]
 
     def link(row: Row) -> str:
@@ -72,10 +96,14 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("report.html.jinja").render(
-        machines=[_machine(name, of, link) for name, of in shown.items()], faults=faults, link=link, t4=_t4(shown),
-        ours=lambda line: any(isinstance(cell, str) and is_ours(cell) for cell in line), date=datetime.now(UTC).date().isoformat(),
+        machines=[_machine(name, of, link) for name, of in shown.items()],
+        faults=faults,
+        link=link,
+        t4=_t4(shown),
+        ours=lambda line: any(isinstance(cell, str) and is_ours(cell) for cell in line),
+        date=datetime.now(UTC).date().isoformat(),
         rows=[(r["id"], _title(r), json.dumps({k: v for k, v in r.items() if k != "id"}, indent=1)) for r in linked],
-    )  # fmt: skip
+    )
     with whole_file(out) as aside:
         aside.write_text(page)
     for of in shown.values():
@@ -90,12 +118,25 @@ def _machine(name: str, rows: Sequence[Row], link: Any) -> dict[str, Any]:
     if sampling:
         for dtype in dict.fromkeys(r["dtype"] for r in sampling if "dtype" in r):
             charts.append(
-                ("What each stage is worth: the smallest batch, from a textbook's loop to ours.", waterfall(sampling, dtype, link))
+                (
+                    "What each stage is worth: the smallest batch, from a textbook's loop to ours.",
+                    waterfall(sampling, dtype, link),
+                )
             )
         charts.append(("Latency and throughput against the batch.", by_batch(sampling, link)))
     if on := measured_ceilings(of["kernels"]):
-        charts.append(("Roofline with the ceilings measured on this machine.", roofline_chart([*of["kernels"], *sampling], on, link)))
-    charts.append(("Steps against error: nothing is both faster and nearer than a coloured point.", pareto_chart(of["solvers"], link)))
+        charts.append(
+            (
+                "Roofline with the ceilings measured on this machine.",
+                roofline_chart([*of["kernels"], *sampling], on, link),
+            )
+        )
+    charts.append(
+        (
+            "Steps against error: nothing is both faster and nearer than a coloured point.",
+            pareto_chart(of["solvers"], link),
+        )
+    )
     charts.append(("What an image costs by how many are made; hollow: extrapolated.", cost_chart(of["scaling"], link)))
     tables = [(*TITLES[target], TABLES[target](group)) for target in TITLES for group in groups(of.get(target, []))]
     if energy := energy_table(sampling):
@@ -103,9 +144,15 @@ def _machine(name: str, rows: Sequence[Row], link: Any) -> dict[str, Any]:
     last = max(rows, key=lambda r: str(r["run"]))
     drawn = [(caption, _own_ids(svg, f"{name} {i}")) for i, (caption, svg) in enumerate(charts) if svg]
     return {
-        "name": name, "headline": _headline(sampling), "charts": drawn, "tables": tables,
-        "failures": failures(rows), "env": json.dumps(last["env"], indent=1), "runs": len({r["run"] for r in rows}), "last": last["run"],
-    }  # fmt: skip
+        "name": name,
+        "headline": _headline(sampling),
+        "charts": drawn,
+        "tables": tables,
+        "failures": failures(rows),
+        "env": json.dumps(last["env"], indent=1),
+        "runs": len({r["run"] for r in rows}),
+        "last": last["run"],
+    }
 
 
 def _own_ids(svg: str, picture: str) -> str:
@@ -146,17 +193,26 @@ def _t4(shown: dict[str, list[Row]]) -> dict[str, Any]:
         ):
             if of:
                 best, worst = min(of, key=lambda e: e.factor), max(of, key=lambda e: e.factor)
-                span = [(f"{best.factor:.2f}", best.row), f"{median(e.factor for e in of):.2f}", (f"{worst.factor:.2f}", worst.row)]
+                span = [
+                    (f"{best.factor:.2f}", best.row),
+                    f"{median(e.factor for e in of):.2f}",
+                    (f"{worst.factor:.2f}", worst.row),
+                ]
                 wrong.append([name, what, str(len(of)), *span, worst.what])
     return {
-        "measured": ", ".join(measured) or "Nothing: no row of a T4 exists yet. benchmarks/kaggle_t4.ipynb makes one on a hosted T4.",
+        "measured": (
+            ", ".join(measured)
+            or "Nothing: no row of a T4 exists yet. benchmarks/kaggle_t4.ipynb makes one on a hosted T4."
+        ),
         "gate": Table(["kernel", "launches of the presets"], [key.replace("f64", ".f64") for key in keys], lines),
-        "gate_note": "Compiled for sm 75 by Triton and ptxas without a GPU; the worst of each column over all launches of the presets, "
-        "loads and sizes in bytes, warps an SM. Compiled, not run.",
+        "gate_note": (
+            "Compiled for sm 75 by Triton and ptxas without a GPU; the worst of each column over all launches of the"
+            " presets, loads and sizes in bytes, warps an SM. Compiled, not run."
+        ),
         "steps": steps_table(),
         "sources": SOURCES,
         "errors": Table(["machine", "of"], ["n", "least", "median", "most", "which"], wrong),
-    }  # fmt: skip
+    }
 
 
 def _title(r: Row) -> str:

@@ -47,7 +47,10 @@ def _or_none(rule: Rule) -> Rule:
 
 
 def _each(rule: Rule, least: int = 0) -> Rule:
-    return lambda value: isinstance(value, list) and len(value) >= least and all(map(rule[0], value)), f"a list, each {rule[1]}"
+    return (
+        lambda value: isinstance(value, list) and len(value) >= least and all(map(rule[0], value)),
+        f"a list, each {rule[1]}",
+    )
 
 
 def _of(**rules: Rule) -> Rule:
@@ -66,18 +69,37 @@ TRUTH: Rule = (lambda value: isinstance(value, bool), "true or false")
 NUMBER: Rule = (_number, "a number")
 ABOVE: Rule = (lambda value: _number(value) and LEAST <= value <= MOST, "a number above 0")
 COUNT: Rule = (lambda value: type(value) is int and 1 <= value <= 10**9, "1 or more")
-NAMES: Rule = (lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values()), "a mapping of texts")
+NAMES: Rule = (
+    lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values()),
+    "a mapping of texts",
+)
 SHARE: Rule = _of(ok=TRUTH, error=_or_none(NUMBER), against=TEXT)
-PARITY: Rule = (lambda value: SHARE[0](value) and (value["ok"] or _number(value.get("allowed"))), f"{SHARE[1]}, allowed (a number)")
+PARITY: Rule = (
+    lambda value: SHARE[0](value) and (value["ok"] or _number(value.get("allowed"))),
+    f"{SHARE[1]}, allowed (a number)",
+)
 FLOAT, PRESET = _one_of("float32", "float16", "bfloat16"), _one_of(*PRESETS)
-ENV = {"gpu": _or_none(TEXT), "cpu": TEXT, "commit": TEXT, "cores": COUNT, "threads": COUNT, "cpu_capability": TEXT, "packages": NAMES}
+ENV = {
+    "gpu": _or_none(TEXT),
+    "cpu": TEXT,
+    "commit": TEXT,
+    "cores": COUNT,
+    "threads": COUNT,
+    "cpu_capability": TEXT,
+    "packages": NAMES,
+}
 # what holds of a key that a table, a picture or a verdict uses, where it is there
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("run", "provider", "preset", "dtype", "op", "layout", "solver", "unit", "check", "part", "absent", "failed"), TEXT),
+    **dict.fromkeys(
+        ("run", "provider", "preset", "dtype", "op", "layout", "solver", "unit", "check", "part", "absent", "failed"),
+        TEXT,
+    ),
     "device": TEXT,
     "env": _of(**ENV),
     **dict.fromkeys(("batch", "steps", "processes", "n"), COUNT),
-    **dict.fromkeys(("median_s", "p10_s", "p90_s", "ms_per_step", "ms_per_image", "images_per_s", "items_per_s"), ABOVE),
+    **dict.fromkeys(
+        ("median_s", "p10_s", "p90_s", "ms_per_step", "ms_per_image", "images_per_s", "items_per_s"), ABOVE
+    ),
     **dict.fromkeys(("minutes_per_100k_steps", "gb_s", "rate", "moved", "flops", "cold_cache_s"), ABOVE),
     **dict.fromkeys(("rms", "error", "allowed", "seconds", "passed", "skipped", "us", "launches", "again"), NUMBER),
     **dict.fromkeys(("compile_s", "of_copy", "peak_bytes", "code"), _or_none(NUMBER)),
@@ -96,9 +118,11 @@ RULES: dict[str, Rule] = {
 }
 # of one target alone: `shape` is a list elsewhere, and nothing reads it
 OWN: dict[str, dict[str, Rule]] = {
-    "kernels": {"shape": TEXT}, "checks": {"env": _of(**ENV, source=TEXT)}, "training": {"parity": PARITY},
+    "kernels": {"shape": TEXT},
+    "checks": {"env": _of(**ENV, source=TEXT)},
+    "training": {"parity": PARITY},
     "memory": {"peak_bytes": NUMBER},
-}  # fmt: skip
+}
 # the keys that every row of a target has, and those of a row with a figure
 LOOP, TIMED = ("provider", "preset", "batch", "steps"), ("median_s", "p10_s", "p90_s", "n", "raw_s")
 ALWAYS: dict[str, tuple[str, ...]] = {
@@ -144,7 +168,9 @@ def source() -> str:
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     names = ("kernels", "sbldm_fast", "export", "benchmarks") if (root / "pyproject.toml").exists() else (".",)
-    files = {p.relative_to(root).as_posix().removeprefix("sbldm_fast/"): p for n in names for p in (root / n).rglob("*.py")}
+    files = {
+        p.relative_to(root).as_posix().removeprefix("sbldm_fast/"): p for n in names for p in (root / n).rglob("*.py")
+    }
     for name in sorted(files):  # an installed package has its folders side by side
         digest.update(name.encode() + files[name].read_bytes())
     return digest.hexdigest()[:12]
@@ -166,11 +192,14 @@ def machine_name(env: Row) -> str:
 def machine_id(env: Row) -> str:
     """What must be equal for two rows to be compared: the processor with its threads and vector width, and the GPU."""
     cpu = f"{env['cpu']} {env.get('cpu_model', '')}".strip()
-    return ", ".join(filter(None, [env["gpu"], cpu, f"{env['cores']} cores", f"{env['threads']} threads", env["cpu_capability"]]))
+    return ", ".join(
+        filter(None, [env["gpu"], cpu, f"{env['cores']} cores", f"{env['threads']} threads", env["cpu_capability"]])
+    )
 
 
 def append(path: str | Path, rows: Iterable[Row]) -> None:
-    """Add rows to a JSONL file and sync it; what is there stays, and a line that was cut off stays a line of its own."""
+    """Add rows to a JSONL file and sync it; what is there stays, and a line that was cut off stays a line of its
+    own."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as f:
@@ -183,7 +212,8 @@ def append(path: str | Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
-    """The rows of a JSONL file, and a sentence for each line that is none: cut off, or with a value that nothing here can use.
+    """The rows of a JSONL file, and a sentence for each line that is none: cut off, or with a value that nothing here
+    can use.
 
     Raises:
         ValueError: the file cannot be read.
@@ -249,7 +279,8 @@ def distribute(file: str | Path, folder: str | Path) -> tuple[dict[str, int], li
         How many were new in each file, and a sentence for each line that is no row.
 
     Raises:
-        ValueError: the file cannot be read or has no rows, or a row a target or a machine that no file can be called by.
+        ValueError: the file cannot be read or has no rows, or a row a target or a machine that no file can be called
+        by.
     """
     rows, faults = read_rows(file)
     if not rows:
@@ -269,7 +300,8 @@ def distribute(file: str | Path, folder: str | Path) -> tuple[dict[str, int], li
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The environment block of this machine, or the rows of a file into a folder; exit code 2 for what cannot be used."""
+    """The environment block of this machine, or the rows of a file into a folder; exit code 2 for what cannot be
+    used."""
     if not arguments:
         print(json.dumps(machine()))
         return 0

@@ -20,14 +20,18 @@ CONVERGED = 1000  # steps of DDIM, all that the models were trained on: the limi
 
 
 def bench_solvers(
-    *, batch: int = 4, steps: Sequence[int] = (5, 10, 20, 50, 100), rounds: int = 6, say: Callable[[str], None] = lambda _: None
+    *,
+    batch: int = 4,
+    steps: Sequence[int] = (5, 10, 20, 50, 100),
+    rounds: int = 6,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:
-    """One row for each solver and number of steps: seconds for `batch` images, and `rms`, the root mean square difference of the
-    images in [-1, 1] from those of DDIM with 1000 steps and the same noise.
+    """One row for each solver and number of steps: seconds for `batch` images, and `rms`, the root mean square
+    difference of the images in [-1, 1] from those of DDIM with 1000 steps and the same noise.
 
     Raises:
         ValueError: batch, steps or rounds below 1.
-    """  # fmt: skip
+    """
     if min(batch, rounds, *steps) < 1:
         raise ValueError(f"batch, steps, rounds: got {batch}, {list(steps)}, {rounds}, allowed is 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

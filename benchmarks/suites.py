@@ -23,7 +23,9 @@ class Suite(NamedTuple):
 
 SUITES = {
     "kernels": Suite(bench_kernels, {"rounds": 6, "large": False, "compiled": False}),
-    "sampling": Suite(bench_sampling, {"steps": [10], "batches": [1], "rounds": 6, "compiled": False, "dtypes": ["float32"]}),
+    "sampling": Suite(
+        bench_sampling, {"steps": [10], "batches": [1], "rounds": 6, "compiled": False, "dtypes": ["float32"]}
+    ),
     "training": Suite(bench_training, {"steps": 1, "rounds": 6, "compiled": False}),
     "export": Suite(bench_export, {"steps": 10, "batches": [1], "rounds": 6, "compiled": False}),
     "memory": Suite(bench_memory, {"steps": 2, "batches": [1], "compiled": False}),

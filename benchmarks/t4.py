@@ -1,4 +1,5 @@
-"""A T4 without a T4: the roofline model of each op and of a step, and how far the same model is from machines that were measured.
+"""A T4 without a T4: the roofline model of each op and of a step, and how far the same model is from machines that were
+measured.
 
 python -m sbldm_fast.benchmarks.t4 > benchmarks/ROOFLINE.md
 """
@@ -24,13 +25,16 @@ class Ceilings(NamedTuple):
     launch: float
 
 
-# No T4 has been measured for this project. 320e9 bytes/s, 8.1e12 and 65e12 operations/s at 1590 MHz are NVIDIA's data sheet. Under load
-# the board's 70 W hold it near 990 MHz (ONNX Runtime's Stable Diffusion benchmarks lock it there), and a copy reaches 70 to 80 % of a data
-# sheet's bandwidth: an assumption, as is the launch.
+# No T4 has been measured for this project. 320e9 bytes/s, 8.1e12 and 65e12 operations/s at 1590 MHz are NVIDIA's data
+# sheet. Under load the board's 70 W hold it near 990 MHz (ONNX Runtime's Stable Diffusion benchmarks lock it there),
+# and a copy reaches 70 to 80 % of a data sheet's bandwidth: an assumption, as is the launch.
 T4 = Ceilings((220e9, 250e9), {"float32": 5e12, "float16": 40e12}, 3e-6)
 SOURCES = (
     "bandwidth 220 to 250 GB/s: 70 to 80 % of the data sheet's 320, assumed",
-    "arithmetic 5 (float32) and 40 (float16, tensor cores) Tflop/s: the data sheet's 8.1 and 65, scaled from 1590 to the 990 MHz of 70 W",
+    (
+        "arithmetic 5 (float32) and 40 (float16, tensor cores) Tflop/s: the data sheet's 8.1 and 65, scaled from 1590"
+        " to the 990 MHz of 70 W"
+    ),
     "a launch 3 µs, assumed",
 )
 
@@ -44,7 +48,8 @@ class Prediction(NamedTuple):
 
 
 def predict(moved: float, flops: float, launches: float, dtype: str, on: Ceilings) -> Prediction:
-    """max(bytes / bandwidth, operations / rate, launches · launch): a lower bound, which assumes that nothing waits for anything else."""
+    """max(bytes / bandwidth, operations / rate, launches · launch): a lower bound, which assumes that nothing waits for
+    anything else."""
     low, high = on.bandwidth
     times = {
         "launches": (launches * on.launch,) * 2,
@@ -56,7 +61,8 @@ def predict(moved: float, flops: float, launches: float, dtype: str, on: Ceiling
 
 
 def step(batch: int, dtype: torch.dtype, on: Ceilings = T4, preset_name: str = "paper") -> tuple[Prediction, Row]:
-    """A step of `FastSampler`: the sum of the predictions of its launches, and what they do; operators as counted on meta tensors."""
+    """A step of `FastSampler`: the sum of the predictions of its launches, and what they do; operators as counted on
+    meta tensors."""
     counted = count(batch, dtype, preset_name=preset_name)[0]
     name = str(dtype)[6:]
     each = [predict(moved, flops, 1, name, on) for moved, flops in counted.work]
@@ -89,7 +95,8 @@ class Error(NamedTuple):
 
 
 def errors(rows: Sequence[Row]) -> list[Error]:
-    """How far the model, with the machine's own measured ceilings, is from our ops (on a CPU the reference's) and steps there."""
+    """How far the model, with the machine's own measured ceilings, is from our ops (on a CPU the reference's) and steps
+    there."""
     on = measured_ceilings(rows)
     found = []
     for r in rows if on else ():
@@ -97,10 +104,12 @@ def errors(rows: Sequence[Row]) -> list[Error]:
         if "median_s" not in r:
             continue
         if r["target"] == "kernels" and mine and "flops" in r:
-            s = predict(r["moved"] + r["again"], r["flops"], r["launches"], "float32", on).slow  # type: ignore[arg-type]  # no rows without ceilings
-            found.append(Error(f"{r['op']} {r['shape']} {r['layout']} {r['dtype']}", s, r["median_s"], r["median_s"] / s, r))
+            s = predict(r["moved"] + r["again"], r["flops"], r["launches"], "float32", on).slow  # type: ignore[arg-type]
+            found.append(
+                Error(f"{r['op']} {r['shape']} {r['layout']} {r['dtype']}", s, r["median_s"], r["median_s"] / s, r)
+            )
         elif r["target"] == "sampling" and "work" in r:
-            s = step(r["batch"], getattr(torch, r["dtype"]), on, r["preset"])[0].slow  # type: ignore[arg-type]  # likewise
+            s = step(r["batch"], getattr(torch, r["dtype"]), on, r["preset"])[0].slow  # type: ignore[arg-type]
             took = r["median_s"] / r["steps"]
             found.append(Error(f"a step, {r['provider']}, batch {r['batch']}", s, took, took / s, r))
     return found
@@ -112,7 +121,13 @@ def steps_table() -> Table:
     for dtype in (torch.float32, torch.float16):
         for batch in (1, 4, 16, 64):
             p, work = step(batch, dtype)
-            figures = f"{work['bytes'] / 1e6:.0f}", f"{work['flops'] / 1e9:.2f}", str(work["launches"]), _span(p, 1e3, 2), p.bound
+            figures = (
+                f"{work['bytes'] / 1e6:.0f}",
+                f"{work['flops'] / 1e9:.2f}",
+                str(work["launches"]),
+                _span(p, 1e3, 2),
+                p.bound,
+            )
             body.append([f"batch {batch}, {str(dtype)[6:]}", *figures])
     return Table(["a step of preset paper"], ["MB", "Gflop", "launches", "predicted ms", "most of it"], body)
 
@@ -121,21 +136,33 @@ def roofline() -> str:
     """The model of each op and of a step on a T4 as Markdown. A model, not a measurement."""
     lines = [
         "# Roofline of the ops on a T4\n",
-        "A **model**, not a measurement: the largest of bytes / bandwidth, operations / rate and launches × launch; of a step the sum over",
+        (
+            "A **model**, not a measurement: the largest of bytes / bandwidth, operations / rate and launches × launch;"
+            " of a step the sum over"
+        ),
         f"its operators. Constants: {'; '.join(SOURCES)}.",
-        "The basis of `frequency_loss`, 0.05 MB at 16x16 and 0.8 MB at 32x32, is read by every image and taken to come from the L2 cache.",
+        (
+            "The basis of `frequency_loss`, 0.05 MB at 16x16 and 0.8 MB at 32x32, is read by every image and taken to"
+            " come from the L2 cache."
+        ),
         "How far the same model is from machines that were measured is in the report (`sbldm-fast report`).",
         "Rendered by `python -m sbldm_fast.benchmarks.t4`.\n",
         steps_table().markdown(),
     ]
-    lines += ["\n| op | problem | MB | Mflop | launches | predicted µs | bound by |", "|---|---|---:|---:|---:|---:|---|"]
+    lines += [
+        "\n| op | problem | MB | Mflop | launches | predicted µs | bound by |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
     for op in OPS:
         for c in problems(op, torch.device("meta"), large=True):
             moved = c.moved + c.again
             # what these ops compute runs on the scalar units, whatever the dtype
             p = predict(moved, c.flops, c.launches, "float32", T4)
             case = f"{c.shape} {c.layout} {str(c.dtype)[6:]}"
-            lines.append(f"| {op} | {case} | {moved / 1e6:.2f} | {c.flops / 1e6:.2f} | {c.launches} | {_span(p, 1e6, 0)} | {p.bound} |")
+            lines.append(
+                f"| {op} | {case} | {moved / 1e6:.2f} | {c.flops / 1e6:.2f} | {c.launches} | {_span(p, 1e6, 0)} |"
+                f" {p.bound} |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -31,7 +31,10 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         """The table as GitHub renders it."""
-        lines = [f"| {' | '.join((*self.words, *self.figures))} |", f"|{'---|' * len(self.words)}{'---:|' * len(self.figures)}"]
+        lines = [
+            f"| {' | '.join((*self.words, *self.figures))} |",
+            f"|{'---|' * len(self.words)}{'---:|' * len(self.figures)}",
+        ]
         lines += [f"| {' | '.join(c if isinstance(c, str) else c[0] for c in row)} |" for row in self.body]
         return "\n".join([*lines, *(line for note in self.notes for line in ("", note))])
 
@@ -42,12 +45,15 @@ def missing(row: Row) -> str:
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows that belong into one table: of one preset and number of steps, the largest first; ops and solvers stay together."""
+    """The rows that belong into one table: of one preset and number of steps, the largest first; ops and solvers stay
+    together."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for r in rows:
         found.setdefault((r.get("preset"), 0 if r["target"] == "solvers" else r.get("steps", 0)), []).append(r)
     order = ["paper", "template"]
-    return [found[key] for key in sorted(found, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), -k[1]))]
+    return [
+        found[key] for key in sorted(found, key=lambda k: (order.index(k[0]) if k[0] in order else len(order), -k[1]))
+    ]
 
 
 def figure(text: str, row: Row) -> Cell:
@@ -70,10 +76,16 @@ def below(rows: Sequence[Row], what: str) -> list[str]:
     e = row["env"]
     where = e["gpu"] or f"{e['cpu']}, {e['threads']} threads, {e['cpu_capability']}"
     versions = ", ".join(
-        f"{p} {v}" for p, v in e["packages"].items() if p in ("torch", "triton", "diffusers", "monai", "onnxruntime", "openvino")
+        f"{p} {v}"
+        for p, v in e["packages"].items()
+        if p in ("torch", "triton", "diffusers", "monai", "onnxruntime", "openvino")
     )
     counts = sorted({r["n"] for r in rows if "n" in r})
-    n = f", median of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} interleaved runs" if counts else ""
+    n = (
+        f", median of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} interleaved runs"
+        if counts
+        else ""
+    )
     n += " (some were cut off)" if any(r.get("interrupted") for r in rows) else ""
     preset = f"Preset `{row['preset']}`, " if "preset" in row else ""
     text = f"{preset}{what}{n}; {where}; {versions}; commit {e['commit'] or e.get('source')}, {row['run'][:10]}."
@@ -103,7 +115,9 @@ def sampling_table(rows: Sequence[Row]) -> Table:
         (r["provider"], r["batch"]): [figure(f"{r['ms_per_step']:.2f}", r), speedup(r)] for r in rows if not missing(r)
     }
     names = dict.fromkeys(name for name, _ in found)
-    body: list[list[Cell]] = [[name, *(cell for b in batches for cell in found.get((name, b), ["", ""]))] for name in names]
+    body: list[list[Cell]] = [
+        [name, *(cell for b in batches for cell in found.get((name, b), ["", ""]))] for name in names
+    ]
     columns = [column for b in batches for column in (f"batch {b}: ms/step", f"× {over}")]
     made = [r for r in rows if r["batch"] == batches[0] and ("compile" in r["provider"] or "graph" in r["provider"])]
     compiling = {r["provider"]: r["compile_s"] for r in made if (r.get("compile_s") or 0) > 1}
@@ -116,10 +130,17 @@ def sampling_table(rows: Sequence[Row]) -> Table:
 def training_table(rows: Sequence[Row]) -> Table:
     """A line per provider."""
     body: list[list[Cell]] = [
-        [r["provider"], figure(f"{r['ms_per_step']:.1f}", r), f"{r['items_per_s']:.0f}", f"{r['minutes_per_100k_steps']:.0f}", speedup(r),
-         "" if r["parity"]["error"] is None else f"{r['parity']['error']:.1e}"]
-        for r in rows if not missing(r)
-    ]  # fmt: skip
+        [
+            r["provider"],
+            figure(f"{r['ms_per_step']:.1f}", r),
+            f"{r['items_per_s']:.0f}",
+            f"{r['minutes_per_100k_steps']:.0f}",
+            speedup(r),
+            "" if r["parity"]["error"] is None else f"{r['parity']['error']:.1e}",
+        ]
+        for r in rows
+        if not missing(r)
+    ]
     columns = ["ms/step", "items/s", "minutes of 100,000 steps", "× plain PyTorch float32", "loss differs by"]
     return Table(["provider"], columns, body, below(rows, f"batch {rows[0]['batch']}, {_steps(rows)} a run"))
 
@@ -140,7 +161,9 @@ def kernels_table(rows: Sequence[Row]) -> Table:
         cold = f"{1e6 * r['cold']['median_s']:.1f}" if "cold" in r else ""
         of_copy = f"{r['of_copy']:.0%}" if r.get("of_copy") else ""
         body.append([*line, cold, f"{r['gb_s']:.1f}", of_copy, speedup(r)])
-    return Table(["op", "problem", "provider"], ["µs", "µs, cold", "GB/s", "of copy", "× eager"], body, below(rows, "each op"))
+    return Table(
+        ["op", "problem", "provider"], ["µs", "µs, cold", "GB/s", "of copy", "× eager"], body, below(rows, "each op")
+    )
 
 
 def startup_table(rows: Sequence[Row]) -> Table:
@@ -159,7 +182,9 @@ def memory_table(rows: Sequence[Row]) -> Table:
     found: dict[tuple[str, int], Cell] = {
         (r["provider"], r["batch"]): (f"{r['peak_bytes'] / 2**20:.0f}", r) for r in rows if not missing(r)
     }
-    body: list[list[Cell]] = [[name, *(found.get((name, b), "") for b in batches)] for name in dict.fromkeys(name for name, _ in found)]
+    body: list[list[Cell]] = [
+        [name, *(found.get((name, b), "") for b in batches)] for name in dict.fromkeys(name for name, _ in found)
+    ]
     of = "tensors" if rows[0]["device"] == "cuda" else "the process beyond its imports"
     return Table(["provider"], [f"batch {b}: MiB" for b in batches], body, below(rows, f"peak of {of}"))
 
@@ -169,14 +194,17 @@ def scaling_table(rows: Sequence[Row]) -> Table:
     costs = [r for r in rows if "cost" in r]
     counts = [c["images"] for c in costs[0]["cost"]] if costs else []
     body: list[list[Cell]] = [
-        [r["provider"], *((f"{c['ms_per_image']:.0f}{'*' if c['extrapolated'] else ''}", r) for c in r["cost"]), ""] for r in costs
+        [r["provider"], *((f"{c['ms_per_image']:.0f}{'*' if c['extrapolated'] else ''}", r) for c in r["cost"]), ""]
+        for r in costs
     ]
     for r in (r for r in rows if "images_per_s" in r):
         name = f"{r['provider']}, {r['processes']} process{'es' if r['processes'] > 1 else ''}"
         body.append([name, *[""] * len(counts), (f"{r['images_per_s']:.2f}", r)])
     star = "*: beyond what was made in the time, by the median batch."
     columns = [f"{n} image{'s' if n > 1 else ''}: ms each" for n in counts]
-    return Table(["provider"], [*columns, "images/s"], body, [*below(rows, f"batch {rows[0]['batch']}, {_steps(rows)}"), star])
+    return Table(
+        ["provider"], [*columns, "images/s"], body, [*below(rows, f"batch {rows[0]['batch']}, {_steps(rows)}"), star]
+    )
 
 
 def solvers_table(rows: Sequence[Row]) -> Table:
@@ -185,7 +213,9 @@ def solvers_table(rows: Sequence[Row]) -> Table:
     body: list[list[Cell]] = []
     for r in (r for r in rows if not missing(r)):
         place = "front" if r["provider"] in front else ""
-        body.append([r["solver"], str(r["steps"]), (f"{r['rms']:.4f}", r), figure(f"{r['ms_per_image']:.0f}", r), place])
+        body.append(
+            [r["solver"], str(r["steps"]), (f"{r['rms']:.4f}", r), figure(f"{r['ms_per_image']:.0f}", r), place]
+        )
     note = below(rows, f"batch {rows[0]['batch']}, against DDIM with 1000 steps")
     return Table(["solver"], ["steps", "RMS error", "ms/image", "Pareto"], body, note)
 
@@ -193,13 +223,19 @@ def solvers_table(rows: Sequence[Row]) -> Table:
 def pareto(rows: Sequence[Row]) -> set[str]:
     """The providers that no other beats in both time and error."""
     points = [(r["median_s"], r["rms"], r["provider"]) for r in rows if "rms" in r]
-    return {name for s, e, name in points if not any(s2 <= s and e2 <= e and (s2, e2) != (s, e) for s2, e2, _ in points)}
+    return {
+        name for s, e, name in points if not any(s2 <= s and e2 <= e and (s2, e2) != (s, e) for s2, e2, _ in points)
+    }
 
 
 def fastest(rows: Sequence[Row], dtype: str) -> tuple[Row | None, Row | None]:
     """Our fastest way of the smallest batch, and the fastest peer's, of those that agree with their reference."""
     batch = min(r["batch"] for r in rows)
-    ok = [r for r in rows if r["batch"] == batch and "median_s" in r and (r["parity"] or {}).get("ok") and r["dtype"] == dtype]
+    ok = [
+        r
+        for r in rows
+        if r["batch"] == batch and "median_s" in r and (r["parity"] or {}).get("ok") and r["dtype"] == dtype
+    ]
     own = [r for r in ok if r["provider"].startswith(("FastSampler", "ORTSampler"))]
     peers = [r for r in ok if r["provider"].startswith(("diffusers", "MONAI")) and "FastSampler" not in r["provider"]]
     first, second = (min(found, key=lambda r: float(r["median_s"]), default=None) for found in (own, peers))
@@ -207,7 +243,8 @@ def fastest(rows: Sequence[Row], dtype: str) -> tuple[Row | None, Row | None]:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """The answer in a sentence, in float32, of the smallest batch: our fastest way beside diffusers' own loop and the fastest peer.
+    """The answer in a sentence, in float32, of the smallest batch: our fastest way beside diffusers' own loop and the
+    fastest peer.
 
     Raises:
         ValueError: no peer, or none of ours, in these rows.
@@ -226,16 +263,18 @@ def headline(rows: Sequence[Row]) -> str:
         else "within the noise as fast as"
     )
     return (
-        f"**{own['ms_per_image']:.0f} ms an image** with `{own['provider']}`: {eager['median_s'] / own['median_s']:.2f} times as fast as "
-        f"diffusers' own loop ({eager['ms_per_image']:.0f} ms), and {beside} the fastest peer timed ({peer['provider']}, "
-        f"{peer['ms_per_image']:.0f} ms); {own['steps']} DDIM steps, batch {batch}, float32, {where}."
+        f"**{own['ms_per_image']:.0f} ms an image** with `{own['provider']}`: {eager['median_s'] / own['median_s']:.2f}"
+        f" times as fast as diffusers' own loop ({eager['ms_per_image']:.0f} ms), and {beside} the fastest peer timed"
+        f" ({peer['provider']}, {peer['ms_per_image']:.0f} ms); {own['steps']} DDIM steps, batch {batch}, float32,"
+        f" {where}."
     )
 
 
 def render(readme: str | Path) -> str:
     """The text of `readme`, each block `<!-- SUITE: FILE -->` ... `<!-- end SUITE -->` rendered from FILE beside it.
 
-    Beside the suites there are `headline`, a sentence, and of a folder `gpus`, a line per GPU, and `gpu`, a section per GPU.
+    Beside the suites there are `headline`, a sentence, and of a folder `gpus`, a line per GPU, and `gpu`, a section per
+    GPU.
 
     Raises:
         ValueError: a file with a line that is not a row.
@@ -287,7 +326,12 @@ def gpu_summary(rows: Sequence[Row], failed: Mapping[str, int] | None = None, le
         found = f"{r['launches']:.0f} launches ({model} modelled), {r['us']:.0f} µs of kernels"
         parts.append(f"A step, batch {r['batch']}, {r['dtype']}: {found}.")
     parts += [TABLES[target](of[target]).markdown() for target in ("training", "kernels") if target in of]
-    parts += [f"- FAILED {r['target']} {r['provider']}: {r['failed']}" for name in TABLES for r in of.get(name, []) if "failed" in r]
+    parts += [
+        f"- FAILED {r['target']} {r['provider']}: {r['failed']}"
+        for name in TABLES
+        for r in of.get(name, [])
+        if "failed" in r
+    ]
     if failed:
         parts.append(f"Parts that failed: {', '.join(f'{name} (exit {code})' for name, code in failed.items())}.")
     if left:
@@ -296,7 +340,8 @@ def gpu_summary(rows: Sequence[Row], failed: Mapping[str, int] | None = None, le
 
 
 def _checked(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The checks and the parts of the tests that were run last, of the sources that were last checked: names come and go."""
+    """The checks and the parts of the tests that were run last, of the sources that were last checked: names come and
+    go."""
     checks = [r for r in rows if r["target"] == "checks"]
     last = [r for r in checks if r["env"]["source"] == checks[-1]["env"]["source"]]
     parity = {r["part"]: r for r in rows if r["target"] == "parity"}
@@ -343,30 +388,44 @@ def gpus_table(folder: Path) -> Table:
     for rows in gpus(folder):
         checks, parity = _checked(rows)
         checks = [r for r in checks if "absent" not in r]
-        timed = {(r["batch"], r["provider"]): r for r in latest([r for r in rows if r["target"] == "sampling"]) if "ms_per_step" in r}
+        timed = {
+            (r["batch"], r["provider"]): r
+            for r in latest([r for r in rows if r["target"] == "sampling"])
+            if "ms_per_step" in r
+        }
 
         def cell(batch: int, key: str, form: str, timed: dict[tuple[int, str], Row] = timed) -> str:
             found = [timed.get((batch, f"FastSampler loop-graph {dtype}")) for dtype in ("float32", "float16")]
-            return ", ".join(f"{r[key]:{form}}{f' ({speedup(r)}×)' * bool(r.get('speedup'))}" if r else "-" for r in found)
+            return ", ".join(
+                f"{r[key]:{form}}{f' ({speedup(r)}×)' * bool(r.get('speedup'))}" if r else "-" for r in found
+            )
 
         env, day = rows[-1]["env"], max(r["run"] for r in rows)[:10]
-        body.append([
-            env["gpu"],
-            f"{sum(bool(r.get('ok')) for r in checks)} of {len(checks)}",
-            f"{sum(r['passed'] for r in parity)} of {sum(r['passed'] + len(r['failures']) for r in parity)}"
-            + ", cut off" * any(r.get("code", 0) is None for r in parity),
-            cell(1, "ms_per_image", ".0f"),
-            cell(64, "images_per_s", ".0f"),
-            f"torch {env['packages'].get('torch')}, triton {env['packages'].get('triton')}, {day}",
-        ])  # fmt: skip
+        body.append(
+            [
+                env["gpu"],
+                f"{sum(bool(r.get('ok')) for r in checks)} of {len(checks)}",
+                f"{sum(r['passed'] for r in parity)} of {sum(r['passed'] + len(r['failures']) for r in parity)}"
+                + ", cut off" * any(r.get("code", 0) is None for r in parity),
+                cell(1, "ms_per_image", ".0f"),
+                cell(64, "images_per_s", ".0f"),
+                f"torch {env['packages'].get('torch')}, triton {env['packages'].get('triton')}, {day}",
+            ]
+        )
     columns = ["checks", "tests", "batch 1: ms/latent", "batch 64: latents/s", "with"]
     return Table(["measured on", *columns], [], body)
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
-    "kernels": kernels_table, "sampling": sampling_table, "training": training_table, "export": sampling_table, "memory": memory_table,
-    "startup": startup_table, "scaling": scaling_table, "solvers": solvers_table,
-}  # fmt: skip
+    "kernels": kernels_table,
+    "sampling": sampling_table,
+    "training": training_table,
+    "export": sampling_table,
+    "memory": memory_table,
+    "startup": startup_table,
+    "scaling": scaling_table,
+    "solvers": solvers_table,
+}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Training steps of the UNet: our loop beside a plain PyTorch loop of the same maths, eager and compiled, in one interleaved run."""
+"""Training steps of the UNet: our loop beside a plain PyTorch loop of the same maths, eager and compiled, in one
+interleaved run."""
 
 from __future__ import annotations
 
@@ -33,15 +34,24 @@ PLAIN = "plain PyTorch float32"
 
 
 def bench_training(
-    *, preset_name: str = "paper", batch: int = 16, steps: int = 5, rounds: int = 7, seconds: float = math.inf, compiled: bool = True,
-    dtypes: Sequence[str] = (), say: Callable[[str], None] = lambda _: None,
-) -> Iterator[Row]:  # fmt: skip
-    """One row for each provider: seconds of `steps` steps of batch `batch` on random latents; epsilon, AdamW, clipping, EMA, no dropout.
+    *,
+    preset_name: str = "paper",
+    batch: int = 16,
+    steps: int = 5,
+    rounds: int = 7,
+    seconds: float = math.inf,
+    compiled: bool = True,
+    dtypes: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[Row]:
+    """One row for each provider: seconds of `steps` steps of batch `batch` on random latents; epsilon, AdamW, clipping,
+    EMA, no dropout.
 
-    The model is our UNet in every loop. `plain PyTorch`: F.group_norm, F.silu, torch.randn, mse_loss, torch.optim.AdamW and AveragedModel
-    as they come, `loss.item()` each step; and the same through torch.compile, each in `dtypes` of autocast (none: float32 and the machine's
-    native half precision). `sbldm_fast`: the loop of `train`, on CUDA as one graph, and beside it uncaptured. All start from the same
-    weights, and in the warm-up get the same noise: a provider whose loss is not that of the plain float32 loop has no speed-up.
+    The model is our UNet in every loop. `plain PyTorch`: F.group_norm, F.silu, torch.randn, mse_loss, torch.optim.AdamW
+    and AveragedModel as they come, `loss.item()` each step; and the same through torch.compile, each in `dtypes` of
+    autocast (none: float32 and the machine's native half precision). `sbldm_fast`: the loop of `train`, on CUDA as one
+    graph, and beside it uncaptured. All start from the same weights, and in the warm-up get the same noise: a provider
+    whose loss is not that of the plain float32 loop has no speed-up.
 
     Raises:
         ValueError: batch, steps or rounds below 1, or an unknown dtype.
@@ -54,18 +64,28 @@ def bench_training(
     torch.compiler.reset()
     half = native_half(device)
     # float32 is always there: the others are held against it
-    precisions = list(dict.fromkeys(("off", *([AMP[name] for name in dtypes] or ([AMP[str(half)[6:]]] if half else [])))))
+    precisions = list(
+        dict.fromkeys(("off", *([AMP[name] for name in dtypes] or ([AMP[str(half)[6:]]] if half else []))))
+    )
     cases, c = training_cases(preset_name, batch, steps, device, compiled, precisions), preset(preset_name).unet
     shape = [batch, c.in_channels, c.sample_size, c.sample_size]
     common = head("training", preset=preset_name, batch=batch, steps=steps, device=str(device), shape=shape)
     for row in measure(cases, rounds=rounds, base=PLAIN, device=device, seconds=seconds, say=say):
         ms = 1e3 * row["median_s"] / steps if "median_s" in row else None
-        yield common | row | ({"ms_per_step": ms, "items_per_s": 1e3 * batch / ms, "minutes_per_100k_steps": ms * 1e5 / 6e4} if ms else {})
+        yield (
+            common
+            | row
+            | (
+                {"ms_per_step": ms, "items_per_s": 1e3 * batch / ms, "minutes_per_100k_steps": ms * 1e5 / 6e4}
+                if ms
+                else {}
+            )
+        )
 
 
 def training_cases(
     preset_name: str, batch: int, steps: int, device: torch.device, compiled: bool, precisions: Sequence[str] = ("off",)
-) -> dict[str, Case]:  # fmt: skip
+) -> dict[str, Case]:
     """The loops on random latents, each from the same weights."""
     p = preset(preset_name)
     config = replace(p.unet, dropout=0.0)
@@ -82,7 +102,9 @@ def training_cases(
             for who, make in makers.items():
                 loop = Loop(make, weights, latents, p.scheduler, dtype, bool(through), order, steps)
                 plain = f"plain PyTorch {NAMES[dtype]}"
-                cases[f"{who} {NAMES[dtype]}{through}"] = Case(loop.build, PLAIN, TOLERANCE[dtype], plain, loop.curve, NAMES[dtype])
+                cases[f"{who} {NAMES[dtype]}{through}"] = Case(
+                    loop.build, PLAIN, TOLERANCE[dtype], plain, loop.curve, NAMES[dtype]
+                )
     return cases
 
 
@@ -90,9 +112,16 @@ class Loop:
     """A provider: a training step with its own copy of the weights, its first losses, and what is timed."""
 
     def __init__(
-        self, make: Callable[..., tuple[Callable[[int, Tensor], None], Callable[[], float]]], weights: UNet2D, latents: Tensor,
-        scheduler: SchedulerConfig, amp: str, compiled: bool, order: tuple[Tensor, ...], steps: int,
-    ) -> None:  # fmt: skip
+        self,
+        make: Callable[..., tuple[Callable[[int, Tensor], None], Callable[[], float]]],
+        weights: UNet2D,
+        latents: Tensor,
+        scheduler: SchedulerConfig,
+        amp: str,
+        compiled: bool,
+        order: tuple[Tensor, ...],
+        steps: int,
+    ) -> None:
         self.make = lambda: make(copy.deepcopy(weights), latents, scheduler, amp, compiled, len(order[0]))
         self.order, self.steps = order, steps
 
@@ -128,7 +157,9 @@ def _ours(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str, 
     return step, losses
 
 
-def _ours_eager(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str, compiled: bool, batch: int) -> Any:
+def _ours_eager(
+    model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str, compiled: bool, batch: int
+) -> Any:
     step, losses = _ours(model, latents, scheduler, amp, compiled, batch)
     step.run = step._work  # what is captured elsewhere
     return step, losses

@@ -27,7 +27,8 @@ class Verdict(NamedTuple):
 
 
 def interval(raw: Sequence[float]) -> tuple[float, float]:
-    """The confidence interval of the median by order statistics, at least 95 % of six values or more; fewer cannot reach it.
+    """The confidence interval of the median by order statistics, at least 95 % of six values or more; fewer cannot
+    reach it.
 
     The k-th smallest and k-th largest of n values enclose the median with probability 1 - 2·P(Binomial(n, 1/2) < k).
     Source: David & Nagaraja, Order Statistics, section 7.1.
@@ -45,10 +46,11 @@ def interval(raw: Sequence[float]) -> tuple[float, float]:
 def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Verdict]:
     """A verdict for each provider that either set has, by the last run of each problem.
 
-    FAST and SLOW: the intervals do not meet, the medians differ by 2 % or more, and so they do in cycles where both rows have
-    clocks, and beside the base of the same run, sample by sample: what slows a whole machine slows the base as well. SAME: all of
-    either interval lies within 5 % of the other, or the samples are the same. AMBIGUOUS: anything else, fewer than six samples, rows
-    that were disturbed, and rows of different machines. WRONG: no parity, or failed. GONE, NEW: in one set only.
+    FAST and SLOW: the intervals do not meet, the medians differ by 2 % or more, and so they do in cycles where both
+    rows have clocks, and beside the base of the same run, sample by sample: what slows a whole machine slows the base
+    as well. SAME: all of either interval lies within 5 % of the other, or the samples are the same. AMBIGUOUS: anything
+    else, fewer than six samples, rows that were disturbed, and rows of different machines. WRONG: no parity, or failed.
+    GONE, NEW: in one set only.
     """
     old, new = ({(*problem(r), r["provider"]): r for r in latest(rows) if "provider" in r} for rows in (before, after))
     found = []
@@ -102,7 +104,9 @@ def _beside(verdict: str, a: Row, b: Row, base_a: Row | None, base_b: Row | None
     """The verdict, if it holds of the samples over those of the base in the same round."""
     if base_a is None or base_b is None or a["provider"] == base_a["provider"]:
         return "AMBIGUOUS", "in seconds; nothing beside it tells the machine from the program"
-    ratios = [[s / t for s, t in zip(r["raw_s"], base["raw_s"], strict=False)] for r, base in ((a, base_a), (b, base_b))]
+    ratios = [
+        [s / t for s, t in zip(r["raw_s"], base["raw_s"], strict=False)] for r, base in ((a, base_a), (b, base_b))
+    ]
     if _verdict(interval(ratios[0]), interval(ratios[1]), median(ratios[1]) / median(ratios[0])) != verdict:
         return "AMBIGUOUS", f"in seconds, but not beside {base_a['provider']} of the same run"
     return verdict, ""
@@ -125,6 +129,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     """A Markdown table, a line for each verdict."""
     lines = ["| verdict | problem | provider | after / before | |", "|---|---|---|---:|---|"]
     lines += [
-        f"| {v.verdict} | {v.problem} | {v.provider} | {'' if v.factor is None else f'{v.factor:.3f}'} | {v.reason} |" for v in verdicts
+        f"| {v.verdict} | {v.problem} | {v.provider} | {'' if v.factor is None else f'{v.factor:.3f}'} | {v.reason} |"
+        for v in verdicts
     ]
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""An exported folder, verified again: whole, valid, supported by its target, equal to PyTorch, and buildable for a T4."""
+"""An exported folder, verified again: whole, valid, supported by its target, equal to PyTorch, and buildable for a
+T4."""
 
 from __future__ import annotations
 
@@ -36,10 +37,11 @@ KNOWN_LIMIT = "FP32 GEMM is not supported"
 def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool = True) -> dict[str, Any]:
     """Verify a folder that `export` wrote.
 
-    Of every file the sha256; of every graph onnx.checker with strict shape inference and data propagation, its opset, its operators
-    against the dated list of its target (`operators.json`); for `ort` that all norms fuse; that `step` has fixed shapes and nothing that
-    branches or asks for a shape; the samples of `example.npz`, made again by ONNX Runtime on the CPU through `step` and through
-    `sampler`; and, where tensorrt-rtx is installed, an engine for SM75 of every graph for `tensorrt`, in a process of its own.
+    Of every file the sha256; of every graph onnx.checker with strict shape inference and data propagation, its opset,
+    its operators against the dated list of its target (`operators.json`); for `ort` that all norms fuse; that `step`
+    has fixed shapes and nothing that branches or asks for a shape; the samples of `example.npz`, made again by ONNX
+    Runtime on the CPU through `step` and through `sampler`; and, where tensorrt-rtx is installed, an engine for SM75 of
+    every graph for `tensorrt`, in a process of its own.
 
     Args:
         folder: what `export` wrote.
@@ -47,8 +49,8 @@ def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool =
         build: whether to build engines.
 
     Returns:
-        `failures`, a list of sentences, empty if all is well; `graphs`, what was found of each; `not_compared`, the graphs whose
-        output was held against nothing; `remarks`.
+        `failures`, a list of sentences, empty if all is well; `graphs`, what was found of each; `not_compared`, the
+        graphs whose output was held against nothing; `remarks`.
 
     Raises:
         ValueError: not such a folder, or onnx or onnxruntime is not installed.
@@ -67,10 +69,14 @@ def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool =
             report["failures"].append(str(error))
             continue
         report["graphs"][name] = {"bytes": len(data)}
-        report["failures"] += [f"{name}.onnx: {fault}" for fault in _faults(name, data, manifest, report["graphs"][name])]
+        report["failures"] += [
+            f"{name}.onnx: {fault}" for fault in _faults(name, data, manifest, report["graphs"][name])
+        ]
         found = report["graphs"][name]
         if found.get("fused_norms", 0) < found.get("norms", 0):
-            report["remarks"].append(f"{name}.onnx: ONNX Runtime fuses {found['fused_norms']} of {found['norms']} norms")
+            report["remarks"].append(
+                f"{name}.onnx: ONNX Runtime fuses {found['fused_norms']} of {found['norms']} norms"
+            )
     example = None
     try:
         example = _example(folder, manifest)
@@ -85,7 +91,9 @@ def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool =
     if not report["failures"] and example is not None:
         report["failures"] += _parity(folder, manifest, example, pipeline, report)
         report["failures"] += _single(folder, manifest, example, pipeline, report) if pipeline is not None else []
-    report["not_compared"] = [name for name, found in report["graphs"].items() if not any(key.startswith("error against") for key in found)]
+    report["not_compared"] = [
+        name for name, found in report["graphs"].items() if not any(key.startswith("error against") for key in found)
+    ]
     if build and manifest["target"] == "tensorrt":
         if importlib.util.find_spec("tensorrt_rtx") is None:
             report["remarks"].append("no engine was built: pip install 'sbldm_fast[tensorrt]'")
@@ -118,13 +126,23 @@ def _faults(name: str, data: bytes, manifest: dict[str, Any], found: dict[str, A
     operators = {node.op_type for node in nodes(model.graph)}
     found["operators"] = len(operators)
     if other := sorted(operators - set(support["operators"].split())):
-        yield f"operators {', '.join(other)} are not in the list of {manifest['target']} ({support['source']}, {support['date']})"
+        yield (
+            f"operators {', '.join(other)} are not in the list of {manifest['target']} ({support['source']},"
+            f" {support['date']})"
+        )
     if manifest["opset"] < 21 and "GroupNormalization" in operators:
         yield "GroupNormalization before opset 21 is deprecated: its scale was per group"
     if name == "step":
         if other := sorted(operators & {*CONTROL_FLOW, "Shape", "Size", "NonZero"}):
-            yield f"got {', '.join(other)}, allowed in a graph that CUDA captures is what neither branches nor asks for a shape"
-        if not all(d.HasField("dim_value") for v in (*model.graph.input, *model.graph.output) for d in v.type.tensor_type.shape.dim):
+            yield (
+                f"got {', '.join(other)}, allowed in a graph that CUDA captures is what neither branches nor asks for a"
+                " shape"
+            )
+        if not all(
+            d.HasField("dim_value")
+            for v in (*model.graph.input, *model.graph.output)
+            for d in v.type.tensor_type.shape.dim
+        ):
             yield "got a free axis, allowed are fixed shapes"
     if name == "sampler" and [n.op_type for n in nodes(model.graph) if n.op_type in CONTROL_FLOW] != ["Loop"]:
         yield "allowed is exactly one Loop"
@@ -153,17 +171,30 @@ def _example(folder: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
             arrays = dict(file)
     except Exception:  # those of zip, of zlib and of NumPy's headers have no common class
         raise ValueError(f"{folder / EXAMPLE}: not an archive of arrays") from None
-    one = {"noise": manifest["latent_shape"], **{conditioned("cond", k): shape for k, shape in manifest["cond"].items()}}
+    one = {
+        "noise": manifest["latent_shape"],
+        **{conditioned("cond", k): shape for k, shape in manifest["cond"].items()},
+    }
     one |= {"images": None} if manifest["decodes"] else {"latents": manifest["latent_shape"]}
     n = {v.shape[:1] for v in arrays.values()}
-    if set(arrays) != set(one) or len(n) != 1 or any(shape not in (None, list(arrays[k].shape[1:])) for k, shape in one.items()):
+    if (
+        set(arrays) != set(one)
+        or len(n) != 1
+        or any(shape not in (None, list(arrays[k].shape[1:])) for k, shape in one.items())
+    ):
         got = {k: list(v.shape) for k, v in arrays.items()}
-        raise ValueError(f"{folder / EXAMPLE}: got {reprlib.repr(got)}, allowed are {', '.join(one)} in the shapes of {MANIFEST}")
+        raise ValueError(
+            f"{folder / EXAMPLE}: got {reprlib.repr(got)}, allowed are {', '.join(one)} in the shapes of {MANIFEST}"
+        )
     return arrays
 
 
 def _parity(
-    folder: Path, manifest: dict[str, Any], example: dict[str, np.ndarray], pipeline: Pipeline | None, report: dict[str, Any]
+    folder: Path,
+    manifest: dict[str, Any],
+    example: dict[str, np.ndarray],
+    pipeline: Pipeline | None,
+    report: dict[str, Any],
 ) -> Iterator[str]:
     expected = example["images" if manifest["decodes"] else "latents"]
     cond = {k.removeprefix("cond").removeprefix("_"): v for k, v in example.items() if k.startswith("cond")}
@@ -178,7 +209,12 @@ def _parity(
             continue
         pairs = [(EXAMPLE, expected)]
         if pipeline is not None:
-            pairs.append(("the pipeline", pipeline.sampler(sampler.solver.steps, "eager", scheduler=sampler.table)(len(got)).cpu().numpy()))
+            pairs.append(
+                (
+                    "the pipeline",
+                    pipeline.sampler(sampler.solver.steps, "eager", scheduler=sampler.table)(len(got)).cpu().numpy(),
+                )
+            )
         for against, want in pairs:
             error = _error(manifest["graphs"][mode], got, want)
             report["graphs"][mode][f"error against {against}"] = error
@@ -191,7 +227,9 @@ def _single(
 ) -> Iterator[str]:
     """The graphs of one call each, against the pipeline's models."""
     x, image = torch.from_numpy(example["noise"]), torch.from_numpy(example["images"])
-    t = torch.tensor(manifest["solver"]["timesteps"])[torch.linspace(0, len(manifest["solver"]["timesteps"]) - 1, len(x)).long()]
+    t = torch.tensor(manifest["solver"]["timesteps"])[
+        torch.linspace(0, len(manifest["solver"]["timesteps"]) - 1, len(x)).long()
+    ]
     with torch.no_grad():
         unet, vae = copy.deepcopy(pipeline.unet).cpu().eval(), copy.deepcopy(pipeline.vae).cpu().eval()
         scale = vae.config.scaling_factor
@@ -199,7 +237,7 @@ def _single(
             "unet": ({"x": x, "t": t}, unet(x, t)),
             "vae_encoder": ({"image": image}, vae.encode(image).mean * scale),
             "vae_decoder": ({"z": x}, vae.decode(x / scale)),
-        }  # fmt: skip
+        }
     for name, (given, want) in wanted.items():
         entry = manifest["graphs"][name]
         run, size = session(verified(folder, f"{name}.onnx", entry)), entry["inputs"][next(iter(given))]["shape"][0]
@@ -210,7 +248,10 @@ def _single(
         error = _error(entry, got, torch.cat([want] * N)[:N].numpy())
         report["graphs"][name]["error against the pipeline"] = error
         if not error <= entry["parity"]["allowed"]:
-            yield f"{name}.onnx: ONNX Runtime differs from the pipeline by {error:.1e}, allowed is {entry['parity']['allowed']:.1e}"
+            yield (
+                f"{name}.onnx: ONNX Runtime differs from the pipeline by {error:.1e}, allowed is"
+                f" {entry['parity']['allowed']:.1e}"
+            )
 
 
 def _error(entry: dict[str, Any], got: np.ndarray, want: np.ndarray) -> float:
@@ -242,7 +283,9 @@ def _built(name: str, data: bytes, dtype: str, report: dict[str, Any]) -> Iterat
             found[f"engine for {capability}"] = result
             if result.get("built"):
                 if capability == "default":
-                    report["remarks"].append(f"{name}.onnx: TensorRT-RTX has no float32 matrix product for SM75; built for its defaults")
+                    report["remarks"].append(
+                        f"{name}.onnx: TensorRT-RTX has no float32 matrix product for SM75; built for its defaults"
+                    )
                 return
             why = re.sub(r"\s+", " ", result.get("why", "no answer"))
             if capability == "SM75" and dtype == "fp32" and KNOWN_LIMIT in why:

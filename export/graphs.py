@@ -42,23 +42,38 @@ from .ort import CPU, ORTSampler, session
 from .trace import Graph, onnx_bytes, program
 
 # ort: with a dynamic batch ONNX Runtime fuses GroupNorm from the form of this opset, and from no later one.
-# tensorrt: GroupNormalization of opset 21 (TensorRT 10.9); that of 18 is deprecated, and Attention of 23 fails to build.
+# tensorrt: GroupNormalization of opset 21 (TensorRT 10.9); that of 18 is deprecated, and Attention of 23 fails to
+# build.
 OPSETS = {"ort": 18, "tensorrt": 21}
-# the largest error, of the largest value or of 1, beside twice what PyTorch itself loses; of int8 the root mean square error
+# the largest error, of the largest value or of 1, beside twice what PyTorch itself loses; of int8 the root mean square
+# error
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-3, "int8": 2e-2}
 MOST = 65_536  # samples of a fixed batch; the shapes of its graph are traced with tensors of that size
 CALIBRATED = 2  # every other step of a run
 EXAMPLES = 4  # samples kept beside the graphs, for whoever runs them elsewhere
 GUIDANCE = 2.0  # of the samples of a conditional model
 AXES: dict[str, dict[int, str]] = {  # the free ones; of other inputs the first is the batch
-    "timesteps": {0: "steps"}, "table": {0: "steps"}, "input_scale": {0: "steps"}, "noise": {0: "steps", 1: "batch"},
-    "history": {2: "batch"}, "index": {}, "row": {},
-}  # fmt: skip
+    "timesteps": {0: "steps"},
+    "table": {0: "steps"},
+    "input_scale": {0: "steps"},
+    "noise": {0: "steps", 1: "batch"},
+    "history": {2: "batch"},
+    "index": {},
+    "row": {},
+}
 RANGES = {
-    "x": "standard normal times init_noise_sigma at the first step", "z": "a latent as the sampler makes it", "image": [-1, 1],
-    "t": "a timestep of training", "index": "0 at the first step", "history": "zeros at the first step", "noise": "standard normal",
-    "timesteps": "of solver", "table": "rows of solver, null as 0", "input_scale": "of solver", "guidance_scale": "1: no guidance",
-}  # fmt: skip
+    "x": "standard normal times init_noise_sigma at the first step",
+    "z": "a latent as the sampler makes it",
+    "image": [-1, 1],
+    "t": "a timestep of training",
+    "index": "0 at the first step",
+    "history": "zeros at the first step",
+    "noise": "standard normal",
+    "timesteps": "of solver",
+    "table": "rows of solver, null as 0",
+    "input_scale": "of solver",
+    "guidance_scale": "1: no guidance",
+}
 
 
 class Networks(NamedTuple):
@@ -70,27 +85,40 @@ class Networks(NamedTuple):
 
 
 def export(
-    source: Pipeline | nn.Module, out: str | Path, *, target: str = "ort", dtype: str = "fp32", batch: int | str = "dynamic",
-    scheduler: Any = "ddim", steps: int = 50, eta: float = 0.0, shape: tuple[int, int, int] | None = None, cond: Cond = None,
-    licence: str = "not stated", force: bool = False, progress: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Write `unet`, `step`, `sampler` and, of a pipeline, `vae_encoder` and `vae_decoder`, with `manifest.json` and `example.npz`.
+    source: Pipeline | nn.Module,
+    out: str | Path,
+    *,
+    target: str = "ort",
+    dtype: str = "fp32",
+    batch: int | str = "dynamic",
+    scheduler: Any = "ddim",
+    steps: int = 50,
+    eta: float = 0.0,
+    shape: tuple[int, int, int] | None = None,
+    cond: Cond = None,
+    licence: str = "not stated",
+    force: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Write `unet`, `step`, `sampler` and, of a pipeline, `vae_encoder` and `vae_decoder`, with `manifest.json` and
+    `example.npz`.
 
-    Each graph is one file, run by ONNX Runtime on the CPU and compared with PyTorch before the folder appears. What they compute:
-    `sbldm_fast.export.modules`. Inputs and outputs are float32 whatever the dtype.
+    Each graph is one file, run by ONNX Runtime on the CPU and compared with PyTorch before the folder appears. What
+    they compute: `sbldm_fast.export.modules`. Inputs and outputs are float32 whatever the dtype.
 
     Args:
         source: a `Pipeline`, or a diffusers or MONAI UNet, or any module `(x, t) -> prediction`.
         out: a new folder, or one that an export wrote.
         target: `"ort"`, opset 18, or `"tensorrt"`, opset 21.
-        dtype: `"fp32"` or `"fp16"`, of the arithmetic between the float32 islands; `"int8"`, of the wide convolutions of `unet` and
+        dtype: `"fp32"` or `"fp16"`, of the arithmetic between the float32 islands; `"int8"`, of the wide convolutions
+        of `unet` and
             `step` on a CPU, for `ort`, calibrated on what the model meets while it samples.
-        batch: of `step`, whose shapes are fixed, and for `tensorrt` of every graph; `"dynamic"`: 1 in `step`, free elsewhere.
-        scheduler: a name of `Pipeline.sampler`, a scheduler object or a `SolverTable`.
-        steps, eta: of the table in the manifest; a `SolverTable` has its own. `step` has as many rows; `sampler` takes any number.
-        shape: of one sample, `(C, H, W)`; a pipeline knows its own.
-        cond: an example of the conditioning, `[n, ...]` or a mapping of such; the graphs then take `cond`, `uncond`, `guidance_scale`.
-        licence: of the weights, for the manifest.
+        batch: of `step`, whose shapes are fixed, and for `tensorrt` of every graph; `"dynamic"`: 1 in `step`, free
+        elsewhere. scheduler: a name of `Pipeline.sampler`, a scheduler object or a `SolverTable`.
+        steps, eta: of the table in the manifest; a `SolverTable` has its own. `step` has as many rows; `sampler` takes
+        any number. shape: of one sample, `(C, H, W)`; a pipeline knows its own.
+        cond: an example of the conditioning, `[n, ...]` or a mapping of such; the graphs then take `cond`, `uncond`,
+        `guidance_scale`. licence: of the weights, for the manifest.
         force: replace a folder that holds something else.
         progress: show which graph is being made.
 
@@ -98,8 +126,10 @@ def export(
         The manifest.
 
     Raises:
-        ValueError: an argument that is not allowed; a missing package; an operator without an ONNX form (named with its module); a
-            graph that is not finite, or differs from PyTorch by more than `TOLERANCE` and twice what PyTorch itself loses.
+        ValueError: an argument that is not allowed; a missing package; an operator without an ONNX form (named with its
+        module); a
+            graph that is not finite, or differs from PyTorch by more than `TOLERANCE` and twice what PyTorch itself
+            loses.
     """
     for name, value, allowed in (("target", target, OPSETS), ("dtype", dtype, TOLERANCE)):
         if value not in allowed:
@@ -114,16 +144,28 @@ def export(
     model, shape, table = _parts(source, shape, scheduler, steps, eta)
     parts = [model, source.vae] if isinstance(source, Pipeline) else [model]
     if target == "tensorrt" and any(getattr(m, "num_groups", None) == 1 for part in parts for m in part.modules()):
-        raise ValueError("target: got 'tensorrt' for a norm of one group, which TensorRT takes for an instance norm; allowed is ort")
+        raise ValueError(
+            "target: got 'tensorrt' for a norm of one group, which TensorRT takes for an instance norm; allowed is ort"
+        )
     example = {k: v.detach().cpu()[torch.arange(EXAMPLES) % len(v)] for k, v in named(cond).items()}
     asked: dict[str, Any] = {"cond": example, "guidance_scale": GUIDANCE} if example else {}
     fixed = None if batch == "dynamic" else int(batch)
     decode = source.decode if isinstance(source, Pipeline) else None
     manifest: dict[str, Any] = {
-        "format": FORMAT, "target": target, "opset": OPSETS[target], "dtype": dtype, "notice": NOTICE, "licence": licence,
-        "versions": versions, "model": _origin(source), "latent_shape": list(shape),
-        "cond": {k: list(v.shape[1:]) for k, v in example.items()}, "decodes": decode is not None, "solver": table.to_dict(), "graphs": {},
-    }  # fmt: skip
+        "format": FORMAT,
+        "target": target,
+        "opset": OPSETS[target],
+        "dtype": dtype,
+        "notice": NOTICE,
+        "licence": licence,
+        "versions": versions,
+        "model": _origin(source),
+        "latent_shape": list(shape),
+        "cond": {k: list(v.shape[1:]) for k, v in example.items()},
+        "decodes": decode is not None,
+        "solver": table.to_dict(),
+        "graphs": {},
+    }
     with whole_folder(out, lose=force) as folder, torch.no_grad(), backend("torch"):
         exact = _networks(source, torch.float32)
         own = _networks(source, torch.float16) if dtype == "fp16" else exact
@@ -134,7 +176,9 @@ def export(
             latents = FastSampler(model, table, shape=shape, mode="eager")(noise=noise, seed=0, callback=keep, **asked)
         except RuntimeError as failure:
             why = " ".join(str(failure).split())[:300]
-            raise ValueError(f"shape, cond: got {shape}, {manifest['cond']}, which the model does not take: {why}") from failure
+            raise ValueError(
+                f"shape, cond: got {shape}, {manifest['cond']}, which the model does not take: {why}"
+            ) from failure
         expected = latents if decode is None else decode(latents)
         graphs = _graphs(own, table, latents, expected, example, fixed, target)
         plain = {"unet": exact.unet, "vae_encoder": exact.encoder, "vae_decoder": exact.decoder}
@@ -142,13 +186,16 @@ def export(
             data = onnx_bytes(name, graph, OPSETS[target])
             kind = "fp32" if dtype == "int8" and name not in ("unet", "step") else dtype
             if kind == "int8":
-                data = quantised(data, [_fed(name, graph, met[i], table, i) for i in range(0, len(met) - 1, CALIBRATED)])
+                data = quantised(
+                    data, [_fed(name, graph, met[i], table, i) for i in range(0, len(met) - 1, CALIBRATED)]
+                )
             (folder / f"{name}.onnx").write_bytes(data)
             manifest["graphs"][name] = _entry(name, data, graph, kind, target, isinstance(source, Pipeline))
             if (module := plain.get(name)) is not None:
                 manifest["graphs"][name]["parity"] = _compared(name, data, graph, module, kind)
         write_json(folder / MANIFEST, manifest)
-        # what PyTorch loses itself: in fp16 beside fp32, in a foreign model, whose weights may amplify anything, at another batch size
+        # what PyTorch loses itself: in fp16 beside fp32, in a foreign model, whose weights may amplify anything, at
+        # another batch size
         lost = torch.zeros(1)
         if dtype == "fp16" or decode is None:
             first = asked | ({"cond": {k: v[:1] for k, v in example.items()}} if example else {})
@@ -157,9 +204,15 @@ def export(
         for name in ("step", "sampler"):
             got = torch.from_numpy(ORTSampler(folder, providers=CPU, mode=name)(EXAMPLES, seed=0, **asked))
             manifest["graphs"][name]["parity"] = _parity(name, got, expected, lost, manifest["graphs"][name]["dtype"])
-        kept = {"noise": noise, "images" if decode else "latents": expected} | {conditioned("cond", k): v for k, v in example.items()}
+        kept = {"noise": noise, "images" if decode else "latents": expected} | {
+            conditioned("cond", k): v for k, v in example.items()
+        }
         np.savez(folder / EXAMPLE, allow_pickle=False, **{k: v.numpy() for k, v in kept.items()})
-        manifest["example"] = {"sha256": _sha256((folder / EXAMPLE).read_bytes()), "seed": 0, **{k: list(v.shape) for k, v in kept.items()}}
+        manifest["example"] = {
+            "sha256": _sha256((folder / EXAMPLE).read_bytes()),
+            "seed": 0,
+            **{k: list(v.shape) for k, v in kept.items()},
+        }
         write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -177,7 +230,10 @@ def claim(out: Path, force: bool) -> None:
     found = {p.name for p in out.iterdir()} if out.exists() else set()
     ours = {MANIFEST, EXAMPLE, *(f"{name}.onnx" for name in GRAPHS)} if _exported(out) else set()
     if not force and (other := sorted(found - ours)):
-        raise ValueError(f"out: {out} holds {other[0]}, which no export wrote; allowed is a new folder, or --force to replace this one")
+        raise ValueError(
+            f"out: {out} holds {other[0]}, which no export wrote; allowed is a new folder, or --force to replace"
+            " this one"
+        )
 
 
 def _exported(out: Path) -> bool:
@@ -219,18 +275,31 @@ def _parts(
         return source.unet, source.latent_shape, sampler.table
     if shape is None or len(shape) != 3 or isinstance(scheduler, str):
         raise ValueError(
-            f"shape, scheduler: got {shape}, {scheduler!r}, allowed with a model alone are (C, H, W) and a scheduler object or SolverTable"
+            f"shape, scheduler: got {shape}, {scheduler!r}, allowed with a model alone are (C, H, W) and a scheduler"
+            " object or SolverTable"
         )
-    return source, shape, scheduler if isinstance(scheduler, SolverTable) else SolverTable.from_scheduler(scheduler, steps, eta=eta)
+    return (
+        source,
+        shape,
+        scheduler if isinstance(scheduler, SolverTable) else SolverTable.from_scheduler(scheduler, steps, eta=eta),
+    )
 
 
 def _origin(source: Pipeline | nn.Module) -> dict[str, Any]:
     if not isinstance(source, Pipeline):
         return {"class": type(source).__name__}
     vae, unet = source.vae.config, source.unet.config
-    preset = [name for name, p in PRESETS.items() if p.unet == unet and p.vae.block_out_channels == vae.block_out_channels]
-    return {"class": "Pipeline", "preset": next(iter(preset), None), "scaling_factor": vae.scaling_factor, "vae": vae.to_dict(),
-            "unet": unet.to_dict(), "scheduler": source.scheduler.config.to_dict()}  # fmt: skip
+    preset = [
+        name for name, p in PRESETS.items() if p.unet == unet and p.vae.block_out_channels == vae.block_out_channels
+    ]
+    return {
+        "class": "Pipeline",
+        "preset": next(iter(preset), None),
+        "scaling_factor": vae.scaling_factor,
+        "vae": vae.to_dict(),
+        "unet": unet.to_dict(),
+        "scheduler": source.scheduler.config.to_dict(),
+    }
 
 
 def _networks(source: Pipeline | nn.Module, dtype: torch.dtype) -> Networks:
@@ -266,14 +335,20 @@ def _graphs(
     frozen = fixed if target == "tensorrt" else None
 
     def inputs(N: int) -> tuple[Tensors, Tensors]:
-        guided = {conditioned(p, k): v[:1].repeat(N, *[1] * (v.dim() - 1)) for k, v in cond.items() for p in ("cond", "uncond")}
+        guided = {
+            conditioned(p, k): v[:1].repeat(N, *[1] * (v.dim() - 1))
+            for k, v in cond.items()
+            for p in ("cond", "uncond")
+        }
         guided |= {"guidance_scale": torch.full((N,), GUIDANCE)} if cond else {}
         noise = {"noise": torch.randn(solver.steps, N, *latents.shape[1:])} if solver.stochastic else {}
         return {"x": latents[:1].repeat(N, 1, 1, 1), **rows, **noise}, guided
 
     def graph(module: nn.Module, given: Tensors) -> Graph:
         axes = {name: AXES.get(name, {0: "batch"}) for name in given}
-        return Graph(module, given, {k: {a: w for a, w in v.items() if w != "batch" or frozen is None} for k, v in axes.items()})
+        return Graph(
+            module, given, {k: {a: w for a, w in v.items() if w != "batch" or frozen is None} for k, v in axes.items()}
+        )
 
     def repeated(v: Tensor) -> Tensor:
         return torch.cat([v] * N)[:N]
@@ -284,7 +359,11 @@ def _graphs(
     state, guided = inputs(N)
     if solver.steps == 1:  # nor is a table of one row free
         state |= {k: torch.cat([v, v]) for k, v in state.items() if k in rows or k == "noise"}
-    out = {"unet": graph(parts.unet, {"x": repeated(latents), "t": t, **{k: v for k, v in guided.items() if k.startswith("cond")}})}
+    out = {
+        "unet": graph(
+            parts.unet, {"x": repeated(latents), "t": t, **{k: v for k, v in guided.items() if k.startswith("cond")}}
+        )
+    }
     if parts.encoder is not None and parts.decoder is not None:
         out["vae_encoder"] = graph(parts.encoder, {"image": repeated(images)})
         out["vae_decoder"] = graph(parts.decoder, {"z": repeated(latents)})
@@ -321,7 +400,10 @@ def _entry(name: str, data: bytes, graph: Graph, dtype: str, target: str, ours: 
         except Exception:  # ONNX Runtime's optimiser is made for the forms of known models
             entry["fused_norms"] = 0
         if ours and entry["fused_norms"] != entry["norms"]:
-            raise ValueError(f"{name}.onnx: ONNX Runtime fuses {entry['fused_norms']} of {entry['norms']} norms, allowed is all of them")
+            raise ValueError(
+                f"{name}.onnx: ONNX Runtime fuses {entry['fused_norms']} of {entry['norms']} norms, allowed is all of"
+                " them"
+            )
     return entry
 
 
@@ -339,7 +421,9 @@ def _compared(name: str, data: bytes, graph: Graph, exact: nn.Module, dtype: str
         want, same = list(exact(some).values()), list(graph.module(some).values())
         if all(v.isfinite().all() for v in want) and not all(v.isfinite().all() for v in got + same):
             where = first_not_finite(graph.module, functools.partial(graph.module, some)) or "none that PyTorch runs"
-            raise ValueError(f"{name}.onnx: NaN or infinity in {dtype}, first out of module {where}; allowed for this model is fp32")
+            raise ValueError(
+                f"{name}.onnx: NaN or infinity in {dtype}, first out of module {where}; allowed for this model is fp32"
+            )
         found += [_parity(name, g, w, s - w, dtype) for g, w, s in zip(got, want, same, strict=True)]
     return max(found, key=lambda parity: parity["error"] / parity["allowed"])
 

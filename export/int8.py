@@ -1,4 +1,5 @@
-"""Wide convolutions of a graph in int8, for a CPU: static, per channel, calibrated on what the model meets while it samples.
+"""Wide convolutions of a graph in int8, for a CPU: static, per channel, calibrated on what the model meets while it
+samples.
 
 Convolutions with fewer than 128 output channels stay in float32: there int8 gains little and loses much (LOG 17).
 """
@@ -43,9 +44,18 @@ def quantised(data: bytes, feeds: Sequence[dict[str, np.ndarray]]) -> bytes:
         convolutions: list[Any] = [node for node in graph.node if node.op_type == "Conv"]
         narrow = [node.name for node in convolutions if widths.get(node.input[1], 0) < WIDE]
         if len(narrow) == len(convolutions):
-            raise ValueError(f"dtype: got int8 for a model without convolutions of {WIDE} channels or more, allowed is fp32")
+            raise ValueError(
+                f"dtype: got int8 for a model without convolutions of {WIDE} channels or more, allowed is fp32"
+            )
         quantize_static(
-            prepared, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8, op_types_to_quantize=["Conv"], nodes_to_exclude=narrow,
-        )  # fmt: skip
+            prepared,
+            out,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv"],
+            nodes_to_exclude=narrow,
+        )
         return Path(out).read_bytes()

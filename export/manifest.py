@@ -33,14 +33,18 @@ def _sizes(value: Any) -> bool:
 
 def _described(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(v, dict) and isinstance(v.get("dtype"), str) and isinstance(v.get("shape"), list)
+        isinstance(v, dict)
+        and isinstance(v.get("dtype"), str)
+        and isinstance(v.get("shape"), list)
         and all((isinstance(d, str) and len(d) < 100) or (type(d) is int and d >= 0) for d in v["shape"])
         for v in value.values()
-    )  # fmt: skip
+    )
 
 
 def _parity(value: Any) -> bool:
-    return isinstance(value, dict) and all(type(value.get(k)) is float and 0 <= value[k] < math.inf for k in ("error", "allowed"))
+    return isinstance(value, dict) and all(
+        type(value.get(k)) is float and 0 <= value[k] < math.inf for k in ("error", "allowed")
+    )
 
 
 def _one_of(*allowed: str) -> Rule:
@@ -74,10 +78,12 @@ EXAMPLE_FILE = {"sha256": EACH["sha256"]}
 
 
 def manifest_of(folder: Path) -> tuple[dict[str, Any], SolverTable]:
-    """The manifest of an exported folder, whose values that are used have been looked at, and its table, which the graphs take.
+    """The manifest of an exported folder, whose values that are used have been looked at, and its table, which the
+    graphs take.
 
     Raises:
-        ValueError: there is none, it is of another format, or a value is missing or is not what its key allows; file and key are named.
+        ValueError: there is none, it is of another format, or a value is missing or is not what its key allows; file
+        and key are named.
     """
     if not folder.is_dir():
         raise ValueError(f"folder: {folder} is not a folder, allowed is one that sbldm-fast export wrote")
@@ -100,18 +106,38 @@ def manifest_of(folder: Path) -> tuple[dict[str, Any], SolverTable]:
     for name, entry in manifest["graphs"].items():
         all_of(entry, EACH, f"graphs.{name}")
         all_of(entry, {k: rule for k, rule in OPTIONAL.items() if k in entry}, f"graphs.{name}")
-        need(("norms" in entry) == ("fused_norms" in entry), f"graphs.{name}", sorted(entry), "norms and fused_norms together")
+        need(
+            ("norms" in entry) == ("fused_norms" in entry),
+            f"graphs.{name}",
+            sorted(entry),
+            "norms and fused_norms together",
+        )
     table = SolverTable.from_dict(manifest["solver"], f"{path}: solver")
     for name, entry in manifest["graphs"].items():
         for side, wanted in zip(("inputs", "outputs"), _signature(name, manifest, table), strict=True):
             has = entry[side]
-            need(set(has) == set(wanted), f"graphs.{name}.{side}", sorted(has), f"{', '.join(sorted(wanted))}, as solver and cond say")
+            need(
+                set(has) == set(wanted),
+                f"graphs.{name}.{side}",
+                sorted(has),
+                f"{', '.join(sorted(wanted))}, as solver and cond say",
+            )
             for key, (dtype, shape) in wanted.items():
                 fits = len(has[key]["shape"]) == len(shape) and all(
                     isinstance(d, str) or w in (d, ANY) for d, w in zip(has[key]["shape"], shape, strict=True)
                 )
-                need(fits, f"graphs.{name}.{side}.{key}.shape", has[key]["shape"], f"{shape}, as solver, cond and latent_shape say")
-                need(dtype in (has[key]["dtype"], ANY), f"graphs.{name}.{side}.{key}.dtype", has[key]["dtype"], f"{dtype}, as solver says")
+                need(
+                    fits,
+                    f"graphs.{name}.{side}.{key}.shape",
+                    has[key]["shape"],
+                    f"{shape}, as solver, cond and latent_shape say",
+                )
+                need(
+                    dtype in (has[key]["dtype"], ANY),
+                    f"graphs.{name}.{side}.{key}.dtype",
+                    has[key]["dtype"],
+                    f"{dtype}, as solver says",
+                )
     return manifest, table
 
 
@@ -131,7 +157,9 @@ def _signature(name: str, manifest: dict[str, Any], table: SolverTable) -> tuple
     solver, shape = Solver.of(table), manifest["latent_shape"]
     given: Signature = {"x": x, **numbers, **cond}
     if cond:
-        given |= {conditioned("uncond", k): (ANY, [N, *v]) for k, v in manifest["cond"].items()} | {"guidance_scale": ("float32", [N])}
+        given |= {conditioned("uncond", k): (ANY, [N, *v]) for k, v in manifest["cond"].items()} | {
+            "guidance_scale": ("float32", [N])
+        }
     if solver.stochastic:
         given["noise"] = ("float32", [solver.steps, N, *shape])
     if name == "sampler":
@@ -182,5 +210,7 @@ def misdescribed(model: Any, entry: dict[str, Any]) -> str:
     except (KeyError, TypeError, ValueError):  # of no dtype
         return "inputs, outputs"
     return ", ".join(
-        side for side in held if held[side] != {k: {key: v[key] for key in ("dtype", "shape")} for k, v in entry[side].items()}
+        side
+        for side in held
+        if held[side] != {k: {key: v[key] for key in ("dtype", "shape")} for k, v in entry[side].items()}
     )

@@ -1,13 +1,14 @@
 """What the five graphs compute, as modules from named tensors to named tensors, and where they keep float32.
 
     unet         prediction of a latent at a timestep
-    step         one solver step: x' = a_0 x + b_0 m + d x0 + s z + sum_k (a_k x_-k + b_k m_-k), x0 = clip(c_x x + c_m m)
+    step         one solver step: x' = a_0 x + b_0 m + d x0 + s z + sum_k (a_k x_-k + b_k m_-k), x0 = clip(c_x x + c_m
+    m)
     sampler      all steps in one loop, then the decoder if there is one
     vae_encoder  image to the mean and logarithmic variance of its scaled latent
     vae_decoder  scaled latent to image
 
-Inputs and outputs are float32 in every graph; float16 begins and ends inside. Norms, softmax and the last stage of the autoencoder
-stay in float32: float16 overflows in the first two (65,504) and leaves steps in the third.
+Inputs and outputs are float32 in every graph; float16 begins and ends inside. Norms, softmax and the last stage of the
+autoencoder stay in float32: float16 overflows in the first two (65,504) and leaves steps in the third.
 """
 
 from __future__ import annotations
@@ -32,15 +33,29 @@ Tensors = dict[str, Tensor]
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, GroupNormSiLU)
 _ATTENTION = F.scaled_dot_product_attention
 _WIDE = (
-    F.group_norm, F.layer_norm, F.rms_norm, F.instance_norm, F.batch_norm, F.softmax,
-    torch.rms_norm, torch.group_norm, torch.layer_norm, torch.instance_norm, torch.batch_norm, torch.softmax, Tensor.softmax,
-)  # fmt: skip
+    F.group_norm,
+    F.layer_norm,
+    F.rms_norm,
+    F.instance_norm,
+    F.batch_norm,
+    F.softmax,
+    torch.rms_norm,
+    torch.group_norm,
+    torch.layer_norm,
+    torch.instance_norm,
+    torch.batch_norm,
+    torch.softmax,
+    Tensor.softmax,
+)
 
 
 class Float32Islands(TorchFunctionMode):
-    """Norms and softmax in float32 whatever comes in; attention written out, so that of it the softmax alone is widened."""
+    """Norms and softmax in float32 whatever comes in; attention written out, so that of it the softmax alone is
+    widened."""
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if function is _ATTENTION:
             return _attention(*args, **kwargs)
@@ -55,9 +70,16 @@ class Float32Islands(TorchFunctionMode):
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
-    scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """`F.scaled_dot_product_attention` without dropout, its softmax in float32."""
     if enable_gqa:
         key, value = (v.repeat_interleave(query.shape[-3] // v.shape[-3], dim=-3) for v in (key, value))
@@ -96,11 +118,19 @@ class Solver(NamedTuple):
     def of(cls, table: SolverTable) -> Solver:
         """The structure of a table."""
         d = bool((table.rows[:, 2] != 0).any())
-        return cls(len(table.timesteps), table.history, table.stochastic, bool((table.input_scale != 1).any()), d, table.clip_range)
+        return cls(
+            len(table.timesteps),
+            table.history,
+            table.stochastic,
+            bool((table.input_scale != 1).any()),
+            d,
+            table.clip_range,
+        )
 
 
 def table_inputs(table: SolverTable) -> Tensors:
-    """The numbers of a table as the graphs take them: timesteps `[S]`, table `[S, 6 + 2 K]`, input_scale `[S]` if it is not 1.
+    """The numbers of a table as the graphs take them: timesteps `[S]`, table `[S, 6 + 2 K]`, input_scale `[S]` if it is
+    not 1.
 
     What a table does not know (NaN) is 0 here, and multiplied by 0 there.
     """
@@ -128,7 +158,9 @@ class UNetGraph(nn.Module):
 
     def at(self, x: Tensor, row: Tensor, cond: Named) -> Tensor:
         """The prediction in float32."""
-        return self.predict(x.to(self.dtype), row, {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in cond.items()}).float()
+        return self.predict(
+            x.to(self.dtype), row, {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in cond.items()}
+        ).float()
 
 
 def conditioned(prefix: str, key: str) -> str:
@@ -138,11 +170,16 @@ def conditioned(prefix: str, key: str) -> str:
 
 def conditioning(given: Tensors, prefix: str) -> Named:
     """The inputs of a prefix, by the names that the model knows."""
-    return {k.removeprefix(prefix).removeprefix("_"): v for k, v in given.items() if k == prefix or k.startswith(f"{prefix}_")}
+    return {
+        k.removeprefix(prefix).removeprefix("_"): v
+        for k, v in given.items()
+        if k == prefix or k.startswith(f"{prefix}_")
+    }
 
 
 class StepGraph(nn.Module):
-    """One step: x, its history and the step's number `index [1]` to those of the next step. Shapes are fixed, nothing branches."""
+    """One step: x, its history and the step's number `index [1]` to those of the next step. Shapes are fixed, nothing
+    branches."""
 
     def __init__(self, unet: UNetGraph, solver: Solver) -> None:
         super().__init__()
@@ -155,7 +192,9 @@ class StepGraph(nn.Module):
         out = {"x_next": x, "index_next": given["index"] + 1}
         return out if history is None else out | {"history_next": history}
 
-    def _advance(self, x: Tensor, history: Tensor | None, index: Tensor, row: Tensor, given: Tensors) -> tuple[Tensor, Tensor | None]:
+    def _advance(
+        self, x: Tensor, history: Tensor | None, index: Tensor, row: Tensor, given: Tensors
+    ) -> tuple[Tensor, Tensor | None]:
         """The next x and history `[K, 2, N, ...]`, the newest pair of x and m first."""
         solver = self.solver
         c_x, c_m, d, s, *pairs = given["table"].index_select(0, index)[0].split(1)
@@ -178,14 +217,17 @@ class StepGraph(nn.Module):
         if not cond:
             return self.unet.at(h, row, {})
         both = self.unet.at(torch.cat([h, h]), row, {k: torch.cat([uncond[k], v]) for k, v in cond.items()})
-        m_u, m_c = both[: h.shape[0]], both[h.shape[0] :]  # chunk becomes a sequence that onnxscript cannot fold in a loop
+        # chunk becomes a sequence that onnxscript cannot fold in a loop
+        m_u, m_c = both[: h.shape[0]], both[h.shape[0] :]
         return m_u + given["guidance_scale"].reshape(-1, *[1] * (h.dim() - 1)) * (m_c - m_u)
 
 
 class SamplerGraph(nn.Module):
-    """Noise to image: the step in one loop over the rows of the table that comes in, the time of all steps computed before it.
+    """Noise to image: the step in one loop over the rows of the table that comes in, the time of all steps computed
+    before it.
 
-    `traced` is the step as torch.export made it from `given` and the row of one step: what it traces, Dynamo need not understand again.
+    `traced` is the step as torch.export made it from `given` and the row of one step: what it traces, Dynamo need not
+    understand again.
     """
 
     def __init__(self, step: StepGraph, traced: nn.Module, decoder: DecoderGraph | None) -> None:
@@ -244,7 +286,9 @@ def norms(module: nn.Module, given: Tensors) -> int:
     """How many group norms a run of a module computes."""
     found: list[nn.Module] = []
     handles = [
-        m.register_forward_hook(lambda m, *_: found.append(m)) for m in module.modules() if isinstance(m, nn.GroupNorm | GroupNormSiLU)
+        m.register_forward_hook(lambda m, *_: found.append(m))
+        for m in module.modules()
+        if isinstance(m, nn.GroupNorm | GroupNormSiLU)
     ]
     try:
         module(given)
@@ -266,7 +310,9 @@ def first_not_finite(module: nn.Module, call: Callable[[], Any]) -> str:
 
         return hook
 
-    handles = [m.register_forward_hook(look(name)) for name, m in module.named_modules() if name and not list(m.children())]
+    handles = [
+        m.register_forward_hook(look(name)) for name, m in module.named_modules() if name and not list(m.children())
+    ]
     try:
         call()
     finally:

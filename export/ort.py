@@ -67,7 +67,8 @@ def session(data: bytes, providers: Sequence[Any] = CPU) -> Any:
     """An ONNX Runtime session of a graph in memory, with as many threads as PyTorch has.
 
     Raises:
-        ValueError: onnxruntime is not installed, has not got a provider, or refuses the graph; the graph refers to other files.
+        ValueError: onnxruntime is not installed, has not got a provider, or refuses the graph; the graph refers to
+        other files.
     """
     onnxruntime = runtime()
     parsed(data)
@@ -84,11 +85,12 @@ def session(data: bytes, providers: Sequence[Any] = CPU) -> Any:
 class ORTSampler:
     """Samples from the graphs of a folder that `export` wrote.
 
-    - `step`: the loop here, a session run per step, states bound to two buffers that change places: nothing is copied between steps.
-      Batches have the size that `step` was exported with.
+    - `step`: the loop here, a session run per step, states bound to two buffers that change places: nothing is copied
+      between steps. Batches have the size that `step` was exported with.
     - `sampler`: the loop inside one graph; any batch.
 
-    On CUDA the buffers are on the device, and `cuda_graph` replays a captured step: not run, no CUDA machine has measured it yet.
+    On CUDA the buffers are on the device, and `cuda_graph` replays a captured step: not run, no CUDA machine has
+    measured it yet.
 
     Args:
         folder: what `export` wrote; every file is checked against its sha256.
@@ -102,9 +104,14 @@ class ORTSampler:
     """
 
     def __init__(
-        self, folder: str | Path, *, providers: Sequence[Any] | None = None, mode: str = "step", cuda_graph: bool = False,
+        self,
+        folder: str | Path,
+        *,
+        providers: Sequence[Any] | None = None,
+        mode: str = "step",
+        cuda_graph: bool = False,
         fuse: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         folder = Path(folder)
         if mode not in ("step", "sampler"):
             raise ValueError(f"mode: got {mode!r}, allowed are step, sampler")
@@ -121,11 +128,18 @@ class ORTSampler:
         first = providers[0] if isinstance(providers[0], str) else providers[0][0]
         self.device = "cuda" if first == "CUDAExecutionProvider" else "cpu"
         if fuse and (self.device != "cuda" or self.manifest["target"] != "ort"):
-            raise ValueError(f"fuse: got True for {first} and {self.manifest['target']!r}, allowed is CUDAExecutionProvider and 'ort'")
+            raise ValueError(
+                f"fuse: got True for {first} and {self.manifest['target']!r}, allowed is CUDAExecutionProvider and"
+                " 'ort'"
+            )
         if cuda_graph and (self.device != "cuda" or self.mode != "step"):
-            raise ValueError(f"cuda_graph: got True for {first} and {self.mode!r}, allowed is CUDAExecutionProvider and 'step'")
+            raise ValueError(
+                f"cuda_graph: got True for {first} and {self.mode!r}, allowed is CUDAExecutionProvider and 'step'"
+            )
         graphs = self.manifest["graphs"]
-        if missing := [n for n in (self.mode, "vae_decoder" if self.manifest["decodes"] else self.mode) if n not in graphs]:
+        if missing := [
+            n for n in (self.mode, "vae_decoder" if self.manifest["decodes"] else self.mode) if n not in graphs
+        ]:
             raise ValueError(f"{folder / MANIFEST}: got no graph {missing[0]}, allowed is one with it: export again")
         options = {} if isinstance(providers[0], str) else providers[0][1]
         captured = [(first, options | {"enable_cuda_graph": "1"}), *providers[1:]] if cuda_graph else providers
@@ -149,32 +163,57 @@ class ORTSampler:
         self._loop: _Loop | None = None
 
     def __call__(self, n: int | None = None, **arguments: Any) -> np.ndarray:
-        """Images `[n, 1, S, S]` in [-1, 1], or latents where the folder has no decoder, as float32 arrays; arguments as `stream`."""
+        """Images `[n, 1, S, S]` in [-1, 1], or latents where the folder has no decoder, as float32 arrays; arguments as
+        `stream`."""
         return np.concatenate(list(self.stream(n, **arguments)))
 
     def stream(
-        self, n: int | None = None, *, seed: int | Sequence[int] = 0, noise: Tensor | np.ndarray | None = None,
-        indices: Sequence[int] | None = None, cond: Given = None, uncond: Given = None, guidance_scale: float | Tensor | None = None,
-        callback: Callable[[int, float, np.ndarray], None] | None = None, batch_size: int | None = None,
-    ) -> Iterator[np.ndarray]:  # fmt: skip
-        """What a call makes, batch by batch; arguments as in `FastSampler`, a guidance_scale of None is 1, `callback` gets x as an array.
+        self,
+        n: int | None = None,
+        *,
+        seed: int | Sequence[int] = 0,
+        noise: Tensor | np.ndarray | None = None,
+        indices: Sequence[int] | None = None,
+        cond: Given = None,
+        uncond: Given = None,
+        guidance_scale: float | Tensor | None = None,
+        callback: Callable[[int, float, np.ndarray], None] | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[np.ndarray]:
+        """What a call makes, batch by batch; arguments as in `FastSampler`, a guidance_scale of None is 1, `callback`
+        gets x as an array.
 
         Raises:
-            ValueError: as `FastSampler`; a batch size that the graph has not; conditioning of other names or shapes; a callback in a loop.
-            FloatingPointError: NaN or infinity, with the samples.
+            ValueError: as `FastSampler`; a batch size that the graph has not; conditioning of other names or shapes; a
+            callback in a loop. FloatingPointError: NaN or infinity, with the samples.
         """
         if self.batch is not None and batch_size not in (None, self.batch):
-            raise ValueError(f"batch_size: got {batch_size}, allowed is {self.batch}, which {self.mode}.onnx was exported with")
+            raise ValueError(
+                f"batch_size: got {batch_size}, allowed is {self.batch}, which {self.mode}.onnx was exported with"
+            )
         if callback is not None and self.mode == "sampler":
             raise ValueError("callback: got one, allowed in mode 'sampler' is None: its loop is inside the graph")
         wanted = self.manifest["cond"]
         if wanted and cond is not None and guidance_scale is None:
             guidance_scale = 1.0
         start = torch.as_tensor(noise) if noise is not None else None
-        asked = Request(self.shape, torch.device("cpu"), n=n, seed=seed, noise=start, indices=indices, cond=_tensors(cond),
-                        uncond=_tensors(uncond), guidance_scale=guidance_scale, batch_size=self.batch or batch_size)  # fmt: skip
+        asked = Request(
+            self.shape,
+            torch.device("cpu"),
+            n=n,
+            seed=seed,
+            noise=start,
+            indices=indices,
+            cond=_tensors(cond),
+            uncond=_tensors(uncond),
+            guidance_scale=guidance_scale,
+            batch_size=self.batch or batch_size,
+        )
         if {k: list(v.shape[1:]) for k, v in asked.conds.items()} != wanted:
-            raise ValueError(f"cond: got { ({k: list(v.shape) for k, v in asked.conds.items()}) }, allowed is one row each of {wanted}")
+            raise ValueError(
+                f"cond: got { ({k: list(v.shape) for k, v in asked.conds.items()}) }, allowed is one row each of"
+                f" {wanted}"
+            )
         for numbers, parts in asked.batches(self.table.init_noise_sigma):
             out = self._made(self._inputs(parts), callback)[: len(numbers)]
             if broken := [numbers[i] for i in np.flatnonzero(~np.isfinite(out).all(axis=tuple(range(1, out.ndim))))]:
@@ -194,7 +233,9 @@ class ORTSampler:
         # a buffer takes whatever bytes it is given
         return {k: np.ascontiguousarray(v.detach().cpu().numpy(), dtype=kinds[k]["dtype"]) for k, v in given.items()}
 
-    def _made(self, given: dict[str, np.ndarray], callback: Callable[[int, float, np.ndarray], None] | None) -> np.ndarray:
+    def _made(
+        self, given: dict[str, np.ndarray], callback: Callable[[int, float, np.ndarray], None] | None
+    ) -> np.ndarray:
         if self.mode == "sampler":
             with named("sampler.onnx"):
                 out: np.ndarray = self.run.run(None, given)[0]
@@ -247,7 +288,12 @@ class _Loop:
             self.bindings.append(binding)
             self.options.append(options)
 
-    def run(self, given: dict[str, np.ndarray], callback: Callable[[int, float, np.ndarray], None] | None, times: list[float]) -> Any:
+    def run(
+        self,
+        given: dict[str, np.ndarray],
+        callback: Callable[[int, float, np.ndarray], None] | None,
+        times: list[float],
+    ) -> Any:
         """The value that holds the last x."""
         for name, array in (self.start | given).items():
             (self.states[0] if name in self.start else self.fixed)[name].update_inplace(array)

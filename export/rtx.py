@@ -1,6 +1,8 @@
-"""Build one ONNX file for a T4 (SM75) with TensorRT-RTX, which needs no GPU for it. Run as a script: the builder can crash.
+"""Build one ONNX file for a T4 (SM75) with TensorRT-RTX, which needs no GPU for it. Run as a script: the builder can
+crash.
 
-python rtx.py GRAPH.onnx SM75     prints a line of JSON: {"built": true, "bytes": ..., "seconds": ...} or {"built": false, "why": ...}
+python rtx.py GRAPH.onnx SM75     prints a line of JSON: {"built": true, "bytes": ..., "seconds": ...} or {"built":
+false, "why": ...}
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""One module to one ONNX file: free axes by name, weights where ONNX Runtime wants them, nothing of the machine inside."""
+"""One module to one ONNX file: free axes by name, weights where ONNX Runtime wants them, nothing of the machine
+inside."""
 
 from __future__ import annotations
 
@@ -31,14 +32,17 @@ def program(name: str, graph: Graph) -> torch.export.ExportedProgram:
     """
     free = {k: dict.fromkeys(graph.free.get(k, {}), torch.export.Dim.DYNAMIC) for k in graph.given}
     try:
-        return torch.export.export(graph.module, (graph.given,), dynamic_shapes=(free,) if graph.free else None, strict=False)
+        return torch.export.export(
+            graph.module, (graph.given,), dynamic_shapes=(free,) if graph.free else None, strict=False
+        )
     except Exception as failure:  # whatever the tracer raises on a foreign model
         why = " ".join(str(failure).split())[:300]
         raise ValueError(f"{name}: torch.export cannot trace {type(graph.module).__name__}: {why}") from failure
 
 
 def onnx_bytes(name: str, graph: Graph, opset: int) -> bytes:
-    """The graph as ONNX has it: single file, its free axes named, without the exporter's notes on where each node came from.
+    """The graph as ONNX has it: single file, its free axes named, without the exporter's notes on where each node came
+    from.
 
     Raises:
         ValueError: what torch.export cannot trace, or an operator that has no ONNX form, with its module.
@@ -49,14 +53,26 @@ def onnx_bytes(name: str, graph: Graph, opset: int) -> bytes:
     with quiet("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's deprecation notices are not about our model
         try:
-            made = torch.onnx.export(traced, dynamo=True, opset_version=opset, verbose=False, external_data=False,
-                                     input_names=list(graph.given), output_names=_outputs(traced))  # fmt: skip
+            made = torch.onnx.export(
+                traced,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                external_data=False,
+                input_names=list(graph.given),
+                output_names=_outputs(traced),
+            )
         except torch.onnx.errors.OnnxExporterError as failure:
             raise ValueError(f"{name}: {_culprit(traced, failure)}") from failure
     assert made is not None  # the exporter gives None only for dynamo=False
     model = made.model_proto
-    words = {d.dim_param: axes[i] for v in model.graph.input for axes in [graph.free.get(v.name, {})]
-             for i, d in enumerate(v.type.tensor_type.shape.dim) if i in axes}  # fmt: skip
+    words = {
+        d.dim_param: axes[i]
+        for v in model.graph.input
+        for axes in [graph.free.get(v.name, {})]
+        for i, d in enumerate(v.type.tensor_type.shape.dim)
+        if i in axes
+    }
     if fallen := [word for word in words if not word]:
         raise ValueError(f"{name}: {len(fallen)} free axes became fixed; the exporter fell back to a static shape")
     _cleaned(model.graph, words)
@@ -88,7 +104,8 @@ def _cleaned(graph: Any, words: dict[str, str]) -> None:
 
 
 def _weights_into(body: Any, graph: Any) -> None:
-    # ONNX Runtime blocks the layout of convolutions only where their weights are initialisers of the same graph (LOG 18)
+    # ONNX Runtime blocks the layout of convolutions only where their weights are initialisers of the same graph (LOG
+    # 18)
     outside = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
     inside = {name for node in body.node for name in node.input}
     moved = [t for t in graph.initializer if t.name in inside - outside]
@@ -106,9 +123,13 @@ def _culprit(program: torch.export.ExportedProgram, failure: BaseException) -> s
         reasons.append(str(failure))
     found = re.search(r"Error when translating node .*?torch\.ops\.\w+\.(\w+)", "\n".join(reasons))
     if found is not None:
-        for node in program.graph.nodes:  # before decomposition the operator may have a prefix: aten.special_NAME, prims.NAME
+        # before decomposition the operator may have a prefix: aten.special_NAME, prims.NAME
+        for node in program.graph.nodes:
             if node.op == "call_function" and found[1] in str(node.target):
                 where = list(node.meta["nn_module_stack"].values())[-1]
-                return f"operator {node.target} in module {where[0]} ({getattr(where[1], '__name__', where[1])}) has no ONNX form"
+                return (
+                    f"operator {node.target} in module {where[0]} ({getattr(where[1], '__name__', where[1])}) has no"
+                    " ONNX form"
+                )
         return f"operator {found[1]} has no ONNX form"
     return f"the exporter failed: {' '.join(str(failure).split())[:300]}"

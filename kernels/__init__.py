@@ -1,4 +1,5 @@
-"""Fused kernels for small diffusion models: each op has a PyTorch reference and a Triton kernel that is proven equal to it."""
+"""Fused kernels for small diffusion models: each op has a PyTorch reference and a Triton kernel that is proven equal to
+it."""
 
 from . import group_norm_silu_backward as _registered  # noqa: F401  # the op that autograd calls by name
 from ._backend import backend
@@ -11,5 +12,13 @@ from .solver_step import solver_step
 from .spectral_mse import spectral_mse
 
 __all__ = [
-    "GroupNormSiLU", "backend", "ddim_step", "diffuse", "frequency_loss", "group_norm_silu", "philox_normal", "solver_step", "spectral_mse",
-]  # fmt: skip
+    "GroupNormSiLU",
+    "backend",
+    "ddim_step",
+    "diffuse",
+    "frequency_loss",
+    "group_norm_silu",
+    "philox_normal",
+    "solver_step",
+    "spectral_mse",
+]

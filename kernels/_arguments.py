@@ -22,11 +22,14 @@ def check_like(name: str, t: Tensor, x: Tensor, of: str = "x", dtype: bool = Tru
     if t.shape != x.shape or t.device != x.device or (t.dtype != x.dtype if dtype else t.dtype not in DTYPES):
         kind = x.dtype if dtype else "float32, float16 or bfloat16"
         raise ValueError(
-            f"{name}: got {t.dtype} {tuple(t.shape)} on {t.device}, allowed is the like of {of}, {kind} {tuple(x.shape)} on {x.device}"
+            f"{name}: got {t.dtype} {tuple(t.shape)} on {t.device}, allowed is the like of {of}, {kind}"
+            f" {tuple(x.shape)} on {x.device}"
         )
 
 
-def check_shape(name: str, t: Tensor, shapes: tuple[tuple[int, ...], ...], x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+def check_shape(
+    name: str, t: Tensor, shapes: tuple[tuple[int, ...], ...], x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> None:
     """`t` has one of `shapes` and of `dtypes`, on the device of `x`."""
     if tuple(t.shape) not in shapes:
         raise ValueError(f"{name}: got shape {tuple(t.shape)}, allowed is {' or '.join(map(str, shapes))}")
@@ -59,10 +62,16 @@ def check_no_grad(**tensors: Tensor | None) -> None:
     """No tensor asks for a gradient that the op does not have."""
     for name, t in tensors.items():
         if needs_grad(t):
-            raise ValueError(f"{name}: got requires_grad=True, allowed is a tensor without: this op has no gradient, use torch.no_grad()")
+            raise ValueError(
+                f"{name}: got requires_grad=True, allowed is a tensor without: this op has no gradient, use"
+                " torch.no_grad()"
+            )
 
 
 def check_first_derivative(op: str) -> None:
     """A backward pass is not itself being recorded."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: got create_graph=True, allowed is a first derivative: the kernel has no second, backend('torch') has")
+        raise RuntimeError(
+            f"{op}: got create_graph=True, allowed is a first derivative: the kernel has no second,"
+            " backend('torch') has"
+        )

@@ -15,7 +15,8 @@ try:
 except ImportError:  # Windows, macOS, Arm: the reference still runs everywhere
 
     class _NoTriton:
-        """Stands in for `triton` and `tl` so that the kernel files import; `resolve` keeps the kernels from being launched."""
+        """Stands in for `triton` and `tl` so that the kernel files import; `resolve` keeps the kernels from being
+        launched."""
 
         constexpr = None
 
@@ -35,8 +36,8 @@ _choice = os.environ.get("SBLDM_FAST_BACKEND", "auto")
 def backend(name: str) -> Iterator[None]:
     """Choose the implementation of every fused op inside a `with` block.
 
-    `"torch"` is the readable reference, `"triton"` the kernel (an error where it cannot run), `"auto"` the kernel on CUDA and the
-    reference elsewhere. The environment variable `SBLDM_FAST_BACKEND` sets the default.
+    `"torch"` is the readable reference, `"triton"` the kernel (an error where it cannot run), `"auto"` the kernel on
+    CUDA and the reference elsewhere. The environment variable `SBLDM_FAST_BACKEND` sets the default.
 
     Raises:
         ValueError: `name` is none of the three.
@@ -92,7 +93,9 @@ def resolve(device: torch.device, no_gradient: bool = False) -> tuple[str, str]:
         if why_not:
             raise ValueError(f"backend='triton' cannot run on {device}: {why_not}; use backend='auto' or 'torch'")
         if no_gradient:
-            raise ValueError("backend='triton' has no gradient of this op: use torch.no_grad(), or backend='auto' or 'torch'")
+            raise ValueError(
+                "backend='triton' has no gradient of this op: use torch.no_grad(), or backend='auto' or 'torch'"
+            )
         return "triton", "asked for"
     if why_not:
         return "torch", why_not

@@ -1,8 +1,8 @@
 """How programs share out the groups of a GroupNorm: what its forward and backward kernels have in common.
 
 A program owns one sample, a run of whole groups, and their pixels or a tile of them. On the way through the kernels
-size = (C, HW, W, chunks); TILE = (channels of a group, groups, lanes = channels of a program, pixels of a tile, 2^k >= chunks);
-affine = (weight, bias, scale, shift, row stride of scale, row stride of shift).
+size = (C, HW, W, chunks); TILE = (channels of a group, groups, lanes = channels of a program, pixels of a tile, 2^k >=
+chunks); affine = (weight, bias, scale, shift, row stride of scale, row stride of shift).
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def per_group(v, TILE):
 
 @triton.jit
 def inverse_root(v):
-    # a GPU's rsqrt is off by up to 2.6 in the last place; a step of Newton's iteration leaves 1, where a rounded division of a rounded root
-    # leaves 1.5 and calls subroutines (LOG 29). Not where it is 0 or infinite
+    # a GPU's rsqrt is off by up to 2.6 in the last place; a step of Newton's iteration leaves 1, where a rounded
+    # division of a rounded root leaves 1.5 and calls subroutines (LOG 29). Not where it is 0 or infinite
     r = tl.rsqrt(v)
     return tl.where((r > 0.0) & (r < float("inf")), r + 0.5 * r * (1.0 - (v * r) * r), r)
 
@@ -100,7 +100,8 @@ def load_pairs(pairs, n, c, size, TILE):
 
 @functools.cache
 def register_tile(device: torch.device) -> int:
-    """Elements of the largest group that one program keeps in registers: as measured on this GPU (crossover.json), else the default."""
+    """Elements of the largest group that one program keeps in registers: as measured on this GPU (crossover.json), else
+    the default."""
     tiles = json.loads(Path(__file__).with_name("crossover.json").read_text())
     return int(tiles.get(torch.cuda.get_device_name(device) if device.type == "cuda" else "default", tiles["default"]))
 
@@ -109,7 +110,8 @@ def register_tile(device: torch.device) -> int:
 def plan(
     shape: tuple[int, ...], num_groups: int, channels_last: bool, itemsize: int, limit: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
-    """How to run groups of which up to `limit` elements stay whole: `size`, `TILE`, the number of programs and the warps of each."""
+    """How to run groups of which up to `limit` elements stay whole: `size`, `TILE`, the number of programs and the
+    warps of each."""
     N, C, H, W = shape
     channels, HW = C // num_groups, H * W
     groups, lanes, pixels = 1, triton.next_power_of_2(channels), triton.next_power_of_2(HW)

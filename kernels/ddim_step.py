@@ -4,11 +4,13 @@ r"""One DDIM step in one pass: x0 from the model's output, clipping, direction, 
           = m                                    sample       e = (x - sqrt(a) m) / sqrt(1-a)
           = sqrt(a) x - sqrt(1-a) m              v_prediction e = sqrt(a) m + sqrt(1-a) x
     sigma = eta sqrt((1-a')/(1-a)) sqrt((a'-a)/a')
-    x'    = sqrt(a') clip(x0) + sqrt(1 - a' - sigma^2) e + sigma z,   1 - a' - sigma^2 = (1-a') (1 - eta^2 + eta^2 a (1-a') / (a' (1-a)))
+    x'    = sqrt(a') clip(x0) + sqrt(1 - a' - sigma^2) e + sigma z,   1 - a' - sigma^2 = (1-a') (1 - eta^2 + eta^2 a
+    (1-a') / (a' (1-a)))
 
-The right-hand forms of 1 - a/a' and 1 - a' - sigma^2 are computed: sums of what is not negative, in which nothing cancels.
-a is alphas_cumprod at this timestep, a' at the previous one. As in diffusers, e is not derived again after clipping.
-Any dense layout; x, model_output and noise must share it. Source: Song et al. 2021, arXiv:2010.02502, equation 12.
+The right-hand forms of 1 - a/a' and 1 - a' - sigma^2 are computed: sums of what is not negative, in which nothing
+cancels. a is alphas_cumprod at this timestep, a' at the previous one. As in diffusers, e is not derived again after
+clipping. Any dense layout; x, model_output and noise must share it. Source: Song et al. 2021, arXiv:2010.02502,
+equation 12.
 """
 
 from __future__ import annotations
@@ -24,9 +26,16 @@ BLOCK = 1024
 
 
 def ddim_step_reference(
-    x: Tensor, model_output: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, *, eta: float = 0.0, noise: Tensor | None = None,
-    prediction_type: str = "epsilon", clip_range: float | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    model_output: Tensor,
+    alpha_bar: Tensor,
+    alpha_bar_prev: Tensor,
+    *,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+    prediction_type: str = "epsilon",
+    clip_range: float | None = None,
+) -> Tensor:
     """The specification of `ddim_step`, in float32; `alpha_bar` of shape `[]` or `[N]`."""
     a, a_prev = (v.float().reshape(-1, *[1] * (x.dim() - 1)) for v in (alpha_bar, alpha_bar_prev))
     z, m = x.float(), model_output.float()
@@ -48,9 +57,20 @@ def ddim_step_reference(
 
 @triton.jit
 def _ddim_step_kernel(
-    x, model_output, noise, y, alpha_bar, alpha_bar_prev, numel, a_stride, a_prev_stride,
-    BLOCK: tl.constexpr, eta: tl.constexpr, PREDICTION: tl.constexpr, CLIP: tl.constexpr,
-):  # fmt: skip
+    x,
+    model_output,
+    noise,
+    y,
+    alpha_bar,
+    alpha_bar_prev,
+    numel,
+    a_stride,
+    a_prev_stride,
+    BLOCK: tl.constexpr,
+    eta: tl.constexpr,
+    PREDICTION: tl.constexpr,
+    CLIP: tl.constexpr,
+):
     # one grid axis: the others end at 65,535
     blocks = tl.cdiv(numel, BLOCK)
     n = (tl.program_id(0) // blocks).to(tl.int64)
@@ -92,18 +112,34 @@ torch.library.define(
 
 
 def _launch(
-    x: Tensor, model_output: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float, noise: Tensor | None,
-    prediction_type: str, clip_range: float | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    model_output: Tensor,
+    alpha_bar: Tensor,
+    alpha_bar_prev: Tensor,
+    eta: float,
+    noise: Tensor | None,
+    prediction_type: str,
+    clip_range: float | None,
+) -> Tensor:
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
     numel = x.numel() // x.shape[0]
     with torch.cuda.device_of(x):
         _ddim_step_kernel[(triton.cdiv(numel, BLOCK) * x.shape[0],)](
-            x, model_output, noise if eta else None, y, alpha_bar, alpha_bar_prev, numel, *map(_step, (alpha_bar, alpha_bar_prev)),
-            BLOCK=BLOCK, eta=eta, PREDICTION=prediction_type, CLIP=clip_range,
-        )  # fmt: skip
+            x,
+            model_output,
+            noise if eta else None,
+            y,
+            alpha_bar,
+            alpha_bar_prev,
+            numel,
+            *map(_step, (alpha_bar, alpha_bar_prev)),
+            BLOCK=BLOCK,
+            eta=eta,
+            PREDICTION=prediction_type,
+            CLIP=clip_range,
+        )
     return y
 
 
@@ -116,21 +152,35 @@ def _step(a: Tensor) -> int:
 
 @torch.library.register_fake("sbldm_fast::ddim_step")
 def _fake(
-    x: Tensor, model_output: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float, noise: Tensor | None,
-    prediction_type: str, clip_range: float | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    model_output: Tensor,
+    alpha_bar: Tensor,
+    alpha_bar_prev: Tensor,
+    eta: float,
+    noise: Tensor | None,
+    prediction_type: str,
+    clip_range: float | None,
+) -> Tensor:
     return torch.empty_like(x)
 
 
 def ddim_step(
-    x: Tensor, model_output: Tensor, alpha_bar: Tensor | float, alpha_bar_prev: Tensor | float, *, eta: float = 0.0,
-    noise: Tensor | None = None, prediction_type: str = "epsilon", clip_range: float | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    model_output: Tensor,
+    alpha_bar: Tensor | float,
+    alpha_bar_prev: Tensor | float,
+    *,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+    prediction_type: str = "epsilon",
+    clip_range: float | None = None,
+) -> Tensor:
     """The sample one DDIM step earlier: `x' = sqrt(a') x0 + sqrt(1 - a' - sigma^2) e + sigma z`.
 
     Args:
         x, model_output: `[N, ...]`, one dtype, one dense layout.
-        alpha_bar, alpha_bar_prev: alphas_cumprod now and at the previous timestep: a number, `[]` or one per sample `[N]`.
+        alpha_bar, alpha_bar_prev: alphas_cumprod now and at the previous timestep: a number, `[]` or one per sample
+        `[N]`.
             Tensors must be on the device of `x`.
         eta: 0 is deterministic, 1 has DDPM's variance.
         noise: like `x`; needed if `eta > 0`.
@@ -143,17 +193,21 @@ def ddim_step(
     Source: Song et al. 2021, arXiv:2010.02502, equation 12; v as in Salimans & Ho 2022, arXiv:2202.00512.
     """
     a, a_prev = (
-        v.float() if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float32, device=x.device) for v in (alpha_bar, alpha_bar_prev)
+        v.float() if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float32, device=x.device)
+        for v in (alpha_bar, alpha_bar_prev)
     )
     _check(x, model_output, a, a_prev, eta, noise, prediction_type, clip_range)
     for name, t in (("x", x), ("model_output", model_output), ("noise", noise)):
         if t is not None and (_strides(t) != _strides(x) or not _dense(t)):
             raise ValueError(
-                f"{name}: got strides {t.stride()}, allowed is one dense layout for x, model_output and noise: call .contiguous()"
+                f"{name}: got strides {t.stride()}, allowed is one dense layout for x, model_output and noise: call"
+                " .contiguous()"
             )
     chosen, _ = resolve(x.device, needs_grad(x, model_output, noise))
     if chosen == "torch":
-        return ddim_step_reference(x, model_output, a, a_prev, eta=eta, noise=noise, prediction_type=prediction_type, clip_range=clip_range)
+        return ddim_step_reference(
+            x, model_output, a, a_prev, eta=eta, noise=noise, prediction_type=prediction_type, clip_range=clip_range
+        )
     out: Tensor = torch.ops.sbldm_fast.ddim_step(x, model_output, a, a_prev, eta, noise, prediction_type, clip_range)
     return out
 
@@ -167,9 +221,15 @@ def _dense(t: Tensor) -> bool:
 
 
 def _check(
-    x: Tensor, model_output: Tensor, a: Tensor, a_prev: Tensor, eta: float, noise: Tensor | None,
-    prediction_type: str, clip_range: float | None,
-) -> None:  # fmt: skip
+    x: Tensor,
+    model_output: Tensor,
+    a: Tensor,
+    a_prev: Tensor,
+    eta: float,
+    noise: Tensor | None,
+    prediction_type: str,
+    clip_range: float | None,
+) -> None:
     check_float("x", x)
     for name, t in (("model_output", model_output), ("noise", noise)):
         if t is not None:

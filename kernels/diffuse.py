@@ -4,12 +4,12 @@ r"""One training pair of a diffusion model in one pass: noise drawn inside, late
     z_t = sqrt(a_t) z0 + sqrt(1 - a_t) e,   a = alphas_cumprod
     target = e (epsilon),   z0 (sample),   sqrt(a_t) e - sqrt(1 - a_t) z0 (v_prediction)
 
-CutMix: with probability p a box of sample n is that of sample n + 1 (of the first, for the last), in z0 and e alike; t_n holds for the
-whole sample, so that z_t and target stay a pair. Four words of Philox, counter (0, sample, stream, 1), decide: whether, the box's area
-as a uniform fraction of the image, and its centre, clipped at the border.
+CutMix: with probability p a box of sample n is that of sample n + 1 (of the first, for the last), in z0 and e alike;
+t_n holds for the whole sample, so that z_t and target stay a pair. Four words of Philox, counter (0, sample, stream,
+1), decide: whether, the box's area as a uniform fraction of the image, and its centre, clipped at the border.
 
-Layout: contiguous. Sources: Ho et al. 2020, arXiv:2006.11239, equation 4; Salimans & Ho 2022, arXiv:2202.00512 (v); Yun et al. 2019,
-arXiv:1905.04899 (CutMix); 001 section III.B mixes z_t, which leaves the target undefined.
+Layout: contiguous. Sources: Ho et al. 2020, arXiv:2006.11239, equation 4; Salimans & Ho 2022, arXiv:2202.00512 (v); Yun
+et al. 2019, arXiv:1905.04899 (CutMix); 001 section III.B mixes z_t, which leaves the target undefined.
 """
 
 from __future__ import annotations
@@ -26,9 +26,16 @@ BLOCK_BYTES = 2048  # of a program: 16 bytes a thread
 
 
 def diffuse_reference(
-    z0: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, key: Tensor, first_index: int, prediction_type: str, threshold: int
+    z0: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    key: Tensor,
+    first_index: int,
+    prediction_type: str,
+    threshold: int,
 ) -> tuple[Tensor, Tensor]:
-    """The specification of `diffuse`: z_t and the target; `key` = (seed, stream), `threshold` = 2^23 times the probability of CutMix."""
+    """The specification of `diffuse`: z_t and the target; `key` = (seed, stream), `threshold` = 2^23 times the
+    probability of CutMix."""
     N, _, H, W = z0.shape
     seed, stream = key
     sample = torch.arange(first_index, first_index + N, device=z0.device)
@@ -61,9 +68,22 @@ def _inside(at, length, side, centre):
 
 @triton.jit(do_not_specialize=["first_index"])  # else a shard whose number is 1, or divides by 16, would compile anew
 def _diffuse_kernel(
-    z0, timesteps, alphas_cumprod, key, z_t, target, N, first_index, H, W, numel, t_max,
-    PREDICTION: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    z0,
+    timesteps,
+    alphas_cumprod,
+    key,
+    z_t,
+    target,
+    N,
+    first_index,
+    H,
+    W,
+    numel,
+    t_max,
+    PREDICTION: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     # one grid axis: the others end at 65,535
     blocks = tl.cdiv(numel, 4 * BLOCK)
     n = tl.program_id(0) // blocks
@@ -98,13 +118,19 @@ def _diffuse_kernel(
 
 torch.library.define(
     "sbldm_fast::diffuse",
-    "(Tensor z0, Tensor timesteps, Tensor alphas_cumprod, Tensor key, int first_index, str prediction_type, int threshold)"
-    " -> (Tensor, Tensor)",
+    "(Tensor z0, Tensor timesteps, Tensor alphas_cumprod, Tensor key, int first_index, str prediction_type, int"
+    " threshold) -> (Tensor, Tensor)",
 )
 
 
 def _launch(
-    z0: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, key: Tensor, first_index: int, prediction_type: str, threshold: int
+    z0: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    key: Tensor,
+    first_index: int,
+    prediction_type: str,
+    threshold: int,
 ) -> tuple[Tensor, Tensor]:
     z_t, target = torch.empty_like(z0), torch.empty_like(z0)
     if z0.numel():
@@ -112,9 +138,22 @@ def _launch(
         numel, block = z0.numel() // N, BLOCK_BYTES // z0.element_size() // 4
         with torch.cuda.device_of(z0):
             _diffuse_kernel[(N * triton.cdiv(numel, 4 * block),)](
-                z0, timesteps, alphas_cumprod, key, z_t, target, N, first_index, H, W, numel, alphas_cumprod.shape[0],
-                PREDICTION=prediction_type, THRESHOLD=threshold, BLOCK=block,
-            )  # fmt: skip
+                z0,
+                timesteps,
+                alphas_cumprod,
+                key,
+                z_t,
+                target,
+                N,
+                first_index,
+                H,
+                W,
+                numel,
+                alphas_cumprod.shape[0],
+                PREDICTION=prediction_type,
+                THRESHOLD=threshold,
+                BLOCK=block,
+            )
     return z_t, target
 
 
@@ -127,19 +166,27 @@ def _fake(z0: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def diffuse(
-    z0: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, seed: int | Tensor, *, first_index: int = 0, stream: int | Tensor = 0,
-    prediction_type: str = "epsilon", cutmix_prob: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    z0: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    seed: int | Tensor,
+    *,
+    first_index: int = 0,
+    stream: int | Tensor = 0,
+    prediction_type: str = "epsilon",
+    cutmix_prob: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Noised latents `z_t = sqrt(a_t) z0 + sqrt(1 - a_t) e` and what a model is trained to make of them.
 
     Args:
         z0: scaled latents `[N, C, H, W]`, contiguous.
         timesteps: int64 `[N]`, 0 to T - 1; another one gives NaN.
         alphas_cumprod: float32 `[T]`, on the device of `z0`.
-        seed, stream: of the noise, as in `philox_normal`; in training, the step is the stream. A tensor of one int64 on the device
+        seed, stream: of the noise, as in `philox_normal`; in training, the step is the stream. A tensor of one int64 on
+        the device
             of `z0` can change under a captured graph.
-        first_index: the number of the first sample, so that a shard draws its part of a larger batch; CutMix stays within the shard.
-        prediction_type: the target: `"epsilon"`, `"sample"` (z0) or `"v_prediction"`.
+        first_index: the number of the first sample, so that a shard draws its part of a larger batch; CutMix stays
+        within the shard. prediction_type: the target: `"epsilon"`, `"sample"` (z0) or `"v_prediction"`.
         cutmix_prob: the probability that a box of a sample is its neighbour's.
 
     Returns:
@@ -168,7 +215,15 @@ def diffuse(
         else:
             check_count(name, value, top)
             words.append(torch.full((1,), value, dtype=torch.int64, device=z0.device))
-    arguments = (z0, timesteps, alphas_cumprod, torch.cat(words), first_index, prediction_type, round(cutmix_prob * 2**23))
+    arguments = (
+        z0,
+        timesteps,
+        alphas_cumprod,
+        torch.cat(words),
+        first_index,
+        prediction_type,
+        round(cutmix_prob * 2**23),
+    )
     if resolve(z0.device)[0] == "torch":
         return diffuse_reference(*arguments)
     z_t, target = torch.ops.sbldm_fast.diffuse(*arguments)

@@ -1,13 +1,14 @@
 r"""A mean squared error that weighs low and high spatial frequencies apart; loss and gradient at once.
 
     e = pred - target,   E = FFT2(e) / sqrt(H W),   |f| = sqrt(fx^2 + fy^2) on the unshifted grid of fftfreq
-    loss = low_weight mean_low + high_weight mean_high,   mean_low = sum_{|f| <= cutoff} |E|^2 / numel,   mean_high the rest / numel
-    dpred = 2 / numel (low_weight e_low + high_weight e_high) = -dtarget
+    loss = low_weight mean_low + high_weight mean_high,   mean_low = sum_{|f| <= cutoff} |E|^2 / numel,   mean_high the
+    rest / numel dpred = 2 / numel (low_weight e_low + high_weight e_high) = -dtarget
 
-By Parseval weights 1, 1 give exactly the mean squared error. Images up to 32x32 need no FFT: with the real orthonormal basis B of the
-low modes, `[K, H W]` (K = 49 at 16x16 and cutoff 1/4), e_low = B^T B e and e_high = e - e_low, whose squares add up without
-cancellation. Larger ones take rfft2, one pass that weighs and adds up, and irfft2. A mode is low or high by float64 arithmetic.
-Layouts: any strides. Source: 000 section 3.6 prints a centred mask on an unshifted FFT, which marks the high modes; here they agree.
+By Parseval weights 1, 1 give exactly the mean squared error. Images up to 32x32 need no FFT: with the real orthonormal
+basis B of the low modes, `[K, H W]` (K = 49 at 16x16 and cutoff 1/4), e_low = B^T B e and e_high = e - e_low, whose
+squares add up without cancellation. Larger ones take rfft2, one pass that weighs and adds up, and irfft2. A mode is low
+or high by float64 arithmetic. Layouts: any strides. Source: 000 section 3.6 prints a centred mask on an unshifted FFT,
+which marks the high modes; here they agree.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def frequency_loss_reference(
 
 @functools.cache
 def low_basis(H: int, W: int, cutoff: float, device: torch.device) -> Tensor:
-    """The real orthonormal basis of the low modes, float32 `[K, H W]`: a cosine and a sine for each pair of modes f and -f."""
+    """The real orthonormal basis of the low modes, float32 `[K, H W]`: a cosine and a sine for each pair of modes f and
+    -f."""
     low = low_modes(H, W, cutoff, torch.device("cpu"))
     y, x = torch.arange(H, dtype=torch.float64)[:, None], torch.arange(W, dtype=torch.float64)[None, :]
     rows = []
@@ -71,9 +73,22 @@ def _half_mask(H: int, W: int, cutoff: float, device: torch.device) -> Tensor:
 
 @triton.jit
 def _basis_kernel(
-    pred, target, basis, grad, sums, strides, C, H, W, K, numel, low_weight: tl.constexpr, high_weight: tl.constexpr,
-    PIXELS: tl.constexpr, MODES: tl.constexpr,
-):  # fmt: skip
+    pred,
+    target,
+    basis,
+    grad,
+    sums,
+    strides,
+    C,
+    H,
+    W,
+    K,
+    numel,
+    low_weight: tl.constexpr,
+    high_weight: tl.constexpr,
+    PIXELS: tl.constexpr,
+    MODES: tl.constexpr,
+):
     # a program owns an image
     n, c = (tl.program_id(0) // C).to(tl.int64), (tl.program_id(0) % C).to(tl.int64)
     s = tl.arange(0, PIXELS)
@@ -98,10 +113,20 @@ def _basis_kernel(
 
 @triton.jit
 def _spectrum_kernel(
-    spectrum, low_mask, sums, modes, W, columns, modes_of_image, numel,
-    low_weight: tl.constexpr, high_weight: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    # spectrum is [..., H, W/2 + 1, (re, im)] of rfft2: a mode stands for its mirror too, but for those that are their own column's
+    spectrum,
+    low_mask,
+    sums,
+    modes,
+    W,
+    columns,
+    modes_of_image,
+    numel,
+    low_weight: tl.constexpr,
+    high_weight: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # spectrum is [..., H, W/2 + 1, (re, im)] of rfft2: a mode stands for its mirror too, but for those that are their
+    # own column's
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < modes * 2
     mode = i // 2
@@ -117,7 +142,9 @@ def _spectrum_kernel(
 
 
 @triton.jit
-def _total_kernel(sums, loss, means, rows, numel, low_weight: tl.constexpr, high_weight: tl.constexpr, BLOCK: tl.constexpr):
+def _total_kernel(
+    sums, loss, means, rows, numel, low_weight: tl.constexpr, high_weight: tl.constexpr, BLOCK: tl.constexpr
+):
     # one program, so that the order of the sum is one
     low, high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, rows, BLOCK):
@@ -160,18 +187,39 @@ def _launch(
                 basis, pixels = low_basis(H, W, cutoff, pred.device), triton.next_power_of_2(H * W)
                 strides = (pred.stride(), target.stride(), grad.stride() if gradient else None)
                 _basis_kernel[(rows,)](
-                    pred, target, basis, grad if gradient else None, sums, strides, C, H, W, basis.shape[0], numel,
-                    PIXELS=pixels, MODES=max(1, min(16, BASIS_TILE // pixels)), num_warps=4, **weights,
-                )  # fmt: skip
+                    pred,
+                    target,
+                    basis,
+                    grad if gradient else None,
+                    sums,
+                    strides,
+                    C,
+                    H,
+                    W,
+                    basis.shape[0],
+                    numel,
+                    PIXELS=pixels,
+                    MODES=max(1, min(16, BASIS_TILE // pixels)),
+                    num_warps=4,
+                    **weights,
+                )
         else:
             spectrum = torch.fft.rfft2(pred.float() - target.float(), norm="ortho").contiguous()
             modes = spectrum.numel()
             rows = triton.cdiv(2 * modes, BLOCK)
             sums = torch.empty(rows, 2, dtype=torch.float32, device=pred.device)
             _spectrum_kernel[(rows,)](
-                torch.view_as_real(spectrum), _half_mask(H, W, cutoff, pred.device), sums, modes, W, W // 2 + 1, H * (W // 2 + 1), numel,
-                BLOCK=BLOCK, **weights,
-            )  # fmt: skip
+                torch.view_as_real(spectrum),
+                _half_mask(H, W, cutoff, pred.device),
+                sums,
+                modes,
+                W,
+                W // 2 + 1,
+                H * (W // 2 + 1),
+                numel,
+                BLOCK=BLOCK,
+                **weights,
+            )
             if gradient:
                 grad.copy_(torch.fft.irfft2(spectrum, s=(H, W), norm="ortho"))
         _total_kernel[(1,)](sums, loss, means, rows, numel, BLOCK=BLOCK, **weights)
@@ -203,22 +251,39 @@ torch.library.register_autograd("sbldm_fast::frequency_loss", backward, setup_co
 
 @overload
 def frequency_loss(
-    pred: Tensor, target: Tensor, *, low_weight: float = 1.0, high_weight: float = 1.0, cutoff: float = 0.25,
+    pred: Tensor,
+    target: Tensor,
+    *,
+    low_weight: float = 1.0,
+    high_weight: float = 1.0,
+    cutoff: float = 0.25,
     return_means: Literal[False] = False,
-) -> Tensor: ...  # fmt: skip
+) -> Tensor: ...
 @overload
 def frequency_loss(
-    pred: Tensor, target: Tensor, *, low_weight: float = 1.0, high_weight: float = 1.0, cutoff: float = 0.25, return_means: Literal[True]
-) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+    pred: Tensor,
+    target: Tensor,
+    *,
+    low_weight: float = 1.0,
+    high_weight: float = 1.0,
+    cutoff: float = 0.25,
+    return_means: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def frequency_loss(
-    pred: Tensor, target: Tensor, *, low_weight: float = 1.0, high_weight: float = 1.0, cutoff: float = 0.25, return_means: bool = False
+    pred: Tensor,
+    target: Tensor,
+    *,
+    low_weight: float = 1.0,
+    high_weight: float = 1.0,
+    cutoff: float = 0.25,
+    return_means: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`low_weight mean_low + high_weight mean_high`, a float32 scalar; 1, 1 is the mean squared error.
 
     Args:
-        pred, target: `[N, C, H, W]`, float32, float16 or bfloat16 each, any strides; computed in float32, also under autocast.
-        low_weight, high_weight: of the modes at and below `cutoff`, and of the others; each new pair compiles a kernel.
-        cutoff: in cycles per pixel, 0 (the mean alone is low) to 1; from sqrt(1/2) on all modes are low.
+        pred, target: `[N, C, H, W]`, float32, float16 or bfloat16 each, any strides; computed in float32, also under
+        autocast. low_weight, high_weight: of the modes at and below `cutoff`, and of the others; each new pair compiles
+        a kernel. cutoff: in cycles per pixel, 0 (the mean alone is low) to 1; from sqrt(1/2) on all modes are low.
         return_means: return `(loss, mean_low, mean_high)`, the two means for logging, without gradient.
 
     Raises:

@@ -4,12 +4,13 @@ r"""GroupNorm, time modulation and SiLU in one pass over memory; the gradients a
     p = u a + b,        a = weight (1 + scale),    b = bias (1 + scale) + shift,   y = silu(p) = p sigmoid(p)
 
 `mean_g`, `var_g` are taken over the C/G channels and all pixels of a group, in float32, centred (never E[x^2] - m^2).
-`conv_bias` is the bias of the convolution before, which cuDNN would add in a kernel of its own, as PyTorch would the residual.
-Layouts: NCHW, channels_last and any strided view, read in place. Source: Wu & He 2018 (GroupNorm), Dhariwal & Nichol 2021
-section 3 (scale and shift from the time embedding), Chan et al. 1979 (merging the statistics of tiles).
+`conv_bias` is the bias of the convolution before, which cuDNN would add in a kernel of its own, as PyTorch would the
+residual. Layouts: NCHW, channels_last and any strided view, read in place. Source: Wu & He 2018 (GroupNorm), Dhariwal &
+Nichol 2021 section 3 (scale and shift from the time embedding), Chan et al. 1979 (merging the statistics of tiles).
 
-A group of up to `register_tile` elements is read once and kept in registers. A larger one is cut into tiles, in two launches: the
-statistics of each tile, then each program merges these in one order and normalises its own tile. No atomics: the same bits from run to run.
+A group of up to `register_tile` elements is read once and kept in registers. A larger one is cut into tiles, in two
+launches: the statistics of each tile, then each program merges these in one order and normalises its own tile. No
+atomics: the same bits from run to run.
 """
 
 from __future__ import annotations
@@ -41,10 +42,18 @@ ACTIVATIONS = ("silu", "none")
 
 
 def group_norm_silu_reference(
-    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-    scale: Tensor | None = None, shift: Tensor | None = None, conv_bias: Tensor | None = None, residual: Tensor | None = None,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+    residual: Tensor | None = None,
     activation: str = "silu",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The specification of `group_norm_silu`, in float32: y and h."""
     h = x
     if conv_bias is not None:  # rounded once, with the residual
@@ -83,7 +92,8 @@ def _load_sum(x, conv_bias, residual, h, n, c, in_c, s, mask, size, strides, FLA
 
 @triton.jit
 def _centred(v, mask, count, TILE):
-    share = tl.div_rn(1.0, count)  # once, for the whole program: exact where the count is a power of two, as in every preset
+    # once, for the whole program: exact where the count is a power of two, as in every preset
+    share = tl.div_rn(1.0, count)
     # twice: the mean of what is left after the rounded mean restores the digits that a sum far from zero has lost
     mean = per_group(tl.sum(v, axis=1), TILE) * share
     d = tl.where(mask, v - mean[:, None], 0.0)
@@ -103,9 +113,21 @@ def _tile_statistics_kernel(x, conv_bias, residual, h, pairs, strides, size, TIL
 
 @triton.jit
 def _group_norm_silu_kernel(
-    x, conv_bias, residual, h, y, stats, pairs, strides, affine, size,
-    eps: tl.constexpr, TILE: tl.constexpr, FLAT: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
+    x,
+    conv_bias,
+    residual,
+    h,
+    y,
+    stats,
+    pairs,
+    strides,
+    affine,
+    size,
+    eps: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAT: tl.constexpr,
+    SILU: tl.constexpr,
+):
     n, chunk, c, in_c, s, mask = place(size, TILE)
     v = _load_sum(x, conv_bias, residual, h, n, c, in_c, s, mask, size, strides, FLAT)
     count = tl.cast(size[1], tl.float32) * TILE[0]
@@ -114,7 +136,10 @@ def _group_norm_silu_kernel(
         d, mean, squares = _centred(v, mask, count, TILE)
     else:
         means, within = load_pairs(pairs, n, c, size, TILE)
-        counts = tl.maximum(tl.minimum(size[1] - tl.arange(0, TILE[4]) * TILE[3], TILE[3]), 0).to(tl.float32)[:, None] * TILE[0]
+        counts = (
+            tl.maximum(tl.minimum(size[1] - tl.arange(0, TILE[4]) * TILE[3], TILE[3]), 0).to(tl.float32)[:, None]
+            * TILE[0]
+        )
         about = tl.sum(means * counts, axis=0) * share
         between = means - about[None, :]
         rest = tl.sum(between * counts, axis=0) * share
@@ -133,25 +158,43 @@ def _group_norm_silu_kernel(
 
 torch.library.define(
     "sbldm_fast::group_norm_silu",
-    "(Tensor x, Tensor? conv_bias, Tensor? residual, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, "
-    "Tensor? shift, bool silu, bool keep_sum) -> (Tensor y, Tensor h, Tensor stats)",
+    "(Tensor x, Tensor? conv_bias, Tensor? residual, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor?"
+    " scale, Tensor? shift, bool silu, bool keep_sum) -> (Tensor y, Tensor h, Tensor stats)",
 )
 
 
 @torch.library.register_fake("sbldm_fast::group_norm_silu")
 def _allocate(
-    x: Tensor, conv_bias: Tensor | None, residual: Tensor | None, num_groups: int, weight: Tensor | None, bias: Tensor | None,
-    eps: float, scale: Tensor | None, shift: Tensor | None, silu: bool, keep_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     # stats: mean and rstd of each group; h: an output may not be an input, so where it is not asked for it is empty
     h = torch.empty_like(x) if keep_sum else x.new_empty(0)
     return torch.empty_like(x), h, torch.empty(x.shape[0], 2, num_groups, dtype=torch.float32, device=x.device)
 
 
 def _launch(
-    x: Tensor, conv_bias: Tensor | None, residual: Tensor | None, num_groups: int, weight: Tensor | None, bias: Tensor | None,
-    eps: float, scale: Tensor | None, shift: Tensor | None, silu: bool, keep_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     y, h, stats = _allocate(x, conv_bias, residual, num_groups, weight, bias, eps, scale, shift, silu, keep_sum)
     if x.numel() == 0:
         return y, h, stats
@@ -168,11 +211,13 @@ def _launch(
         affine = affine_arguments(weight, bias, scale, shift)
         _group_norm_silu_kernel[(programs,)](
             *terms, y, stats, pairs, _strides(*terms, y), affine, size, eps=eps, SILU=silu, **common
-        )  # fmt: skip
+        )
     return y, h, stats
 
 
-def _strides(x: Tensor, conv_bias: Tensor | None, residual: Tensor | None, h: Tensor | None, y: Tensor) -> tuple[Any, ...]:
+def _strides(
+    x: Tensor, conv_bias: Tensor | None, residual: Tensor | None, h: Tensor | None, y: Tensor
+) -> tuple[Any, ...]:
     return x.stride(), None if residual is None else residual.stride(), y.stride()  # h lies as y does
 
 
@@ -207,31 +252,67 @@ torch.library.register_autograd("sbldm_fast::group_norm_silu", _backward, setup_
 
 @overload
 def group_norm_silu(
-    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-    scale: Tensor | None = None, shift: Tensor | None = None, conv_bias: Tensor | None = None, residual: None = None,
-    activation: str = "silu", return_sum: Literal[False] = False,
-) -> Tensor: ...  # fmt: skip
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+    residual: None = None,
+    activation: str = "silu",
+    return_sum: Literal[False] = False,
+) -> Tensor: ...
 @overload
 def group_norm_silu(
-    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-    scale: Tensor | None = None, shift: Tensor | None = None, conv_bias: Tensor | None = None, residual: Tensor,
-    activation: str = "silu", return_sum: bool = False,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+    residual: Tensor,
+    activation: str = "silu",
+    return_sum: bool = False,
+) -> tuple[Tensor, Tensor]: ...
 @overload
 def group_norm_silu(
-    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-    scale: Tensor | None = None, shift: Tensor | None = None, conv_bias: Tensor | None = None, residual: Tensor | None = None,
-    activation: str = "silu", return_sum: Literal[True],
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "silu",
+    return_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def group_norm_silu(
-    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-    scale: Tensor | None = None, shift: Tensor | None = None, conv_bias: Tensor | None = None, residual: Tensor | None = None,
-    activation: str = "silu", return_sum: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "silu",
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """GroupNorm with optional time modulation, then SiLU; of a sum, where terms are given.
 
-    `y = silu((GN(h) * weight + bias) * (1 + scale) + shift)`, `h = x + conv_bias + residual`; in the dtype and layout of `x`, also
-    under autocast; statistics in float32. Differentiable in every tensor.
+    `y = silu((GN(h) * weight + bias) * (1 + scale) + shift)`, `h = x + conv_bias + residual`; in the dtype and layout
+    of `x`, also under autocast; statistics in float32. Differentiable in every tensor.
 
     Args:
         x: `[N, C, H, W]`, float32, float16 or bfloat16, any strides.
@@ -253,23 +334,40 @@ def group_norm_silu(
     return_sum = return_sum or residual is not None
     if resolve(x.device)[0] == "torch":
         y, h = group_norm_silu_reference(
-            x, num_groups, weight, bias, eps, scale=scale, shift=shift, conv_bias=conv_bias, residual=residual, activation=activation
-        )  # fmt: skip
+            x,
+            num_groups,
+            weight,
+            bias,
+            eps,
+            scale=scale,
+            shift=shift,
+            conv_bias=conv_bias,
+            residual=residual,
+            activation=activation,
+        )
     else:
         # the gradient is taken at h, which without a term is x
         terms = conv_bias is not None or residual is not None
         keep = terms and (return_sum or needs_grad(x, conv_bias, weight, bias, scale, shift))
         y, h, _ = torch.ops.sbldm_fast.group_norm_silu(
             x, conv_bias, residual, num_groups, weight, bias, eps, scale, shift, activation == "silu", keep
-        )  # fmt: skip
+        )
         h = h if terms else x
     return (y, h) if return_sum else y
 
 
 def _check(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
-    scale: Tensor | None, shift: Tensor | None, conv_bias: Tensor | None, residual: Tensor | None, activation: str,
-) -> None:  # fmt: skip
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> None:
     check_float("x", x, "[N, C, H, W]")
     N, C = x.shape[:2]
     if num_groups < 1 or C % num_groups:
@@ -282,13 +380,18 @@ def _check(
         check_like("residual", residual, x)
     of_channels, rows = ((C,),), ((N, C), (1, C))
     for name, t, shapes in (
-        ("weight", weight, of_channels), ("bias", bias, of_channels), ("conv_bias", conv_bias, of_channels), ("scale", scale, rows),
+        ("weight", weight, of_channels),
+        ("bias", bias, of_channels),
+        ("conv_bias", conv_bias, of_channels),
+        ("scale", scale, rows),
         ("shift", shift, rows),
-    ):  # fmt: skip
+    ):
         if t is not None:
             check_shape(name, t, shapes, x)
             if t.stride(-1) != 1 and C > 1:
-                raise ValueError(f"{name}: got strides {t.stride()}, allowed is the channels side by side: call .contiguous()")
+                raise ValueError(
+                    f"{name}: got strides {t.stride()}, allowed is the channels side by side: call .contiguous()"
+                )
 
 
 class GroupNormSiLU(nn.Module):
@@ -297,7 +400,9 @@ class GroupNormSiLU(nn.Module):
     Shapes, errors and source: `group_norm_silu`.
     """
 
-    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True, activation: str = "silu") -> None:
+    def __init__(
+        self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True, activation: str = "silu"
+    ) -> None:
         super().__init__()
         if num_groups < 1 or num_channels % num_groups:
             raise ValueError(f"num_groups: got {num_groups}, allowed are the divisors of num_channels = {num_channels}")
@@ -306,16 +411,34 @@ class GroupNormSiLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels)) if affine else None
 
     def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *, conv_bias: Tensor | None = None,
-        residual: Tensor | None = None, return_sum: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        *,
+        conv_bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        return_sum: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """What `group_norm_silu` returns."""
         op: Any = group_norm_silu  # its overloads tell the two results apart by arguments that here may be either
         out: Tensor | tuple[Tensor, Tensor] = op(
-            x, self.num_groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, conv_bias=conv_bias, residual=residual,
-            activation=self.activation, return_sum=return_sum,
-        )  # fmt: skip
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            scale=scale,
+            shift=shift,
+            conv_bias=conv_bias,
+            residual=residual,
+            activation=self.activation,
+            return_sum=return_sum,
+        )
         return out
 
     def extra_repr(self) -> str:
-        return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.weight is not None}, activation={self.activation!r}"
+        return (
+            f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.weight is not None},"
+            f" activation={self.activation!r}"
+        )

@@ -1,11 +1,12 @@
 r"""The gradients of `group_norm_silu`, which calls this op; formulas of u, p, a, b there.
 
-    q  = dy sigmoid(p) (1 + p (1 - sigmoid(p))),   A_nc = sum_hw q u,   B_nc = sum_hw q          (without activation q = dy)
+    q  = dy sigmoid(p) (1 + p (1 - sigmoid(p))),   A_nc = sum_hw q u,   B_nc = sum_hw q          (without activation q =
+    dy)
     dx = rstd (a q - mean_g(a q) - u mean_g(a q u)) + dh,   dresidual = dx
     dweight = sum_n A (1 + scale),   dbias = sum_n B (1 + scale),   dscale = A weight + B bias,   dshift = B
 
-All sums in float32, in one order. Layouts, tiles and the cut of large groups as in the forward pass; dy and dh may lie in memory
-in another way than h does, as compiled graphs hand them over. Source: Wu & He 2018, differentiated by hand.
+All sums in float32, in one order. Layouts, tiles and the cut of large groups as in the forward pass; dy and dh may lie
+in memory in another way than h does, as compiled graphs hand them over. Source: Wu & He 2018, differentiated by hand.
 """
 
 from __future__ import annotations
@@ -32,10 +33,18 @@ ROWS, BLOCK = 16, 32  # samples at a time and channels of a program that sums ov
 
 
 def group_norm_silu_backward_reference(
-    dy: Tensor, dh: Tensor | None, h: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, silu: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The specification: dx, dweight, dbias, dscale, dshift, in the dtype of `h`'s maths, `stats` = mean and rstd `[N, 2, G]`."""
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, ...]:
+    """The specification: dx, dweight, dbias, dscale, dshift, in the dtype of `h`'s maths, `stats` = mean and rstd
+    `[N, 2, G]`."""
     N, C = h.shape[:2]
     mean, rstd = stats.to(h.dtype).repeat_interleave(C // stats.shape[2], 2)[..., None, None].unbind(1)
     factor = torch.ones(1, C, dtype=h.dtype) if scale is None else 1 + scale
@@ -73,7 +82,7 @@ def _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT:
 @triton.jit
 def _tile_gradients_kernel(
     h, dy, stats, sums, pairs, strides, affine, size, TILE: tl.constexpr, FLAT: tl.constexpr, SILU: tl.constexpr
-):  # fmt: skip
+):
     n, chunk, c, in_c, s, mask = place(size, TILE)
     u, q, a, _ = _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT, SILU)
     A, B = tl.sum(q * u, axis=1), tl.sum(q, axis=1)
@@ -86,7 +95,7 @@ def _tile_gradients_kernel(
 @triton.jit
 def _group_norm_silu_backward_kernel(
     h, dy, dh, dx, stats, sums, pairs, strides, affine, size, TILE: tl.constexpr, FLAT: tl.constexpr, SILU: tl.constexpr
-):  # fmt: skip
+):
     n, _, c, in_c, s, mask = place(size, TILE)
     u, q, a, rstd = _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT, SILU)
     if pairs is None:
@@ -134,29 +143,47 @@ def _parameters_kernel(sums, affine, dweight, dbias, dscale, N, C, ROWS: tl.cons
 
 torch.library.define(
     "sbldm_fast::group_norm_silu_backward",
-    "(Tensor dy, Tensor? dh, Tensor h, Tensor stats, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, bool silu)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift)",
+    "(Tensor dy, Tensor? dh, Tensor h, Tensor stats, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, bool"
+    " silu) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift)",
 )
 
 
 @torch.library.register_fake("sbldm_fast::group_norm_silu_backward")
 def _allocate(
-    dy: Tensor, dh: Tensor | None, h: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, silu: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return torch.empty_like(h), *(h.new_empty(0) if t is None else torch.empty_like(t) for t in (weight, bias, scale, shift))
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(h), *(
+        h.new_empty(0) if t is None else torch.empty_like(t) for t in (weight, bias, scale, shift)
+    )
 
 
 def _launch(
-    dy: Tensor, dh: Tensor | None, h: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, silu: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, ...]:
     dx, dweight, dbias, dscale, dshift = _allocate(dy, dh, h, stats, weight, bias, scale, shift, silu)
     N, C = h.shape[:2]
     if h.numel() == 0:
         return dx, *(g.zero_() for g in (dweight, dbias, dscale, dshift))
     # h and dy are kept at once, so half a group as large
-    size, TILE, programs, warps = plan(h.shape, stats.shape[2], h.stride(1) == 1, h.element_size(), register_tile(h.device) // 2)
+    size, TILE, programs, warps = plan(
+        h.shape, stats.shape[2], h.stride(1) == 1, h.element_size(), register_tile(h.device) // 2
+    )
     common = {"TILE": TILE, "FLAT": is_flat(h, dy, dh, dx), "SILU": silu, "num_warps": warps}
     strides = (h.stride(), dy.stride(), None if dh is None else dh.stride(), dx.stride())
     affine = affine_arguments(weight, bias, scale, shift)
@@ -166,11 +193,15 @@ def _launch(
         if size[3] > 1:
             pairs = torch.empty(N, size[3], 2, stats.shape[2], dtype=torch.float32, device=h.device)
             _tile_gradients_kernel[(programs,)](h, dy, stats, sums, pairs, strides, affine, size, **common)
-        _group_norm_silu_backward_kernel[(programs,)](h, dy, dh, dx, stats, sums, pairs, strides, affine, size, **common)
+        _group_norm_silu_backward_kernel[(programs,)](
+            h, dy, dh, dx, stats, sums, pairs, strides, affine, size, **common
+        )
         sums = sums.sum(1) if size[3] > 1 else sums[:, 0]
         if weight is not None or bias is not None or scale is not None:
             each = None if scale is None else scale.new_empty(N, C)
-            _parameters_kernel[(triton.cdiv(C, BLOCK),)](sums, affine, dweight, dbias, each, N, C, ROWS=ROWS, BLOCK=BLOCK)
+            _parameters_kernel[(triton.cdiv(C, BLOCK),)](
+                sums, affine, dweight, dbias, each, N, C, ROWS=ROWS, BLOCK=BLOCK
+            )
             if each is not None:
                 dscale = each if each.shape == dscale.shape else each.float().sum(0, keepdim=True).to(each.dtype)
     if shift is not None:

@@ -70,8 +70,8 @@ def uniform(w):
 
 @triton.jit
 def _box_muller(w0, w1):
-    # the angle in turns, -1/2 to 1/2, is brought to an eighth of a turn without rounding, where Taylor series reach float32's
-    # last digit; libdevice's sine would bring its path for huge angles along, with float64 and local memory
+    # the angle in turns, -1/2 to 1/2, is brought to an eighth of a turn without rounding, where Taylor series reach
+    # float32's last digit; libdevice's sine would bring its path for huge angles along, with float64 and local memory
     turn = uniform(w1) - 0.5
     quarter = tl.floor(turn * 4.0 + 0.5)
     a = (turn - quarter * 0.25) * 6.283185307179586
@@ -95,7 +95,8 @@ def normals(seed, sample, stream, block):
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
 
 
-@triton.jit(do_not_specialize=["first_index", "stream"])  # else a shard or step whose number is 1, or divides by 16, would compile anew
+# else a shard or step whose number is 1, or divides by 16, would compile anew
+@triton.jit(do_not_specialize=["first_index", "stream"])
 def _philox_normal_kernel(y, seed, first_index, stream, numel, BLOCK: tl.constexpr):
     # one grid axis: the others end at 65,535
     blocks = tl.cdiv(numel, 4 * BLOCK)
@@ -106,7 +107,9 @@ def _philox_normal_kernel(y, seed, first_index, stream, numel, BLOCK: tl.constex
     tl.store(y + n.to(tl.int64) * numel + i, z.to(y.dtype.element_ty), mask=i < numel)
 
 
-torch.library.define("sbldm_fast::philox_normal", "(Tensor seed, int[] shape, int first_index, int stream, ScalarType dtype) -> Tensor")
+torch.library.define(
+    "sbldm_fast::philox_normal", "(Tensor seed, int[] shape, int first_index, int stream, ScalarType dtype) -> Tensor"
+)
 
 
 def _launch(seed: Tensor, shape: Sequence[int], first_index: int, stream: int, dtype: torch.dtype) -> Tensor:
@@ -115,7 +118,9 @@ def _launch(seed: Tensor, shape: Sequence[int], first_index: int, stream: int, d
         return y
     numel = y.numel() // y.shape[0]
     with torch.cuda.device_of(y):
-        _philox_normal_kernel[(triton.cdiv(numel, 4 * BLOCK) * y.shape[0],)](y, seed, first_index, stream, numel, BLOCK=BLOCK)
+        _philox_normal_kernel[(triton.cdiv(numel, 4 * BLOCK) * y.shape[0],)](
+            y, seed, first_index, stream, numel, BLOCK=BLOCK
+        )
     return y
 
 
@@ -128,9 +133,14 @@ def _fake(seed: Tensor, shape: Sequence[int], first_index: int, stream: int, dty
 
 
 def philox_normal(
-    shape: Sequence[int], seed: int, *, first_index: int = 0, stream: int = 0, device: torch.device | str | None = None,
+    shape: Sequence[int],
+    seed: int,
+    *,
+    first_index: int = 0,
+    stream: int = 0,
+    device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Standard normals of `shape`, where `shape[0]` counts samples: sample i is number `first_index + i` of the seed.
 
     Args:

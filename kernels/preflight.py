@@ -2,9 +2,10 @@
 
     python -m sbldm_fast.kernels.preflight --sm 75
 
-This stands in for a T4 until one is measured: the kernels are compiled, not run. What is compiled is what the launchers launch: they
-run on tensors without memory, and each launch is recorded instead of sent to a GPU. Registers and local memory are
-read from the binary (cuobjdump's resource usage), load widths and `.f64` from the PTX. budgets.toml says what a kernel may cost.
+This stands in for a T4 until one is measured: the kernels are compiled, not run. What is compiled is what the launchers
+launch: they run on tensors without memory, and each launch is recorded instead of sent to a GPU. Registers and local
+memory are read from the binary (cuobjdump's resource usage), load widths and `.f64` from the PTX. budgets.toml says
+what a kernel may cost.
 """
 
 from __future__ import annotations
@@ -37,24 +38,52 @@ from ._backend import HAS_TRITON, triton
 from ._group_tiles import plan, register_tile
 
 # the package's attributes of these names are the functions, so the modules are asked for by name
-ddim_step, diffuse, frequency_loss, group_norm_silu, group_norm_silu_backward, philox_normal, solver_step, spectral_mse = (
+(
+    ddim_step,
+    diffuse,
+    frequency_loss,
+    group_norm_silu,
+    group_norm_silu_backward,
+    philox_normal,
+    solver_step,
+    spectral_mse,
+) = (
     importlib.import_module(f"{__package__}.{name}")
     for name in (
-        "ddim_step", "diffuse", "frequency_loss", "group_norm_silu", "group_norm_silu_backward", "philox_normal", "solver_step",
+        "ddim_step",
+        "diffuse",
+        "frequency_loss",
+        "group_norm_silu",
+        "group_norm_silu_backward",
+        "philox_normal",
+        "solver_step",
         "spectral_mse",
     )
-)  # fmt: skip
+)
 
 WIDE = 16  # bytes
 REGISTERS = 65536  # per SM, of every architecture here
 # resident warps, resident blocks and bytes of shared memory of an SM
-ARCHITECTURES = {75: (32, 16, 65536), 80: (64, 32, 167936), 86: (48, 16, 102400), 89: (48, 24, 102400), 90: (64, 32, 233472),
-                 100: (64, 32, 233472)}  # fmt: skip
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
-         torch.bool: "i1", torch.int8: "i8"}  # fmt: skip
+ARCHITECTURES = {
+    75: (32, 16, 65536),
+    80: (64, 32, 167936),
+    86: (48, 16, 102400),
+    89: (48, 24, 102400),
+    90: (64, 32, 233472),
+    100: (64, 32, 233472),
+}
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+    torch.int8: "i8",
+}
 
-# Every GroupNorm that the presets run; a test derives it from the models. By use (with time modulation, the activation, what is added up
-# before the norm, whether the sum is wanted too) and (C, num_groups): the pixels.
+# Every GroupNorm that the presets run; a test derives it from the models. By use (with time modulation, the activation,
+# what is added up before the norm, whether the sum is wanted too) and (C, num_groups): the pixels.
 _NORMS = {
     "silu": {
         (32, 8): (16384,),
@@ -120,7 +149,9 @@ _NORMS = {
         (256, 32): (16, 64),
     },
 }
-PRESET_NORMS = tuple((C, G, HW, use) for use, sizes in _NORMS.items() for (C, G), pixels in sizes.items() for HW in pixels)
+PRESET_NORMS = tuple(
+    (C, G, HW, use) for use, sizes in _NORMS.items() for (C, G), pixels in sizes.items() for HW in pixels
+)
 
 
 class Specialisation(NamedTuple):
@@ -155,7 +186,8 @@ class Report:
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    """Every launch of the presets with tensors of `dtype`, on tensors without memory: its name, whether 16-byte loads fit, the call."""
+    """Every launch of the presets with tensors of `dtype`, on tensors without memory: its name, whether 16-byte loads
+    fit, the call."""
 
     def new(*shape: int, dtype: torch.dtype = dtype, last: bool = False) -> Tensor:
         t = torch.empty(shape, dtype=dtype, device="meta")
@@ -170,7 +202,8 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, bool, Callable[[], objec
             side_by_side = tile[0] * tile[1] if last else HW
             wide = side_by_side * dtype.itemsize % WIDE == 0
             name, silu = f"{C}/{G} HW={HW} {'nhwc' if last else 'nchw'} {use}", "silu" in uses
-            for mode, weights in (("sample", dtype), ("train", fp32)):  # mixed precision trains float32 weights on half-precision images
+            # mixed precision trains float32 weights on half-precision images
+            for mode, weights in (("sample", dtype), ("train", fp32)):
                 w = new(C, dtype=weights)
                 affine = [w, w, *([new(2, C, dtype=weights)] * 2 if "time" in uses else [None] * 2)]
                 terms = w if "bias" in uses else None, x if "residual" in uses else None
@@ -186,10 +219,21 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, bool, Callable[[], objec
         bars = new(50, 2, dtype=fp32)
         for kind in ddim_step.PREDICTION_TYPES:
             for eta in (0.0, 1.0):
-                yield f"{of} {kind} eta={eta:g}", True, partial(ddim_step._launch, m, m, bars[1, 0], bars[1, 1], eta, m, kind, None)
+                yield (
+                    f"{of} {kind} eta={eta:g}",
+                    True,
+                    partial(ddim_step._launch, m, m, bars[1, 0], bars[1, 1], eta, m, kind, None),
+                )
             for cutmix in (0, 2**21):
                 call = partial(
-                    diffuse._launch, m, new(2, dtype=torch.int64), new(1000, dtype=fp32), new(2, dtype=torch.int64), 0, kind, cutmix
+                    diffuse._launch,
+                    m,
+                    new(2, dtype=torch.int64),
+                    new(1000, dtype=fp32),
+                    new(2, dtype=torch.int64),
+                    0,
+                    kind,
+                    cutmix,
                 )
                 yield f"{of} {kind}{' cutmix' if cutmix else ''}", True, call
         for K in range(4):
@@ -197,12 +241,19 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, bool, Callable[[], objec
                 if K and len({guided, noisy, watched, last}) > 1:
                     continue  # with history: nothing of the rest, or all of it
                 call = partial(
-                    solver_step._launch, z, new(4 if guided else 2, *shape, last=last),
-                    new(50, 6 + 2 * K, dtype=fp32), new(2, dtype=torch.int32),
-                    new(1, dtype=fp32) if guided else None, new(K, 2, 2, *shape, dtype=fp32) if K else None,
-                    new(2, 2, dtype=i64) if noisy else None, new(2, dtype=torch.bool) if watched else None,
-                    z if watched else None, new(2, 2, dtype=fp32) if watched else None, None,
-                )  # fmt: skip
+                    solver_step._launch,
+                    z,
+                    new(4 if guided else 2, *shape, last=last),
+                    new(50, 6 + 2 * K, dtype=fp32),
+                    new(2, dtype=torch.int32),
+                    new(1, dtype=fp32) if guided else None,
+                    new(K, 2, 2, *shape, dtype=fp32) if K else None,
+                    new(2, 2, dtype=i64) if noisy else None,
+                    new(2, dtype=torch.bool) if watched else None,
+                    z if watched else None,
+                    new(2, 2, dtype=fp32) if watched else None,
+                    None,
+                )
                 words = (f"K={K}", "guided" * guided, "noise" * noisy, "watched" * watched, "nhwc" * last)
                 yield f"{of} {' '.join(filter(None, words))}", True, call
         yield f"{of}", True, partial(philox_normal._launch, new(1, dtype=i64), z.shape, 0, 0, fp32)
@@ -238,7 +289,9 @@ def _specialisation(
     name: str, wide: bool, kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int = 4, **kw: Any
 ) -> Specialisation:
     bound = inspect.signature(kernel.fn).bind(*args, **kw).arguments
-    fixed, plain = ({p.name for p in kernel.params if getattr(p, flag)} for flag in ("is_constexpr", "do_not_specialize"))
+    fixed, plain = (
+        {p.name for p in kernel.params if getattr(p, flag)} for flag in ("is_constexpr", "do_not_specialize")
+    )
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -249,7 +302,9 @@ def _specialisation(
         signature[key] = "constexpr" if key in fixed else _describe(value, (i,), constants, attributes)
         if key in fixed:
             constants[i,] = value
-    return Specialisation(name, kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes, num_warps, wide)
+    return Specialisation(
+        name, kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes, num_warps, wide
+    )
 
 
 def _describe(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
@@ -280,11 +335,14 @@ def compile_one(s: Specialisation, dtype: str, sm: int) -> Report:
         report.fault = f"does not compile: {str(error).strip().splitlines()[-1][:120]}"
         return report
     usage, ptx = _resource_usage(built.asm["cubin"]), built.asm["ptx"]
-    report.registers = int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]  # cuobjdump always prints it
+    report.registers = int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]
     report.spilled = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
     report.shared = built.metadata.shared
     report.f64 = len(re.findall(r"\.f64", ptx))
-    report.load = max((int(n or 1) * int(bits) // 8 for n, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[a-z](\d+) ", ptx)), default=0)
+    report.load = max(
+        (int(n or 1) * int(bits) // 8 for n, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[a-z](\d+) ", ptx)),
+        default=0,
+    )
     report.cubin = len(built.asm["cubin"])
     report.warps = _resident_warps(sm, report.registers, report.shared, s.num_warps)
     report.fault = _fault(report, s.wide)
@@ -309,7 +367,9 @@ def budgets() -> dict[str, dict[str, int]]:
 
 def _fault(r: Report, wide: bool) -> str:
     budget, got = budgets().get(r.kernel, budgets()["default"]), asdict(r)
-    over = [f"{k} {got[k]} > {budget[k]}" for k in ("registers", "spilled", "shared", "f64", "cubin") if got[k] > budget[k]]
+    over = [
+        f"{k} {got[k]} > {budget[k]}" for k in ("registers", "spilled", "shared", "f64", "cubin") if got[k] > budget[k]
+    ]
     under = [f"{k} {got[k]} < {budget[k]}" for k in ("load",) * wide + ("warps",) if got[k] < budget[k]]
     return ", ".join(over + under)
 
@@ -319,15 +379,23 @@ def _resource_usage(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 0 if every kernel keeps its budget, 1 if one does not, 2 where nothing can be compiled."""
     parser = argparse.ArgumentParser(prog="python -m sbldm_fast.kernels.preflight", description=__doc__.splitlines()[0])
-    parser.add_argument("--sm", default=",".join(map(str, ARCHITECTURES)), help="architectures, e.g. 75 or 75,80 (default: all)")
+    parser.add_argument(
+        "--sm", default=",".join(map(str, ARCHITECTURES)), help="architectures, e.g. 75 or 75,80 (default: all)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per kernel instead of the table")
-    parser.add_argument("--worst", action="store_true", help="one line for each kernel and architecture: the worst figure in each column")
+    parser.add_argument(
+        "--worst",
+        action="store_true",
+        help="one line for each kernel and architecture: the worst figure in each column",
+    )
     parser.epilog = "benchmarks/gate.jsonl, which the report shows, is the output of --worst --json"
     options = parser.parse_args(argv)
     if not HAS_TRITON:

@@ -4,12 +4,14 @@ r"""One step of any linear solver in one pass, its numbers read from a table thr
     x0 = clip(c_x x + c_m m)                                        x0 from epsilon, x0 or v
     x' = a_0 x + b_0 m + d x0 + s z + sum_k (a_k x_-k + b_k m_-k)   k = 1 .. K steps back
 
-Row i of the table is [c_x, c_m, d, s, a_0, b_0, a_1, b_1, ..., a_K, b_K]; z is `philox_normal` of the sample's seed and number,
-stream i + 1. The last program to finish advances the counter, so that one captured launch replays for any number of steps with no
-traffic between host and device. Of what is x0's or the history's, a term with coefficient 0 is not read.
+Row i of the table is [c_x, c_m, d, s, a_0, b_0, a_1, b_1, ..., a_K, b_K]; z is `philox_normal` of the sample's seed and
+number, stream i + 1. The last program to finish advances the counter, so that one captured launch replays for any
+number of steps with no traffic between host and device. Of what is x0's or the history's, a term with coefficient 0 is
+not read.
 
-Layout: contiguous; the model's output may also be channels_last. Sources: Song et al. 2021, arXiv:2010.02502 (DDIM); Lu et al. 2022,
-arXiv:2211.01095 and Zhao et al. 2023, arXiv:2302.04867 (multistep solvers are such sums); Ho & Salimans 2022, arXiv:2207.12598 (w).
+Layout: contiguous; the model's output may also be channels_last. Sources: Song et al. 2021, arXiv:2010.02502 (DDIM); Lu
+et al. 2022, arXiv:2211.01095 and Zhao et al. 2023, arXiv:2302.04867 (multistep solvers are such sums); Ho & Salimans
+2022, arXiv:2207.12598 (w).
 """
 
 from __future__ import annotations
@@ -26,9 +28,18 @@ COLUMNS = 6  # without history
 
 
 def solver_step_reference(
-    x: Tensor, model_output: Tensor, table: Tensor, counter: Tensor, guidance: Tensor | None, history: Tensor | None,
-    seeds: Tensor | None, frozen: Tensor | None, x0: Tensor | None, statistics: Tensor | None, clip_range: float | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    counter: Tensor,
+    guidance: Tensor | None,
+    history: Tensor | None,
+    seeds: Tensor | None,
+    frozen: Tensor | None,
+    x0: Tensor | None,
+    statistics: Tensor | None,
+    clip_range: float | None,
+) -> Tensor:
     """The specification of `solver_step`, in float32; writes to counter, history, x0 and statistics."""
     N, step = x.shape[0], counter[:1].long()
 
@@ -67,9 +78,27 @@ def solver_step_reference(
 
 @triton.jit
 def _solver_step_kernel(
-    x, model_output, y, table, counter, guidance, history, seeds, frozen, x0, sums, N, numel, steps, guidance_stride, channels,
-    K: tl.constexpr, CLIP: tl.constexpr, M_LAST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    model_output,
+    y,
+    table,
+    counter,
+    guidance,
+    history,
+    seeds,
+    frozen,
+    x0,
+    sums,
+    N,
+    numel,
+    steps,
+    guidance_stride,
+    channels,
+    K: tl.constexpr,
+    CLIP: tl.constexpr,
+    M_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     # one grid axis: the others end at 65,535
     blocks = tl.cdiv(numel, 4 * BLOCK)
     n = (tl.program_id(0) // blocks).to(tl.int64)
@@ -140,15 +169,24 @@ def _solver_step_kernel(
 
 torch.library.define(
     "sbldm_fast::solver_step",
-    "(Tensor x, Tensor model_output, Tensor table, Tensor(a!) counter, Tensor? guidance, Tensor(b!)? history, Tensor? seeds, "
-    "Tensor? frozen, Tensor(c!)? x0, Tensor(d!)? statistics, float? clip_range) -> Tensor",
+    "(Tensor x, Tensor model_output, Tensor table, Tensor(a!) counter, Tensor? guidance, Tensor(b!)? history, Tensor?"
+    " seeds, Tensor? frozen, Tensor(c!)? x0, Tensor(d!)? statistics, float? clip_range) -> Tensor",
 )
 
 
 def _launch(
-    x: Tensor, model_output: Tensor, table: Tensor, counter: Tensor, guidance: Tensor | None, history: Tensor | None,
-    seeds: Tensor | None, frozen: Tensor | None, x0: Tensor | None, statistics: Tensor | None, clip_range: float | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    counter: Tensor,
+    guidance: Tensor | None,
+    history: Tensor | None,
+    seeds: Tensor | None,
+    frozen: Tensor | None,
+    x0: Tensor | None,
+    statistics: Tensor | None,
+    clip_range: float | None,
+) -> Tensor:
     y = torch.empty_like(x)
     N = x.shape[0]
     if x.numel() == 0:
@@ -162,11 +200,28 @@ def _launch(
         sums = torch.empty(N, blocks, 2, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _solver_step_kernel[(N * blocks,)](
-            x, model_output, y, table, counter, guidance, history, seeds, frozen, x0, sums, N, numel, table.shape[0],
-            int(guidance is not None and guidance.numel() > 1), x.shape[1] if x.dim() > 1 else 1, K=_history_length(history),
-            CLIP=clip_range, M_LAST=not model_output.is_contiguous(), BLOCK=block,
+            x,
+            model_output,
+            y,
+            table,
+            counter,
+            guidance,
+            history,
+            seeds,
+            frozen,
+            x0,
+            sums,
+            N,
+            numel,
+            table.shape[0],
+            int(guidance is not None and guidance.numel() > 1),
+            x.shape[1] if x.dim() > 1 else 1,
+            K=_history_length(history),
+            CLIP=clip_range,
+            M_LAST=not model_output.is_contiguous(),
+            BLOCK=block,
             num_warps=block // 32 or 1,
-        )  # fmt: skip
+        )
     if sums is not None and sums is not statistics:
         torch.sum(sums, 1, out=statistics)
     return y
@@ -185,23 +240,35 @@ def _history_length(history: Tensor | None) -> int:
 
 
 def solver_step(
-    x: Tensor, model_output: Tensor, table: Tensor, counter: Tensor, *, guidance_scale: Tensor | float | None = None,
-    history: Tensor | None = None, seeds: Tensor | None = None, frozen: Tensor | None = None, x0: Tensor | None = None,
-    statistics: Tensor | None = None, clip_range: float | None = None,
-) -> Tensor:  # fmt: skip
-    """The sample one solver step on, `x' = a_0 x + b_0 m + d x0 + s z + sum_k (a_k x_-k + b_k m_-k)`; the counter moves one row on.
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    counter: Tensor,
+    *,
+    guidance_scale: Tensor | float | None = None,
+    history: Tensor | None = None,
+    seeds: Tensor | None = None,
+    frozen: Tensor | None = None,
+    x0: Tensor | None = None,
+    statistics: Tensor | None = None,
+    clip_range: float | None = None,
+) -> Tensor:
+    """The sample one solver step on, `x' = a_0 x + b_0 m + d x0 + s z + sum_k (a_k x_-k + b_k m_-k)`; the counter moves
+    one row on.
 
     Args:
         x: `[N, ...]`, contiguous.
         model_output: like `x`, in any float dtype; under guidance `[2 N, ...]`, the unconditional half first.
-        table: `[steps, 6 + 2 K]` float32, rows `[c_x, c_m, d, s, a_0, b_0, ..., a_K, b_K]`. A step beyond its end gives NaN.
-        counter: int32 `[2]`, zero before the first step: the step to take, and a scratch word.
+        table: `[steps, 6 + 2 K]` float32, rows `[c_x, c_m, d, s, a_0, b_0, ..., a_K, b_K]`. A step beyond its end gives
+        NaN. counter: int32 `[2]`, zero before the first step: the step to take, and a scratch word.
         guidance_scale: w, a number, `[1]` or `[N]`; None: no guidance.
-        history: `[K, 2, N, ...]`, the last K pairs of x and m, kept by the op; what it holds at first is not read where its
+        history: `[K, 2, N, ...]`, the last K pairs of x and m, kept by the op; what it holds at first is not read where
+        its
             coefficients are 0.
         seeds: int64 `[N, 2]`, seed and sample number of each sample's noise; None: no noise.
         frozen: bool `[N]`, samples that stay as they are.
-        x0, statistics: given together, like `x` and float32 `[N, 2]`: x0 of this step, and of each sample the sums of m^2 and of
+        x0, statistics: given together, like `x` and float32 `[N, 2]`: x0 of this step, and of each sample the sums of
+        m^2 and of
             (x0 - x0 of the step before)^2 (at the first step, before it, 0), 0 for a frozen one.
         clip_range: clip x0 to [-clip_range, clip_range]; None for latents.
 
@@ -222,9 +289,18 @@ def solver_step(
 
 
 def _check(
-    x: Tensor, model_output: Tensor, table: Tensor, counter: Tensor, guidance: Tensor | None, history: Tensor | None,
-    seeds: Tensor | None, frozen: Tensor | None, x0: Tensor | None, statistics: Tensor | None, clip_range: float | None,
-) -> None:  # fmt: skip
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    counter: Tensor,
+    guidance: Tensor | None,
+    history: Tensor | None,
+    seeds: Tensor | None,
+    frozen: Tensor | None,
+    x0: Tensor | None,
+    statistics: Tensor | None,
+    clip_range: float | None,
+) -> None:
     check_float("x", x)
     check_no_grad(x=x, model_output=model_output)
     N, rest = x.shape[0], tuple(x.shape[1:])
@@ -233,13 +309,28 @@ def _check(
     check_shape("model_output", model_output, ((batch, *rest),), x)
     last = x.dim() == 4 and model_output.is_contiguous(memory_format=torch.channels_last)
     check_contiguous(
-        x=x, model_output=None if last else model_output, table=table, counter=counter, guidance_scale=guidance, history=history,
-        seeds=seeds, frozen=frozen, x0=x0, statistics=statistics,
-    )  # fmt: skip
+        x=x,
+        model_output=None if last else model_output,
+        table=table,
+        counter=counter,
+        guidance_scale=guidance,
+        history=history,
+        seeds=seeds,
+        frozen=frozen,
+        x0=x0,
+        statistics=statistics,
+    )
     if history is not None and (history.dim() != x.dim() + 2 or history.shape[0] == 0):
-        raise ValueError(f"history: got shape {tuple(history.shape)}, allowed is [K, 2, {', '.join(map(str, x.shape))}] with K >= 1")
+        raise ValueError(
+            f"history: got shape {tuple(history.shape)}, allowed is [K, 2, {', '.join(map(str, x.shape))}] with K >= 1"
+        )
     K = _history_length(history)
-    if table.dim() != 2 or table.shape[1] != COLUMNS + 2 * K or table.dtype != torch.float32 or table.device != x.device:
+    if (
+        table.dim() != 2
+        or table.shape[1] != COLUMNS + 2 * K
+        or table.dtype != torch.float32
+        or table.device != x.device
+    ):
         raise ValueError(
             f"table: got {table.dtype} {tuple(table.shape)} on {table.device}, "
             f"allowed is float32 [steps, {COLUMNS} + 2 * {K}] on {x.device}"
@@ -256,5 +347,7 @@ def _check(
         if t is not None:
             check_shape(name, t, shapes, x, (dtype,))
     if (x0 is None) != (statistics is None):
-        raise ValueError(f"{'x0' if x0 is None else 'statistics'}: got None, allowed are x0 and statistics together or neither")
+        raise ValueError(
+            f"{'x0' if x0 is None else 'statistics'}: got None, allowed are x0 and statistics together or neither"
+        )
     check_clip(clip_range)

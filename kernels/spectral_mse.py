@@ -1,10 +1,10 @@
 r"""The mean squared error of two Fourier transforms, without a Fourier transform.
 
-    mean |FFT2(pred) - FFT2(target)|^2 = factor mean (pred - target)^2,   dpred = 2 factor / numel (pred - target) = -dtarget
-    factor = H W (norm "backward"), 1 ("ortho"), 1 / (H W) ("forward")
+    mean |FFT2(pred) - FFT2(target)|^2 = factor mean (pred - target)^2,   dpred = 2 factor / numel (pred - target) =
+    -dtarget factor = H W (norm "backward"), 1 ("ortho"), 1 / (H W) ("forward")
 
-This is Parseval's theorem: the loss favours no frequency, it rescales the mean squared error. Infinity gives infinity, where a literal
-transform gives NaN. Layouts: any strides; where pred and
+This is Parseval's theorem: the loss favours no frequency, it rescales the mean squared error. Infinity gives infinity,
+where a literal transform gives NaN. Layouts: any strides; where pred and
 target lie alike and without gaps, in one run. Source: 001 equation 4.
 """
 
@@ -31,7 +31,7 @@ def spectral_mse_reference(pred: Tensor, target: Tensor, norm: str = "backward")
 @triton.jit
 def _spectral_mse_kernel(
     pred, target, grad, sums, strides, C, H, W, numel, factor: tl.constexpr, ALIKE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < numel
     if ALIKE:
@@ -43,7 +43,9 @@ def _spectral_mse_kernel(
         at_t = n * ts[0] + c * ts[1] + y * ts[2] + x * ts[3]
         if grad is not None:
             at_g = n * gs[0] + c * gs[1] + y * gs[2] + x * gs[3]
-    e = tl.load(pred + at_p, mask=mask, other=0.0).to(tl.float32) - tl.load(target + at_t, mask=mask, other=0.0).to(tl.float32)
+    e = tl.load(pred + at_p, mask=mask, other=0.0).to(tl.float32) - tl.load(target + at_t, mask=mask, other=0.0).to(
+        tl.float32
+    )
     tl.store(sums + tl.program_id(0), tl.sum(e * e))
     if grad is not None:
         tl.store(grad + at_g, e * (2.0 * factor / tl.cast(numel, tl.float32)), mask=mask)
@@ -59,7 +61,10 @@ def _mean_kernel(sums, loss, rows, numel, factor: tl.constexpr, BLOCK: tl.conste
     tl.store(loss, factor * tl.sum(total) / tl.cast(numel, tl.float32))
 
 
-torch.library.define("sbldm_fast::spectral_mse", "(Tensor pred, Tensor target, float factor, bool gradient) -> (Tensor loss, Tensor grad)")
+torch.library.define(
+    "sbldm_fast::spectral_mse",
+    "(Tensor pred, Tensor target, float factor, bool gradient) -> (Tensor loss, Tensor grad)",
+)
 
 
 @torch.library.register_fake("sbldm_fast::spectral_mse")
@@ -80,8 +85,19 @@ def _launch(pred: Tensor, target: Tensor, factor: float, gradient: bool) -> tupl
     with torch.cuda.device_of(pred):
         if rows:
             _spectral_mse_kernel[(rows,)](
-                pred, target, grad if gradient else None, sums, strides, C, H, W, pred.numel(), factor=factor, ALIKE=alike, BLOCK=block
-            )  # fmt: skip
+                pred,
+                target,
+                grad if gradient else None,
+                sums,
+                strides,
+                C,
+                H,
+                W,
+                pred.numel(),
+                factor=factor,
+                ALIKE=alike,
+                BLOCK=block,
+            )
         _mean_kernel[(1,)](sums, loss, rows, pred.numel(), factor=factor, BLOCK=1024)
     return loss, grad
 
@@ -96,8 +112,9 @@ def spectral_mse(pred: Tensor, target: Tensor, *, norm: str = "backward") -> Ten
     """`mean |FFT2(pred) - FFT2(target)|^2`, a float32 scalar: by Parseval a multiple of the mean squared error.
 
     Args:
-        pred, target: `[N, C, H, W]`, float32, float16 or bfloat16 each, any strides; computed in float32, also under autocast.
-        norm: that of `torch.fft.fft2`: `"backward"` (H W times the mean squared error), `"ortho"` (once) or `"forward"` (1 / (H W)).
+        pred, target: `[N, C, H, W]`, float32, float16 or bfloat16 each, any strides; computed in float32, also under
+        autocast. norm: that of `torch.fft.fft2`: `"backward"` (H W times the mean squared error), `"ortho"` (once) or
+        `"forward"` (1 / (H W)).
 
     Raises:
         ValueError: naming the argument, what came and what is allowed.

@@ -6,12 +6,31 @@
 Images are synthetic, not for diagnosis.
 """
 
-from .diffusion import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, NoiseSchedule, SolverTable, UniPCMultistepScheduler
+from .diffusion import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    NoiseSchedule,
+    SolverTable,
+    UniPCMultistepScheduler,
+)
 from .models import AutoencoderKL, SchedulerConfig, UNet2D, UNetConfig, VAEConfig, preset
 from .sampling import FastSampler, Pipeline
 
 __version__ = "0.1.0"
 __all__ = [
-    "AutoencoderKL", "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "FastSampler", "NoiseSchedule", "Pipeline",
-    "SchedulerConfig", "SolverTable", "UNet2D", "UNetConfig", "UniPCMultistepScheduler", "VAEConfig", "preset",
-]  # fmt: skip
+    "AutoencoderKL",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "FastSampler",
+    "NoiseSchedule",
+    "Pipeline",
+    "SchedulerConfig",
+    "SolverTable",
+    "UNet2D",
+    "UNetConfig",
+    "UniPCMultistepScheduler",
+    "VAEConfig",
+    "preset",
+]

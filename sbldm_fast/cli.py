@@ -40,9 +40,12 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def about(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    """Make training slices of brain MRI, train latent diffusion on them, sample, export to ONNX, and measure all of it."""
+    """Make training slices of brain MRI, train latent diffusion on them, sample, export to ONNX, and measure all of
+    it."""
 
 
 @app.command()
@@ -63,7 +66,8 @@ def print_doctor(report: dict[str, Any]) -> None:
     """The report as lines to read."""
     print("versions     " + ", ".join(f"{k} {v}" for k, v in report["packages"].items()))
     print(
-        f"machine      {report['gpu'] or report['cpu']}, {report['cores']} cores, {report['threads']} threads, {report['cpu_capability']}"
+        f"machine      {report['gpu'] or report['cpu']}, {report['cores']} cores, {report['threads']} threads,"
+        f" {report['cpu_capability']}"
     )
     if report["no_gpu"]:
         print(f"no GPU       {report['no_gpu']}")
@@ -77,16 +81,26 @@ def print_doctor(report: dict[str, Any]) -> None:
 
 @app.command()
 def prepare(
-    sources: Annotated[list[str], typer.Argument(help="NIfTI files, folders of NIfTI, DICOM or PNG/JPG, mni152, synthetic[:COUNT].")],
-    out: Annotated[Path, typer.Option("-o", "--out", callback=place, help="Folder to write; one that prepare wrote is replaced.")],
-    split: Annotated[Split, typer.Option(help="subject keeps a subject in one split; slice leaks, as paper 001 does.")] = Split.subject,
+    sources: Annotated[
+        list[str], typer.Argument(help="NIfTI files, folders of NIfTI, DICOM or PNG/JPG, mni152, synthetic[:COUNT].")
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", callback=place, help="Folder to write; one that prepare wrote is replaced.")
+    ],
+    split: Annotated[
+        Split, typer.Option(help="subject keeps a subject in one split; slice leaks, as paper 001 does.")
+    ] = Split.subject,
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the synthetic brains.")] = 42,
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of 4-D files.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Keep every n-th slice.")] = 1,
-    subject: Annotated[str | None, typer.Option(help="Regular expression: its group is the subject in a file's name.")] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="Regular expression: its group is the subject in a file's name.")
+    ] = None,
     covariates: Annotated[Path | None, typer.Option(help="CSV file, its first column the subject.")] = None,
     strict: Annotated[bool, typer.Option(help="Stop at the first unusable file.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read at a time (default: one per core).")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read at a time (default: one per core).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn scans into training slices. Example: sbldm-fast prepare scans/ synthetic:20 -o data"""
@@ -95,11 +109,26 @@ def prepare(
     if split == "slice":
         print("warning: --split slice puts slices of one subject into train and test", file=sys.stderr)
     manifest = run(
-        sources, out, split=split.value, seed=seed, volume=volume, every=every, subject=subject, covariates=covariates, strict=strict,
-        workers=workers or os.cpu_count() or 1, progress=not as_json,
-    )  # fmt: skip
-    done = {"out": str(out), "slices": len(manifest["slices"]), "subjects": manifest["subjects"], "split": manifest["split"]["slices"],
-            "skipped": manifest["skipped"], "without_covariates": manifest["without_covariates"]}  # fmt: skip
+        sources,
+        out,
+        split=split.value,
+        seed=seed,
+        volume=volume,
+        every=every,
+        subject=subject,
+        covariates=covariates,
+        strict=strict,
+        workers=workers or os.cpu_count() or 1,
+        progress=not as_json,
+    )
+    done = {
+        "out": str(out),
+        "slices": len(manifest["slices"]),
+        "subjects": manifest["subjects"],
+        "split": manifest["split"]["slices"],
+        "skipped": manifest["skipped"],
+        "without_covariates": manifest["without_covariates"],
+    }
     for one in manifest["skipped"]:
         print(f"skipped {one['source']}: {one['reason']}", file=sys.stderr)
     for one in manifest["without_covariates"]:
@@ -116,7 +145,10 @@ def prepare(
     print(f"{'source':24} {'modality':9} {'split':6} {'subjects':>8} {'scans':>6} {'slices':>7}")
     for (source, modality, part), (people, scans, count) in sorted(table.items()):
         print(f"{source[:24]:24} {modality:9} {part:6} {len(people):8} {len(scans):6} {count:7}")
-    summary = f"{_many(len(manifest['slices']), 'slice')} of {_many(manifest['subjects'], 'subject')}, {len(manifest['skipped'])} skipped"
+    summary = (
+        f"{_many(len(manifest['slices']), 'slice')} of {_many(manifest['subjects'], 'subject')},"
+        f" {len(manifest['skipped'])} skipped"
+    )
     lacking = f", {len(manifest['without_covariates'])} without covariates" if covariates else ""
     print(f"{summary}{lacking}; look at {out / 'contact_sheet.png'}")
 
@@ -127,10 +159,14 @@ def _many(count: int, name: str) -> str:
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Argument(callback=place, help="Run folder: log, checkpoints and, at the end, pipeline/.")],
+    out: Annotated[
+        Path, typer.Argument(callback=place, help="Run folder: log, checkpoints and, at the end, pipeline/.")
+    ],
     data: Annotated[Path, typer.Option(help="A folder that prepare wrote.")],
     preset: Annotated[str, typer.Option(help="paper, template or demo.")] = "demo",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the UNet.")] = 100_000,
     vae_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the VAE (default: as --steps).")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch of the UNet.")] = 16,
@@ -143,7 +179,9 @@ def train(
     l1: Annotated[bool, typer.Option("--l1", help="L1 instead of MSE for the VAE.")] = False,
     prediction_type: Annotated[Prediction | None, typer.Option(help="Default: that of the preset.")] = None,
     min_snr: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, 5 in its paper.")] = None,
-    frequency: Annotated[tuple[float, float, float], typer.Option(help="Weight of low and high frequencies, cutoff.")] = (1, 1, 0.25),
+    frequency: Annotated[
+        tuple[float, float, float], typer.Option(help="Weight of low and high frequencies, cutoff.")
+    ] = (1, 1, 0.25),
     spectral: Annotated[float, typer.Option(help="Lambda of 001 equation 4, 0.1 there; it rescales the loss.")] = 0.0,
     cutmix: Annotated[float, typer.Option(help="Probability of latent CutMix, 0.25 in 001.")] = 0.0,
     amp: Annotated[Amp, typer.Option(help="auto: bf16 where native, else fp16 on CUDA.")] = Amp.auto,
@@ -164,8 +202,18 @@ def train(
     from sbldm_fast.training.checkpoint import read_log
 
     def stage(steps: int, batch: int, lr: float, ema: float) -> Optimisation:
-        return Optimisation(steps, batch, lr, warmup=min(warmup, steps // 10), ema_decay=ema, seed=seed, amp=amp.value, compile=compiled,
-                            save_every=save_every, keep=keep)  # fmt: skip
+        return Optimisation(
+            steps,
+            batch,
+            lr,
+            warmup=min(warmup, steps // 10),
+            ema_decay=ema,
+            seed=seed,
+            amp=amp.value,
+            compile=compiled,
+            save_every=save_every,
+            keep=keep,
+        )
 
     p = find(preset)
     if prediction_type is not None:
@@ -174,10 +222,18 @@ def train(
     with torchrun() as device:
         try:
             result = train_pipeline(
-                p, data, out, vae=stage(vae_steps or steps, vae_batch, vae_lr, 0.0), unet=stage(steps, batch, lr, ema_decay),
-                objective=Objective(*frequency, spectral, cutmix, min_snr), recon="l1" if l1 else "mse", views=views, resume=resume,
-                device=device, progress=not as_json,
-            )  # fmt: skip
+                p,
+                data,
+                out,
+                vae=stage(vae_steps or steps, vae_batch, vae_lr, 0.0),
+                unet=stage(steps, batch, lr, ema_decay),
+                objective=Objective(*frequency, spectral, cutmix, min_snr),
+                recon="l1" if l1 else "mse",
+                views=views,
+                resume=resume,
+                device=device,
+                progress=not as_json,
+            )
         except Stopped as stopped:
             print(f"sbldm-fast: {stopped}; the same command with --resume continues", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -186,26 +242,32 @@ def train(
     result |= {"pipeline": str(out / "pipeline"), "seconds": round(time.monotonic() - start, 1)}
     # a run that was continued took longer than this part of it
     result["training_seconds"] = round(sum({row["stage"]: row["seconds"] for row in read_log(out)}.values()), 1)
-    text = (f"trained on {result['slices']} slices of {_many(result['subjects'], 'subject')} in {result['seconds']} s, "
-            f"{result['training_seconds']} s of training in all: {result['pipeline']}")  # fmt: skip
+    text = (
+        f"trained on {result['slices']} slices of {_many(result['subjects'], 'subject')} in {result['seconds']} s, "
+        f"{result['training_seconds']} s of training in all: {result['pipeline']}"
+    )
     print(json.dumps(result) if as_json else text)
 
 
 @app.command()
 def sample(
     pipeline: Annotated[str, typer.Argument(help="A pipeline folder, or demo for the bundled weights.")],
-    out: Annotated[Path, typer.Option("-o", "--out", callback=place, help="Folder for the images; run again, it is completed.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", callback=place, help="Folder for the images; run again, it is completed.")
+    ],
     n: Annotated[int, typer.Option("-n", min=1, max=2**31 - 1, help="How many images.")] = 16,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Solver steps, 1 to 1000.")] = 50,
     scheduler: Annotated[Scheduler, typer.Option(help="dpm and unipc need diffusers.")] = Scheduler.ddim,
-    mode: Annotated[str, typer.Option(help="auto, eager, compile, step-graph, loop-graph, a torch.compile mode, or graph+mode.")] = "auto",
+    mode: Annotated[
+        str, typer.Option(help="auto, eager, compile, step-graph, loop-graph, a torch.compile mode, or graph+mode.")
+    ] = "auto",
     eta: Annotated[float, typer.Option(help="0: DDIM, 1: the noise of DDPM.")] = 0.0,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time, at most.")] = 16,
     dtype: Annotated[Dtype | None, typer.Option(help="Arithmetic of the UNet (default: float32).")] = None,
     form: Annotated[Format, typer.Option("--format", help="A PNG each, one array, or one NIfTI stack.")] = Format.png,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Make images, the missing ones. Example: sbldm-fast sample demo -n 16 --seed 0 -o images
 
     On several devices: torchrun --nproc-per-node=2 -m sbldm_fast sample demo -n 64 -o images
@@ -218,11 +280,24 @@ def sample(
     start = time.monotonic()
     try:
         done = sample_to_folder(
-            pipeline, out, n, seed=seed, steps=steps, scheduler=scheduler.value, mode=mode, eta=eta,
-            dtype=None if dtype is None else getattr(torch, dtype.value), batch_size=batch, form=form.value, progress=not as_json,
-        )  # fmt: skip
+            pipeline,
+            out,
+            n,
+            seed=seed,
+            steps=steps,
+            scheduler=scheduler.value,
+            mode=mode,
+            eta=eta,
+            dtype=None if dtype is None else getattr(torch, dtype.value),
+            batch_size=batch,
+            form=form.value,
+            progress=not as_json,
+        )
     except KeyboardInterrupt:
-        print(f"sbldm-fast: interrupted; what is finished stays in {out}, the same command makes the rest", file=sys.stderr)
+        print(
+            f"sbldm-fast: interrupted; what is finished stays in {out}, the same command makes the rest",
+            file=sys.stderr,
+        )
         raise typer.Exit(130) from None
     if done["rank"]:
         return
@@ -230,7 +305,9 @@ def sample(
     rate = done["made"] / seconds
     done |= {"seconds": round(seconds, 2), "images_per_s": round(rate, 3), "notice": NOTICE}
     print(f"mode {done['mode']}: {done['reason']}", file=sys.stderr)
-    text = f"{_many(done['made'], 'image')} in {seconds:.1f} s ({rate:.2f}/s), {done['kept']} were there: {out}; {NOTICE}"
+    text = (
+        f"{_many(done['made'], 'image')} in {seconds:.1f} s ({rate:.2f}/s), {done['kept']} were there: {out}; {NOTICE}"
+    )
     print(json.dumps(done) if as_json else text)
 
 
@@ -244,11 +321,14 @@ def evaluate(
     steps: Steps = 50,
     as_json: Json = False,
 ) -> None:
-    """Look whether samples are copies of training slices. Example: sbldm-fast evaluate demo --data data -o evaluation"""
+    """Look whether samples are copies of training slices. Example: sbldm-fast evaluate demo --data data -o
+    evaluation"""
     from sbldm_fast import Pipeline
     from sbldm_fast.evaluation.memorisation import memorisation
 
-    report = memorisation(Pipeline.from_pretrained(pipeline), data, out, n=n, seed=seed, steps=steps, progress=not as_json)
+    report = memorisation(
+        Pipeline.from_pretrained(pipeline), data, out, n=n, seed=seed, steps=steps, progress=not as_json
+    )
     if as_json:
         print(json.dumps(report))
         return
@@ -259,23 +339,36 @@ def evaluate(
             print(f"{by + ': ' + who:42} {q['min']:7.3f} {q['p10']:7.3f} {q['median']:7.3f} {q['p90']:7.3f}")
     near = {by: report[by]["samples_nearer_than_unseen_p1"] for by in ("pixels", "latents")}
     said = "none looks like a copy" if not any(near.values()) else "look at these for copies"
-    print(f"{near['pixels']} by pixels and {near['latents']} by latents of {report['samples']} samples lie nearer to one of "
-          f"{report['training_slices']} training slices than 99 of 100 unseen slices do: {said}; see {out / 'neighbours.png'}")  # fmt: skip
+    print(
+        f"{near['pixels']} by pixels and {near['latents']} by latents of {report['samples']} samples lie nearer to one"
+        f" of {report['training_slices']} training slices than 99 of 100 unseen slices do: {said}; see"
+        f" {out / 'neighbours.png'}"
+    )
 
 
 @app.command()
 def export(
-    pipeline: Annotated[str | None, typer.Argument(help="A pipeline folder, demo, or a folder that holds a diffusers UNet2DModel.")] = None,
+    pipeline: Annotated[
+        str | None, typer.Argument(help="A pipeline folder, demo, or a folder that holds a diffusers UNet2DModel.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", callback=place, help="Folder to write.")] = None,
     target: Annotated[Target, typer.Option(help="ort: opset 18; tensorrt: opset 21.")] = Target.ort,
-    dtype: Annotated[Precision, typer.Option(help="Norms and softmax stay in fp32; int8: wide convolutions, on a CPU.")] = Precision.fp32,
-    batch: Annotated[str, typer.Option(help="Of step, and for tensorrt of all graphs: a number or dynamic.")] = "dynamic",
+    dtype: Annotated[
+        Precision, typer.Option(help="Norms and softmax stay in fp32; int8: wide convolutions, on a CPU.")
+    ] = Precision.fp32,
+    batch: Annotated[
+        str, typer.Option(help="Of step, and for tensorrt of all graphs: a number or dynamic.")
+    ] = "dynamic",
     scheduler: Annotated[Scheduler | None, typer.Option(help="Default: ddim, or that of a diffusers folder.")] = None,
     steps: Annotated[int, typer.Option(help="Solver steps, 1 to 1000.")] = 50,
     eta: Annotated[float, typer.Option(help="0: DDIM, 1: the noise of DDPM.")] = 0.0,
-    licence: Annotated[str | None, typer.Option(help="Of the weights, for the manifest (default: as in model_index.json).")] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Of the weights, for the manifest (default: as in model_index.json).")
+    ] = None,
     force: Annotated[bool, typer.Option(help="Replace a folder that holds something else.")] = False,
-    checked: Annotated[Path | None, typer.Option("--check", help="Verify this exported folder instead; with PIPELINE, against it.")] = None,
+    checked: Annotated[
+        Path | None, typer.Option("--check", help="Verify this exported folder instead; with PIPELINE, against it.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write ONNX graphs and prove them. Example: sbldm-fast export demo -o onnx && sbldm-fast export --check onnx"""
@@ -290,24 +383,42 @@ def export(
         _print_check(checked, report, as_json)
         return
     if pipeline is None or out is None:
-        raise typer.BadParameter("got none, allowed is PIPELINE -o OUT, or --check FOLDER", param_hint="PIPELINE, --out")
+        raise typer.BadParameter(
+            "got none, allowed is PIPELINE -o OUT, or --check FOLDER", param_hint="PIPELINE, --out"
+        )
     if batch != "dynamic" and not (re.fullmatch("[0-9]{1,9}", batch) and 1 <= int(batch) <= MOST):
         raise typer.BadParameter(f"got {reprlib.repr(batch)}, allowed is 1 to {MOST}, or dynamic", param_hint="--batch")
     source, own = load(pipeline)
     if scheduler is not None and "scheduler" in own:
-        raise typer.BadParameter(f"got {scheduler}, allowed with a diffusers folder is none: it has its own", param_hint="--scheduler")
-    own = {"scheduler": "ddim" if scheduler is None else scheduler.value} | own | ({} if licence is None else {"licence": licence})
+        raise typer.BadParameter(
+            f"got {scheduler}, allowed with a diffusers folder is none: it has its own", param_hint="--scheduler"
+        )
+    own = (
+        {"scheduler": "ddim" if scheduler is None else scheduler.value}
+        | own
+        | ({} if licence is None else {"licence": licence})
+    )
     manifest = run(
-        source, out, target=target.value, dtype=dtype.value, batch=batch if batch == "dynamic" else int(batch), steps=steps, eta=eta,
-        force=force, progress=not as_json, **own,
-    )  # fmt: skip
+        source,
+        out,
+        target=target.value,
+        dtype=dtype.value,
+        batch=batch if batch == "dynamic" else int(batch),
+        steps=steps,
+        eta=eta,
+        force=force,
+        progress=not as_json,
+        **own,
+    )
     if as_json:
         print(json.dumps(manifest))
         return
     for name, graph in manifest["graphs"].items():
         norms = f", {graph['fused_norms']} of {graph['norms']} norms fuse" if "norms" in graph else ""
-        print(f"{out / name}.onnx: opset {manifest['opset']}, {graph['bytes'] / 1e6:.1f} MB, "
-              f"error {graph['parity']['error']:.1e} (allowed {graph['parity']['allowed']:.1e}){norms}")  # fmt: skip
+        print(
+            f"{out / name}.onnx: opset {manifest['opset']}, {graph['bytes'] / 1e6:.1f} MB, "
+            f"error {graph['parity']['error']:.1e} (allowed {graph['parity']['allowed']:.1e}){norms}"
+        )
 
 
 def _print_check(folder: Path, report: dict[str, Any], as_json: bool) -> None:
@@ -329,7 +440,9 @@ def _verdict(folder: Path, report: dict[str, Any]) -> str:
     if report["failures"]:
         return f"FAILED: {folder}, {_many(len(report['failures']), 'fault')}"
     alone = report["not_compared"]
-    return f"OK: {folder}" + (f"; what {', '.join(alone)} make was compared with nothing: that needs PIPELINE" if alone else "")
+    return f"OK: {folder}" + (
+        f"; what {', '.join(alone)} make was compared with nothing: that needs PIPELINE" if alone else ""
+    )
 
 
 def _brief(value: Any) -> str:
@@ -343,7 +456,9 @@ app.command()(report)
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option("-o", "--out", callback=place, help="Folder to write.")] = Path("demo")) -> None:
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", callback=place, help="Folder to write.")] = Path("demo"),
+) -> None:
     """See it all work: doctor, 16 images, latency against diffusers, ONNX. Example: sbldm-fast demo -o demo"""
     import torch
 

@@ -29,23 +29,34 @@ Suite = StrEnum("Suite", ["kernels", "sampling", "training", "export", "memory",
 
 def bench(
     suites: Annotated[list[Suite] | None, typer.Argument(help="What to measure.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A minute or less: few steps and rounds, nothing that compiles.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A minute or less: few steps and rounds, nothing that compiles.")
+    ] = False,
     preset: Annotated[str | None, typer.Option(help="paper, template or demo (default: paper).")] = None,
     steps: Annotated[str | None, typer.Option(help="Solver or training steps, e.g. 50 or 10,50.")] = None,
     batch: Annotated[str | None, typer.Option(help="Batch sizes, e.g. 1,8.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Interleaved repetitions.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="After which the rounds of a problem end; of each process of scaling.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="After which the rounds of a problem end; of each process of scaling.")
+    ] = None,
     processes: Annotated[str | None, typer.Option(help="Numbers of processes of scaling, e.g. 1,2.")] = None,
     op: Annotated[list[str] | None, typer.Option(help="An op to time; may be given again (default: all).")] = None,
     large: Annotated[bool | None, typer.Option("--large/--no-large", help="Also ops on 64 MB and more.")] = None,
     compiled: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Also through torch.compile, which takes minutes.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 (default: float32 and the native half).")] = None,
-    short: Annotated[bool | None, typer.Option("--short", help="Our ways, to images too, and the plain loops alone.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16, bfloat16 (default: float32 and the native half).")
+    ] = None,
+    short: Annotated[
+        bool | None, typer.Option("--short", help="Our ways, to images too, and the plain loops alone.")
+    ] = None,
     energy: Annotated[bool | None, typer.Option("--energy", help="Also joules, where NVML counts them.")] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", callback=place, help="JSONL file to append to (default: results/MACHINE/SUITE.jsonl).")
+        Path | None,
+        typer.Option(
+            "-o", "--out", callback=place, help="JSONL file to append to (default: results/MACHINE/SUITE.jsonl)."
+        ),
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option("--compare", help="Two row files, before and after, to judge instead.")
@@ -54,26 +65,39 @@ def bench(
 ) -> None:
     """Measure in turns, against peers, gated by parity. Example: sbldm-fast bench sampling --quick
 
-    Rows are written as they are made. Exit code 1: a provider failed, or differs from what it must equal; 130: interrupted (Ctrl-C), with
-    the rows of what had three rounds by then.
+    Rows are written as they are made. Exit code 1: a provider failed, or differs from what it must equal; 130:
+    interrupted (Ctrl-C), with the rows of what had three rounds by then.
 
-    With --compare each provider is FAST, SLOW, SAME (within 5 %, or the same samples), AMBIGUOUS (the samples do not tell), WRONG (failed,
-    or differs from what it must equal), GONE or NEW (in one file only). Exit code 1: one is SLOW, WRONG or GONE, or of another machine, or
-    a line is not a row.
+    With --compare each provider is FAST, SLOW, SAME (within 5 %, or the same samples), AMBIGUOUS (the samples do not
+    tell), WRONG (failed, or differs from what it must equal), GONE or NEW (in one file only). Exit code 1: one is SLOW,
+    WRONG or GONE, or of another machine, or a line is not a row.
     """
     if compare is not None:
         _compare(*compare, as_json)
         return
     if not suites:
-        raise typer.BadParameter(f"got none, allowed are {', '.join(Suite)}, or --compare BEFORE AFTER", param_hint="SUITES")
+        raise typer.BadParameter(
+            f"got none, allowed are {', '.join(Suite)}, or --compare BEFORE AFTER", param_hint="SUITES"
+        )
     from sbldm_fast.benchmarks.harness import failures, interrupted
     from sbldm_fast.benchmarks.rows import append, machine, machine_name
     from sbldm_fast.benchmarks.suites import SUITES
     from sbldm_fast.benchmarks.table import TABLES, groups
 
-    given = {"preset_name": preset, "steps": _sizes(steps, "steps"), "batch": _sizes(batch, "batch"), "rounds": rounds, "seconds": seconds,
-             "processes": _sizes(processes, "processes"), "ops": op, "large": large, "compiled": compiled, "short": short,
-             "dtypes": dtype.split(",") if dtype is not None else None, "energy": energy}  # fmt: skip
+    given = {
+        "preset_name": preset,
+        "steps": _sizes(steps, "steps"),
+        "batch": _sizes(batch, "batch"),
+        "rounds": rounds,
+        "seconds": seconds,
+        "processes": _sizes(processes, "processes"),
+        "ops": op,
+        "large": large,
+        "compiled": compiled,
+        "short": short,
+        "dtypes": dtype.split(",") if dtype is not None else None,
+        "energy": energy,
+    }
     if seconds is not None and not seconds > 0:
         raise typer.BadParameter(f"got {seconds}, allowed is above 0", param_hint="--seconds")
     chosen = {k: v for k, v in given.items() if v is not None}
@@ -132,7 +156,9 @@ def _compare(before: Path, after: Path, as_json: bool) -> None:
 
 
 def report(
-    results: Annotated[list[Path] | None, typer.Argument(help="Row files, or folders of them (default: results).")] = None,
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Row files, or folders of them (default: results).")
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", callback=place, help="The page to write.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:

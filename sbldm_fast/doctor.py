@@ -13,12 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbldm_fast.kernels import ddim_step, diffuse, frequency_loss, group_norm_silu, philox_normal, solver_step, spectral_mse
+from sbldm_fast.kernels import (
+    ddim_step,
+    diffuse,
+    frequency_loss,
+    group_norm_silu,
+    philox_normal,
+    solver_step,
+    spectral_mse,
+)
 from sbldm_fast.kernels._backend import obstacle, resolve
 from sbldm_fast.sampling.modes import choose
 from sbldm_fast.training.loop import amp_dtype
 
-PACKAGES = ("torch", "triton", "numpy", "diffusers", "monai", "onnx", "onnxruntime", "openvino", "liger_kernel", "nibabel", "nilearn")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "diffusers",
+    "monai",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "liger_kernel",
+    "nibabel",
+    "nilearn",
+)
 TOLERANCE = 1e-5
 
 
@@ -43,7 +63,8 @@ def environment() -> dict[str, Any]:
 
 
 def doctor() -> dict[str, Any]:
-    """The environment, the backend of each op with its reason and parity error, and which mode `auto` takes here and why."""
+    """The environment, the backend of each op with its reason and parity error, and which mode `auto` takes here and
+    why."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = amp_dtype("auto", device)
     checks = parity(device)
@@ -54,18 +75,25 @@ def doctor() -> dict[str, Any]:
         "backend": dict(zip(("name", "reason"), resolve(device), strict=True)),
         "triton": obstacle(device) or "runs here",
         "parity": checks,
-        "auto": [dict(zip(("images", "steps", "mode", "reason"), (n, 50, *choose(device, n, 50)), strict=True)) for n in (16, 1000)],
+        "auto": [
+            dict(zip(("images", "steps", "mode", "reason"), (n, 50, *choose(device, n, 50)), strict=True))
+            for n in (16, 1000)
+        ],
         "ok": all(check["ok"] for check in checks.values()),
     }
 
 
 def parity(device: torch.device) -> dict[str, dict[str, Any]]:
     """The largest error of each op's chosen backend on a small problem, against float64 or a known answer."""
-    return {name: {"error": error, "ok": error <= TOLERANCE} for name, error in ((n, call()) for n, call in op_errors(device).items())}
+    return {
+        name: {"error": error, "ok": error <= TOLERANCE}
+        for name, error in ((n, call()) for n, call in op_errors(device).items())
+    }
 
 
 def op_errors(device: torch.device) -> dict[str, Callable[[], float]]:
-    """A function for each op that runs it on a small problem and gives its largest error, against float64 or a known answer."""
+    """A function for each op that runs it on a small problem and gives its largest error, against float64 or a known
+    answer."""
     x, m = torch.randn(2, 2, 64, 16, 16, generator=torch.Generator().manual_seed(0)).to(device)
     w, b = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).to(device)
     a, before = 0.5, 0.6
@@ -78,7 +106,9 @@ def op_errors(device: torch.device) -> dict[str, Callable[[], float]]:
         return group_norm_silu(x, 32, w, b).double() - exact
 
     def solver() -> Tensor:
-        row = torch.tensor([[a**-0.5, -((1 - a) ** 0.5) / a**0.5, before**0.5, 0, 0, (1 - before) ** 0.5]], device=device)
+        row = torch.tensor(
+            [[a**-0.5, -((1 - a) ** 0.5) / a**0.5, before**0.5, 0, 0, (1 - before) ** 0.5]], device=device
+        )
         out: Tensor = solver_step(x, m, row, torch.zeros(2, dtype=torch.int32, device=device)).double() - step
         return out
 
@@ -103,7 +133,7 @@ def op_errors(device: torch.device) -> dict[str, Callable[[], float]]:
         "diffuse": noised,
         "philox_normal": normals,
     }
-    return {name: lambda call=call: float(call().abs().max()) for name, call in differences.items()}  # type: ignore[misc]  # mypy cannot type a default in a lambda
+    return {name: lambda call=call: float(call().abs().max()) for name, call in differences.items()}  # type: ignore[misc]
 
 
 def _version(package: str) -> str | None:

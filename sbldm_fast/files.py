@@ -1,7 +1,8 @@
 """Files that are whole or not there: written aside, synced, renamed.
 
-What is written aside lies in a folder `.NAME.NUMBER.part`, which its process locks. A lock ends with its process, however that ends: so
-the next one that writes NAME clears what a dead one left, and passes over what a living one writes.
+What is written aside lies in a folder `.NAME.NUMBER.part`, which its process locks. A lock ends with its process,
+however that ends: so the next one that writes NAME clears what a dead one left, and passes over what a living one
+writes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def whole_folder(path: str | Path, lose: bool = False) -> Iterator[Path]:
     """A folder to fill; it takes the place of `path` when the block ends well and is gone when it does not.
 
     Raises:
-        ValueError: `path` is a file, or holds something that the new folder does not and that must not be lost (`lose`).
+        ValueError: `path` is a file, or holds something that the new folder does not and that must not be lost
+        (`lose`).
     """
     with suppress(OSError):  # not there
         if not stat.S_ISDIR(Path(path).stat().st_mode):
@@ -51,13 +53,20 @@ def whole_folder(path: str | Path, lose: bool = False) -> Iterator[Path]:
             _sync(file)
         with suppress(FileNotFoundError):
             if (lost := sorted(_files(path) - _files(place))) and not lose:
-                raise ValueError(f"{path} holds {lost[0]}, which would be lost; allowed is a new folder or one that this command wrote")
+                raise ValueError(
+                    f"{path} holds {lost[0]}, which would be lost; allowed is a new folder or one that this command"
+                    " wrote"
+                )
         _put(place, path)
 
 
 def _files(folder: Path) -> set[str]:
     """All that is not a folder, below it, and folders with nothing in them."""
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir() or not any(p.iterdir())}
+    return {
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if p.is_symlink() or not p.is_dir() or not any(p.iterdir())
+    }
 
 
 def _put(place: Path, path: Path) -> None:
@@ -83,16 +92,19 @@ def _put(place: Path, path: Path) -> None:
 
 
 def recover(folder: str | Path, names: str) -> None:
-    """Clear what dead processes left in `folder` of `whole_file` or `whole_folder` of these names, a regular expression; what they had
-    moved aside comes back. Hidden files of other names are the user's.
-    """  # fmt: skip
-    for place in {path.with_suffix(".part") for path in Path(folder).iterdir() if re.fullmatch(LEFT.format(names), path.name)}:
+    """Clear what dead processes left in `folder` of `whole_file` or `whole_folder` of these names, a regular
+    expression; what they had moved aside comes back. Hidden files of other names are the user's.
+    """
+    for place in {
+        path.with_suffix(".part") for path in Path(folder).iterdir() if re.fullmatch(LEFT.format(names), path.name)
+    }:
         _clear(place)
 
 
 @contextmanager
 def _place(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, locked, and gone in the end; what dead processes left of `path` is cleared first."""
+    """An empty folder beside `path`, locked, and gone in the end; what dead processes left of `path` is cleared
+    first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     places = (path.with_name(f".{path.name}.{number}.part") for number in itertools.count())
     for place in (first := list(itertools.islice(places, PLACES))):

@@ -17,18 +17,22 @@ if not torch.cuda.is_available():
     # before any kernel file is imported: Triton decides at decoration time whether it interprets
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from sbldm_fast.kernels._backend import HAS_TRITON, tl  # noqa: E402  # Triton reads the variable above when kernels are defined
+# Triton reads the variable above when kernels are defined
+from sbldm_fast.kernels._backend import HAS_TRITON, tl  # noqa: E402
 
 # SBLDM_FAST_FUZZ=nightly pytest tests/kernels/test_fuzz.py --hypothesis-show-statistics
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=25, derandomize=True, **_common)
 settings.register_profile("nightly", max_examples=1000, **_common)
-# each example of a kernel compiles on a GPU: a failure is told as it was found, without the hundreds that would make it smaller
+# each example of a kernel compiles on a GPU: a failure is told as it was found, without the hundreds that would make it
+# smaller
 settings.register_profile("gpu", max_examples=25, derandomize=True, phases=(Phase.explicit, Phase.generate), **_common)
 settings.load_profile(os.environ.get("SBLDM_FAST_FUZZ", "gpu" if torch.cuda.is_available() else "ci"))
 
 ATOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -67,15 +71,20 @@ def on_device(device: torch.device) -> Iterator[None]:
 def three_way() -> Callable[..., None]:
     """`err(ours, fp64) <= 2 err(torch in the same dtype, fp64) + atol(dtype)`, NaN and Inf in the same places."""
 
-    def check(ours: torch.Tensor, same: torch.Tensor, exact: torch.Tensor, gradient: bool = False, unit: float = 1.0) -> None:
+    def check(
+        ours: torch.Tensor, same: torch.Tensor, exact: torch.Tensor, gradient: bool = False, unit: float = 1.0
+    ) -> None:
         assert ours.dtype == same.dtype
         assert ours.shape == same.shape == exact.shape
         finite = exact.isfinite() & same.isfinite()
         assert torch.equal(ours.isnan(), same.isnan()), "NaN where the reference has none, or the reverse"
-        assert torch.equal(ours[ours.isinf()], same[same.isinf()]), "Inf where the reference has none, or of the other sign"
+        assert torch.equal(ours[ours.isinf()], same[same.isinf()]), (
+            "Inf where the reference has none, or of the other sign"
+        )
         if finite.any():
             error = float((ours.double() - exact)[finite].abs().max())
-            # a gradient is a sum over pixels or the batch: its rounding goes with its size, not with one; unit: the size of its terms
+            # a gradient is a sum over pixels or the batch: its rounding goes with its size, not with one; unit: the
+            # size of its terms
             unit = max(1.0, unit, float(exact[finite].abs().max()) if gradient else 0.0)
             allowed = 2 * float((same.double() - exact)[finite].abs().max()) + ATOL[ours.dtype] * unit
             assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"

@@ -22,7 +22,10 @@ def _floor(module: str) -> int | None:
 
 def _imports(path: Path, root: Path = ROOT) -> list[str]:
     """Every module that a file may import, relative imports resolved as the installed package resolves them."""
-    package = [*(["sbldm_fast"] if path.parts[len(root.parts)] != "sbldm_fast" else []), *path.relative_to(root).parts[:-1]]
+    package = [
+        *(["sbldm_fast"] if path.parts[len(root.parts)] != "sbldm_fast" else []),
+        *path.relative_to(root).parts[:-1],
+    ]
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -38,8 +41,14 @@ def test_imports_are_resolved(tmp_path: Path) -> None:
     file = tmp_path / "sbldm_fast" / "models" / "probe.py"
     file.parent.mkdir(parents=True)
     file.write_text("from ..export import graphs\nfrom sbldm_fast import benchmarks\nfrom . import vae\n")
-    assert {"sbldm_fast.export.graphs", "sbldm_fast.benchmarks", "sbldm_fast.models.vae"} <= set(_imports(file, tmp_path))
-    assert (_floor("sbldm_fast.export.graphs"), _floor("sbldm_fast.benchmarks"), _floor("sbldm_fast.models.vae")) == (2, 3, 1)
+    assert {"sbldm_fast.export.graphs", "sbldm_fast.benchmarks", "sbldm_fast.models.vae"} <= set(
+        _imports(file, tmp_path)
+    )
+    assert (_floor("sbldm_fast.export.graphs"), _floor("sbldm_fast.benchmarks"), _floor("sbldm_fast.models.vae")) == (
+        2,
+        3,
+        1,
+    )
 
 
 @pytest.mark.parametrize("folder", FLOORS)
@@ -84,8 +93,8 @@ else:
 
 def test_imported_modules_of_the_library_load_no_extra() -> None:
     code = (
-        "import sys, sbldm_fast, sbldm_fast.cli; "
-        "print([m for m in ('onnx', 'onnxruntime', 'nibabel', 'nilearn', 'diffusers', 'matplotlib') if m in sys.modules])"
+        "import sys, sbldm_fast, sbldm_fast.cli; print([m for m in ('onnx', 'onnxruntime', 'nibabel', 'nilearn',"
+        " 'diffusers', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert done.stdout.strip() == "[]"

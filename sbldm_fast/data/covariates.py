@@ -16,7 +16,8 @@ _NOTHING = ("", "na", "n/a", "nan")
 
 
 class Covariates:
-    """The rows of a CSV file, whose first column names the subject. Left out: cells that are empty, NA or NaN, and empty lines.
+    """The rows of a CSV file, whose first column names the subject. Left out: cells that are empty, NA or NaN, and
+    empty lines.
 
     Raises:
         ValueError: an unreadable or empty file, a row of another length, a subject with two rows.
@@ -29,11 +30,17 @@ class Covariates:
                 text = f.read(LONGEST + 1)
             if len(text) > LONGEST or not set(text) <= {*"\n\r\t", *filter(str.isprintable, set(text))}:
                 raise csv.Error(f"allowed are {LONGEST} characters that can be printed")
-            lines = [[cell.strip() for cell in line] for line in csv.reader(io.StringIO(text)) if any(cell.strip() for cell in line)]
+            lines = [
+                [cell.strip() for cell in line]
+                for line in csv.reader(io.StringIO(text))
+                if any(cell.strip() for cell in line)
+            ]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is not readable as CSV: {error}") from None
         if len(lines) < 2 or len(lines[0]) < 2:
-            raise ValueError(f"{path} holds no covariates, allowed is a header, a column of subjects and at least one more")
+            raise ValueError(
+                f"{path} holds no covariates, allowed is a header, a column of subjects and at least one more"
+            )
         (self.key, *columns), rows = lines[0], lines[1:]
         if len(set(columns)) < len(columns):
             raise ValueError(f"{path} names a column twice: {next(c for c in columns if columns.count(c) > 1):.100}")
@@ -41,17 +48,21 @@ class Covariates:
         self._rows: dict[str, dict[str, float | str]] = {}
         for row in rows:
             if len(row) != len(columns) + 1:
-                raise ValueError(f"{path}: the row of {row[0]:.100} has {len(row)} columns, allowed are {len(columns) + 1}")
+                raise ValueError(
+                    f"{path}: the row of {row[0]:.100} has {len(row)} columns, allowed are {len(columns) + 1}"
+                )
             if self._fit(row[0]) in self._rows:
                 raise ValueError(f"{path} lists {self.key:.100} {row[0]:.100} twice: which row holds cannot be known")
             cells = zip(columns, row[1:], strict=True)
-            self._rows[self._fit(row[0])] = {column: _value(cell) for column, cell in cells if cell.lower() not in _NOTHING}
+            self._rows[self._fit(row[0])] = {
+                column: _value(cell) for column, cell in cells if cell.lower() not in _NOTHING
+            }
 
     def of(self, subjects: Iterable[str]) -> dict[str, dict[str, float | str]]:
         """The covariates of each subject that has a row, numbers as float.
 
-        A row belongs to a subject when it is the end of its name (`sub-01` of `scans/sub-01`), or, where the first column holds whole
-        numbers alone, when it is the one number in that end (`1` and `scans/patient01`).
+        A row belongs to a subject when it is the end of its name (`sub-01` of `scans/sub-01`), or, where the first
+        column holds whole numbers alone, when it is the one number in that end (`1` and `scans/patient01`).
 
         Raises:
             ValueError: a row that fits two subjects.
@@ -60,7 +71,10 @@ class Covariates:
         for subject in sorted(set(subjects)):
             fit = self._fit(subject)
             if fit in self._rows and owner.setdefault(fit, subject) != subject:
-                raise ValueError(f"{self.path}: {self.key:.100} {fit:.100} fits {owner[fit]} and {subject}; give each source its own table")
+                raise ValueError(
+                    f"{self.path}: {self.key:.100} {fit:.100} fits {owner[fit]} and {subject}; give each source its own"
+                    " table"
+                )
         return {subject: self._rows[fit] for fit, subject in owner.items()}
 
     def _fit(self, text: str) -> str:

@@ -23,7 +23,8 @@ class Slices:
     `slices[index]` is `[n, 1, 128, 128]` float32 in [-1, 1] for an int64 `index` `[n]`.
 
     Raises:
-        ValueError: no prepared folder or one of another version, an array that does not match its manifest by shape or checksums, or an
+        ValueError: no prepared folder or one of another version, an array that does not match its manifest by shape or
+        checksums, or an
             empty split.
     """
 
@@ -36,23 +37,33 @@ class Slices:
         if not path.is_file():
             raise ValueError(f"{path} does not exist, or is no file")
         with path.open("rb") as f:
-            if f.read(8) != b"\x93NUMPY\x01\x00":  # later versions promise headers of gigabytes, which numpy takes memory for
+            # later versions promise headers of gigabytes, which numpy takes memory for
+            if f.read(8) != b"\x93NUMPY\x01\x00":
                 raise ValueError(f"{path} is not readable as a .npy file (header); run prepare again")
         try:
             # copy on write: torch wants memory that it may write to, the file stays as it is
             array = npy.open_memmap(path, mode="c")
         except Exception as error:  # numpy meets a broken header with any
-            raise ValueError(f"{path} is not readable as a .npy file ({type(error).__name__}); run prepare again") from None
+            raise ValueError(
+                f"{path} is not readable as a .npy file ({type(error).__name__}); run prepare again"
+            ) from None
         if array.shape != (len(rows), SIZE, SIZE) or array.dtype != np.float16:
-            raise ValueError(f"{folder}: slices.npy has {array.dtype} of shape {array.shape}, the manifest lists {len(rows)} slices")
+            raise ValueError(
+                f"{folder}: slices.npy has {array.dtype} of shape {array.shape}, the manifest lists {len(rows)} slices"
+            )
         for i, row in enumerate(rows):
             if hashlib.sha256(array[i].tobytes()).hexdigest() != row.get("sha256"):
-                raise ValueError(f"{folder}: slice {i} is not the one that the manifest lists (its checksum differs); run prepare again")
+                raise ValueError(
+                    f"{folder}: slice {i} is not the one that the manifest lists (its checksum differs); run prepare"
+                    " again"
+                )
             if not np.abs(array[i]).max() <= 1:  # nor NaN
                 raise ValueError(f"{folder}: slice {i} holds values that are not in -1 to 1; run prepare again")
         index = [i for i, row in enumerate(rows) if row["split"] == split]
         if not index:
-            raise ValueError(f"{folder}: the {split} split is empty ({len({row['subject'] for row in rows})} subjects in all)")
+            raise ValueError(
+                f"{folder}: the {split} split is empty ({len({row['subject'] for row in rows})} subjects in all)"
+            )
         self.rows: list[dict[str, Any]] = [rows[i] for i in index]
         self.array: Tensor = torch.from_numpy(array)
         self.index = torch.tensor(index)

@@ -12,11 +12,33 @@ import numpy as np
 from .volumes import MAX_REACH, MissingPackage, Unusable, Volume, oriented, silent
 
 # what tells time points and echoes of one series apart, by order of trust
-TIMES = ("TemporalPositionIdentifier", "DiffusionBValue", "EchoTime", "AcquisitionNumber", "TriggerTime", "AcquisitionTime")
-TAGS = ["PatientID", "SeriesInstanceUID", "SOPInstanceUID", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows",
-        "Columns", "SeriesDescription", "PhotometricInterpretation", "NumberOfFrames", "SliceThickness", "ImageType", *TIMES]  # fmt: skip
+TIMES = (
+    "TemporalPositionIdentifier",
+    "DiffusionBValue",
+    "EchoTime",
+    "AcquisitionNumber",
+    "TriggerTime",
+    "AcquisitionTime",
+)
+TAGS = [
+    "PatientID",
+    "SeriesInstanceUID",
+    "SOPInstanceUID",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "PixelSpacing",
+    "Rows",
+    "Columns",
+    "SeriesDescription",
+    "PhotometricInterpretation",
+    "NumberOfFrames",
+    "SliceThickness",
+    "ImageType",
+    *TIMES,
+]
 MAX_PIXELS = 4096**2  # of a slice
-# neighbours that differ so much more than slices two apart: 0.6 to 0.9 in a head's series, 1.7 and more in those of two heads 3 mm apart
+# neighbours that differ so much more than slices two apart: 0.6 to 0.9 in a head's series, 1.7 and more in those of two
+# heads 3 mm apart
 MIXED = 1.3
 
 
@@ -51,7 +73,8 @@ def is_dicom(path: Path) -> bool:
 
 @silent()
 def load_dicom(files: Sequence[Path]) -> tuple[list[Series], list[tuple[str, str]]]:
-    """The volumes in the files of one folder, and what was left out: the file's name, or that of a series' first, and the reason.
+    """The volumes in the files of one folder, and what was left out: the file's name, or that of a series' first, and
+    the reason.
 
     Slices are sorted by ImagePositionPatient along the normal of ImageOrientationPatient, never by name or number.
     """
@@ -69,8 +92,16 @@ def load_dicom(files: Sequence[Path]) -> tuple[list[Series], list[tuple[str, str
             first = seen.setdefault(str(one.header.get("SOPInstanceUID") or file), file.name)
             if first != file.name:
                 raise Unusable(f"a copy of {first}")
-            words = (str(one.header.get(tag) or "") for tag in ("PatientID", "SeriesInstanceUID", "PhotometricInterpretation"))
-            key = (*words, int(one.header.Rows), int(one.header.Columns), *np.round([*one.along.ravel(), *one.spacing], 3))
+            words = (
+                str(one.header.get(tag) or "")
+                for tag in ("PatientID", "SeriesInstanceUID", "PhotometricInterpretation")
+            )
+            key = (
+                *words,
+                int(one.header.Rows),
+                int(one.header.Columns),
+                *np.round([*one.along.ravel(), *one.spacing], 3),
+            )
         except Unusable as reason:
             left_out.append((file.name, str(reason)))
         except Exception as error:  # pydicom meets a broken header with any; its text may quote it
@@ -124,7 +155,10 @@ def _time_points(stack: list[_Slice]) -> list[list[_Slice]]:
             parts[str(one.header.get(tag))].append(one)
         if all(len(part) == len(heights) == len({round(one.height, 2) for one in part}) for part in parts.values()):
             return list(parts.values())
-    raise Unusable(f"{len(stack) - len(heights)} slices lie where another one lies, and none of {', '.join(TIMES)} tells them apart")
+    raise Unusable(
+        f"{len(stack) - len(heights)} slices lie where another one lies, and none of {', '.join(TIMES)} tells them"
+        " apart"
+    )
 
 
 def _volume(part: list[_Slice]) -> Volume:
@@ -135,13 +169,17 @@ def _volume(part: list[_Slice]) -> Volume:
     gap = float(np.median(gaps)) if len(gaps) else float(first.header.get("SliceThickness") or 1)
     if len(gaps) and np.abs(gaps - gap).max() > max(0.1 * gap, 0.02):
         raise Unusable(f"slices are missing: gaps of {gaps.min():.2f} to {gaps.max():.2f} mm")
-    sideways = max(float(np.abs(one.position - first.position - first.normal * (one.height - first.height)).max()) for one in part)
+    sideways = max(
+        float(np.abs(one.position - first.position - first.normal * (one.height - first.height)).max()) for one in part
+    )
     if sideways > max(0.1 * first.spacing.min(), 0.05):
         raise Unusable(f"slices are shifted sideways by up to {sideways:.1f} mm (a tilted gantry?)")
     array = np.stack([_plane(one) for one in part], axis=2)
     array[np.isnan(array)] = np.nanmin(array)  # padding is air
     if len(part) >= 4:
-        beside, beyond = (np.median([np.abs(array[..., k + n] - array[..., k]).mean() for k in range(len(part) - n)]) for n in (1, 2))
+        beside, beyond = (
+            np.median([np.abs(array[..., k + n] - array[..., k]).mean() for k in range(len(part) - n)]) for n in (1, 2)
+        )
         if beside > MIXED * beyond:
             raise Unusable("every other slice is of another scan: two stacks lie in one series")
     affine = np.eye(4)
@@ -166,7 +204,11 @@ def _plane(one: _Slice) -> np.ndarray:
         stored = whole.pixel_array
         plane: np.ndarray = apply_rescale(stored, whole).astype(np.float32)
         padding = _padding(whole, stored)
-        surplus = 0 if whole.file_meta.TransferSyntaxUID.is_encapsulated else len(whole.get("PixelData", b"")) - get_expected_length(whole)
+        surplus = (
+            0
+            if whole.file_meta.TransferSyntaxUID.is_encapsulated
+            else len(whole.get("PixelData", b"")) - get_expected_length(whole)
+        )
     except Unusable:
         raise
     except Exception as error:  # a decoder meets broken pixels with any

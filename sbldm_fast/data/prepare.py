@@ -57,30 +57,44 @@ Skipped = list[dict[str, str]]
 
 
 def prepare(
-    sources: Sequence[str], out: str | Path, *, split: str = "subject", seed: int = 42, volume: int | None = None, every: int = 1,
-    subject: str | None = None, covariates: str | Path | None = None, strict: bool = False, workers: int = 1, progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
-    """Write `slices.npy` (`[N, 128, 128]` float16 in [-1, 1]), `manifest.json` and `contact_sheet.png` to the folder `out`.
+    sources: Sequence[str],
+    out: str | Path,
+    *,
+    split: str = "subject",
+    seed: int = 42,
+    volume: int | None = None,
+    every: int = 1,
+    subject: str | None = None,
+    covariates: str | Path | None = None,
+    strict: bool = False,
+    workers: int = 1,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write `slices.npy` (`[N, 128, 128]` float16 in [-1, 1]), `manifest.json` and `contact_sheet.png` to the folder
+    `out`.
 
     A folder that `prepare` wrote is replaced; one that holds anything else is refused.
 
     Args:
         sources: NIfTI files, folders of NIfTI, DICOM or PNG/JPG files, `mni152`, `synthetic` or `synthetic:COUNT`.
-        split: `"subject"` keeps all slices of a subject in one of train/val/test (70/15/15); `"slice"` is the leaking split of
+        split: `"subject"` keeps all slices of a subject in one of train/val/test (70/15/15); `"slice"` is the leaking
+        split of
             paper 001.
         seed: of the split and of the synthetic population.
         volume: which volume of 4-D files.
         every: keep every n-th slice.
-        subject: a regular expression whose first group is the subject in a file's name, where `subject_of` reads it wrongly.
-        covariates: a CSV file, see `Covariates`.
+        subject: a regular expression whose first group is the subject in a file's name, where `subject_of` reads it
+        wrongly. covariates: a CSV file, see `Covariates`.
         strict: raise at the first unusable file, or subject without covariates, instead of naming and skipping it.
         workers: processes that read at a time; more than one needs a `__main__` that can be imported.
 
     Returns:
-        The manifest. `skipped` names what is not in the array, and why; `without_covariates` the subjects that a table has no row for.
+        The manifest. `skipped` names what is not in the array, and why; `without_covariates` the subjects that a table
+        has no row for.
 
     Raises:
-        ValueError: a source that does not exist, has nothing to read or lies in the folder to be replaced, a folder with other files, an
+        ValueError: a source that does not exist, has nothing to read or lies in the folder to be replaced, a folder
+        with other files, an
             ambiguous table, an argument out of its bounds, or (`strict`) a broken file.
     """
     if split not in ("subject", "slice"):
@@ -96,21 +110,27 @@ def prepare(
     _writable(out)
     found: dict[object, Job] = {}
     for job in (job for source in sources for job in expand(source)):
-        found.setdefault(tuple(map(os.path.realpath, job.files)) or job.name, job)  # a file that two sources hold is read once
+        # a file that two sources hold is read once
+        found.setdefault(tuple(map(os.path.realpath, job.files)) or job.name, job)
     jobs = list(found.values())
     real = Path(os.path.realpath(out))
-    if inside := next((job.name for job in jobs for file in job.files if real in Path(os.path.realpath(file)).parents), None):
+    if inside := next(
+        (job.name for job in jobs for file in job.files if real in Path(os.path.realpath(file)).parents), None
+    ):
         raise ValueError(f"{out} holds the source {inside}, which would be lost; allowed is another folder")
     people = [subject_of(job, pattern) if job.files else job.name for job in jobs]
     with whole_folder(out) as folder:
-        rows, skipped = _write_slices(folder / "slices.npy", jobs, people, seed, volume, every, strict, workers, progress)
+        rows, skipped = _write_slices(
+            folder / "slices.npy", jobs, people, seed, volume, every, strict, workers, progress
+        )
         if not rows:
             reasons = "; ".join(f"{s['source']}: {s['reason']}" for s in skipped[:3])
             raise ValueError(f"no usable slice in {', '.join(sources)}" + (f" ({reasons})" if reasons else ""))
         subjects = sorted({row["subject"] for row in rows})
         missing: list[str] = []
         if table is not None:
-            without = sorted({row["subject"] for row in rows if not row["covariates"]})  # synthetic brains have their own
+            # synthetic brains have their own
+            without = sorted({row["subject"] for row in rows if not row["covariates"]})
             joined = table.of(without)
             missing = [s for s in without if s not in joined]
             if missing and strict:
@@ -123,7 +143,10 @@ def prepare(
             row["split"] = where[unit]
         manifest: dict[str, Any] = {
             "format": FORMAT,
-            "convention": "row 0 anterior, column 0 patient's left, square pixels, intensity -1 to 1 per volume; pictures as they are",
+            "convention": (
+                "row 0 anterior, column 0 patient's left, square pixels, intensity -1 to 1 per volume; pictures as"
+                " they are"
+            ),
             "split": {"by": split, "seed": seed, "slices": dict(Counter(row["split"] for row in rows))},
             "subjects": len(subjects),
             "skipped": skipped,
@@ -150,7 +173,7 @@ def _writable(out: str | Path) -> None:
     if not str(out):
         raise ValueError("out: got '', allowed is a folder")
     folder = Path(out)
-    if os.path.ismount(folder):  # noqa: PTH  # of a link, too
+    if os.path.ismount(folder):  # of a link, too, which Path.is_mount is not
         raise ValueError(f"{out} is where a disk is mounted, which cannot be replaced; allowed is a folder in it")
     if not folder.is_dir() or not (there := sorted(folder.iterdir())):
         return
@@ -158,11 +181,21 @@ def _writable(out: str | Path) -> None:
     with suppress(ValueError):
         if lost is None and {"format", "slices"} <= read_json(folder / "manifest.json").keys():
             return
-    raise ValueError(f"{out} holds {lost or there[0].name}, which would be lost; allowed is a new folder or one that prepare wrote")
+    raise ValueError(
+        f"{out} holds {lost or there[0].name}, which would be lost; allowed is a new folder or one that prepare wrote"
+    )
 
 
 def _write_slices(
-    path: Path, jobs: list[Job], people: list[str], seed: int, volume: int | None, every: int, strict: bool, workers: int, progress: bool
+    path: Path,
+    jobs: list[Job],
+    people: list[str],
+    seed: int,
+    volume: int | None,
+    every: int,
+    strict: bool,
+    workers: int,
+    progress: bool,
 ) -> tuple[list[dict[str, Any]], Skipped]:
     """The array, scan by scan; its rows for the manifest, and what was left out."""
     rows: list[dict[str, Any]] = []
@@ -172,7 +205,9 @@ def _write_slices(
     with path.open("wb") as f:
         _header(f, 0)
         results = _results(jobs, seed, volume, every, workers)
-        for person, (scans, left_out) in zip(people, tqdm(results, "prepare", len(jobs), unit="file", disable=not progress), strict=True):
+        for person, (scans, left_out) in zip(
+            people, tqdm(results, "prepare", len(jobs), unit="file", disable=not progress), strict=True
+        ):
             broken = [s for s in left_out if s["reason"] != LABELS]
             if broken and strict:
                 raise ValueError(f"{broken[0]['source']}: {broken[0]['reason']}")
@@ -199,10 +234,14 @@ def _header(file: Any, count: int) -> None:
 def _rows(scan: Scan) -> Iterator[dict[str, Any]]:
     for image, position in zip(scan.slices, scan.positions, strict=True):
         yield {
-            "source": scan.source, "subject": "", "modality": scan.modality,
-            "position_mm": None if position is None else round(float(position), 3), "tilt_deg": round(scan.tilt, 1),
-            "covariates": scan.covariates, "sha256": hashlib.sha256(image.tobytes()).hexdigest(),
-        }  # fmt: skip
+            "source": scan.source,
+            "subject": "",
+            "modality": scan.modality,
+            "position_mm": None if position is None else round(float(position), 3),
+            "tilt_deg": round(scan.tilt, 1),
+            "covariates": scan.covariates,
+            "sha256": hashlib.sha256(image.tobytes()).hexdigest(),
+        }
 
 
 def _contact_sheet(folder: Path) -> None:
@@ -211,7 +250,9 @@ def _contact_sheet(folder: Path) -> None:
 
     array = np.load(folder / "slices.npy", mmap_mode="r", allow_pickle=False)
     tiles = array[:: max(SHEET_EVERY, -(-len(array) // SHEET_TILES))]
-    save_grid(to_uint8(torch.from_numpy(tiles.astype(np.float32))[:, None]), folder / "contact_sheet.png", "not for diagnosis")
+    save_grid(
+        to_uint8(torch.from_numpy(tiles.astype(np.float32))[:, None]), folder / "contact_sheet.png", "not for diagnosis"
+    )
 
 
 def assign_splits(units: Sequence[str], seed: int) -> dict[str, str]:
@@ -224,25 +265,31 @@ def assign_splits(units: Sequence[str], seed: int) -> dict[str, str]:
     return dict(zip(order, names, strict=True))
 
 
-def _results(jobs: list[Job], seed: int, volume: int | None, every: int, workers: int) -> Iterable[tuple[list[Scan], Skipped]]:
+def _results(
+    jobs: list[Job], seed: int, volume: int | None, every: int, workers: int
+) -> Iterable[tuple[list[Scan], Skipped]]:
     """What each job gives, in the order of the jobs."""
     read = partial(_read, seed=seed, volume=volume, every=every)
     if workers == 1 or len(jobs) == 1:
         yield from map(read, jobs)
         return
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"), _begin)  # a fork would share torch's threads
+    # a fork would share torch's threads
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"), _begin)
     try:
         for job, future in [(job, pool.submit(read, job)) for job in jobs]:
             try:
                 yield future.result()
             except BrokenProcessPool:
-                raise ValueError(f"{job.name}: the process that read it, or one beside it, was killed; for memory? --workers 1") from None
+                raise ValueError(
+                    f"{job.name}: the process that read it, or one beside it, was killed; for memory? --workers 1"
+                ) from None
     finally:
         pool.shutdown(cancel_futures=True)  # who stops at one file waits for no other
 
 
 def _begin() -> None:
-    """A process that reads has one thread, as the processes are what runs at a time, and ends with the one that started it."""
+    """A process that reads has one thread, as the processes are what runs at a time, and ends with the one that started
+    it."""
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -277,7 +324,9 @@ def _read(job: Job, seed: int, volume: int | None, every: int) -> tuple[list[Sca
             series, left_out = load_dicom(job.files)
             parent = job.name.rpartition("/")[0]
             for name, reason in left_out:
-                skipped.append({"source": printable(f"{parent}/{name}" if parent else name), "reason": printable(reason)})
+                skipped.append(
+                    {"source": printable(f"{parent}/{name}" if parent else name), "reason": printable(reason)}
+                )
             for number, one in enumerate(series):
                 name = f"{parent or job.name}#{number}" if len(series) > 1 else parent or job.name
                 try:

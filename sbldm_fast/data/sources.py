@@ -1,7 +1,8 @@
 """What a user names to files, and from a file's name its subject and modality.
 
-Layouts known by name: BraTS 2017 to 2023, RSNA-MICCAI, BIDS, IXI, OASIS, ADNI, UPENN-GBM. A rule that takes two subjects for one spoils
-nothing; one that takes one for two lets a person into training and test. So a name is cut where it may be: after its first number.
+Layouts known by name: BraTS 2017 to 2023, RSNA-MICCAI, BIDS, IXI, OASIS, ADNI, UPENN-GBM. A rule that takes two
+subjects for one spoils nothing; one that takes one for two lets a person into training and test. So a name is cut where
+it may be: after its first number.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ MODALITY = re.compile(r"(?<![a-z0-9])(flair|t1wce|t1ce|t1gd|t1c|t1n|t1w?|t2f|t2w
 _NAMES = {"T1W": "T1", "T1N": "T1", "T2W": "T2", "T1WCE": "T1CE", "T1GD": "T1CE", "T1C": "T1CE", "T2F": "FLAIR"}
 # BraTS-GLI-00005-000 and -001 are two visits of one subject
 _SUBJECT = re.compile(
-    r"(sub-[a-z0-9]+|patient[_-]?\d+|subject[_-]?\d+|brats1[789]_[a-z0-9]+_[a-z0-9]+_1|brats[a-z0-9]*(?:[-_][a-z]+)*[-_]\d+"
-    r"|oas\d_\d+|\d{3}_s_\d{4}|upenn-gbm-\d+)",
+    r"(sub-[a-z0-9]+|patient[_-]?\d+|subject[_-]?\d+|brats1[789]_[a-z0-9]+_[a-z0-9]+_1"
+    r"|brats[a-z0-9]*(?:[-_][a-z]+)*[-_]\d+|oas\d_\d+|\d{3}_s_\d{4}|upenn-gbm-\d+)",
     re.IGNORECASE,
 )
 _VISIT = re.compile(r"(ses|session|study|visit)[-_]?\w*|anat|dicom|mri?", re.IGNORECASE)
@@ -46,7 +47,8 @@ class Job:
 
 
 def expand(source: str) -> Iterator[Job]:
-    """The jobs of one source: a file, a folder with all below it (links are followed once), `mni152`, `synthetic[:COUNT]`.
+    """The jobs of one source: a file, a folder with all below it (links are followed once), `mni152`,
+    `synthetic[:COUNT]`.
 
     Raises:
         ValueError: a source that does not exist or has nothing to read, or a folder in it that may not be read.
@@ -63,7 +65,8 @@ def expand(source: str) -> Iterator[Job]:
     path = Path(source)
     if not source or not path.exists():
         raise ValueError(
-            f"{source or repr(source)} does not exist; allowed are a NIfTI or DICOM file, a picture, a folder, mni152 and synthetic[:COUNT]"
+            f"{source or repr(source)} does not exist; allowed are a NIfTI or DICOM file, a picture, a folder, mni152"
+            " and synthetic[:COUNT]"
         )
     if not (path.is_file() or path.is_dir()):
         raise ValueError(f"{source} is a pipe, a socket or a device; allowed are files and folders")
@@ -101,7 +104,8 @@ def _kind(file: Path) -> str:
 
 
 def _walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder with the names of its files, in order; not os.walk, which calls itself and so ends at a thousand folders."""
+    """Each folder with the names of its files, in order; not os.walk, which calls itself and so ends at a thousand
+    folders."""
     visited, waiting = set(), [path]
     while waiting:
         folder = waiting.pop()
@@ -129,9 +133,9 @@ def modality_of(text: str) -> str | None:
 def subject_of(job: Job, pattern: re.Pattern[str] | None = None) -> str:
     """The subject that a file's name tells: `source/subject`.
 
-    In this order: the first group of the regular expression `pattern`; a known layout; the first folder with a number that names neither
-    a modality nor a visit, or all of them without one; the file's name without modality, up to its first number. A slice number is no
-    subject: pictures whose names are bare numbers are one.
+    In this order: the first group of the regular expression `pattern`; a known layout; the first folder with a number
+    that names neither a modality nor a visit, or all of them without one; the file's name without modality, up to its
+    first number. A slice number is no subject: pictures whose names are bare numbers are one.
 
     Raises:
         ValueError: the name does not fit `pattern`.
@@ -140,7 +144,8 @@ def subject_of(job: Job, pattern: re.Pattern[str] | None = None) -> str:
         fits = pattern.search(job.name)
         if not fits or not fits.groups() or not fits.group(1):
             raise ValueError(
-                f"subject: got {pattern.pattern!r}, which finds no group in {job.name}; allowed is one that does in every name"
+                f"subject: got {pattern.pattern!r}, which finds no group in {job.name}; allowed is one that does in"
+                " every name"
             )
         return fits.group(1)
     source, _, rest = job.name.partition("/") if "/" in job.name else ("", "", job.name)
@@ -166,7 +171,8 @@ def subject_of(job: Job, pattern: re.Pattern[str] | None = None) -> str:
 class Subjects:
     """Who is who: scans of one name, of one patient, or that share a slice are one subject.
 
-    Several patients of one name are several subjects, unless there is a scan of that name without an ID: it may be of any of them.
+    Several patients of one name are several subjects, unless there is a scan of that name without an ID: it may be of
+    any of them.
     """
 
     def __init__(self) -> None:

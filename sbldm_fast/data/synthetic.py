@@ -25,11 +25,15 @@ LATERAL_VENTRICLES = (14.0, -13.0, 0.0)  # mm, z, y, x of their middle in the te
 
 @cache
 def tissue_maps() -> tuple[Tensor, float]:
-    """Grey matter, white matter, brain mask and lateral ventricles at 2 mm, `[4, z, y, x]`, and the position of slice 0 in mm."""
+    """Grey matter, white matter, brain mask and lateral ventricles at 2 mm, `[4, z, y, x]`, and the position of slice 0
+    in mm."""
     from scipy import ndimage
 
     atlas = _nilearn_datasets()
-    images = [f(resolution=STEP) for f in (atlas.load_mni152_gm_template, atlas.load_mni152_wm_template, atlas.load_mni152_brain_mask)]
+    images = [
+        f(resolution=STEP)
+        for f in (atlas.load_mni152_gm_template, atlas.load_mni152_wm_template, atlas.load_mni152_brain_mask)
+    ]
     gm, wm, mask = (np.asarray(i.dataobj, dtype=np.float32).transpose(2, 1, 0).clip(0, 1) for i in images)
     fluid = (mask - gm - wm).clip(0, 1)
     parts, count = ndimage.label(fluid > 0.5)
@@ -55,8 +59,9 @@ def _smooth_field(generator: torch.Generator, channels: int, coarse: int, shape:
 def synthetic_brain(index: int, seed: int = 0) -> tuple[Volume, str, dict[str, float | str]]:
     """Brain number `index`: its volume, its modality and its covariates.
 
-    `ventricle_volume`, ml, is that of the lateral ventricles as they are in this brain. They dilate with `age` (20 to 85), at their
-    middle by up to 1.9 times; `sex` scales the head by 4 %. They are rules of this generator, not of biology.
+    `ventricle_volume`, ml, is that of the lateral ventricles as they are in this brain. They dilate with `age` (20 to
+    85), at their middle by up to 1.9 times; `sex` scales the head by 4 %. They are rules of this generator, not of
+    biology.
     """
     rng = torch.Generator().manual_seed(seed * 1_000_003 + index)
     maps, origin_z = tissue_maps()

@@ -25,7 +25,8 @@ FOREGROUND = -0.8  # intensities above this count as head
 MIN_FOREGROUND = 0.10
 MAX_TILT = 20.0  # degrees: up to this the planes that were acquired are what a radiologist calls axial
 MAX_PIXEL = 4.0  # mm: a thick sagittal or coronal stack makes axial stripes
-MAX_GROWTH = 8  # a whole head that is straightened takes 5 times its voxels at most, at any angle and voxel size; a thin slab more
+# a whole head that is straightened takes 5 times its voxels at most, at any angle and voxel size; a thin slab more
+MAX_GROWTH = 8
 MAX_REACH = 10_000.0  # mm from the origin: no scanner is longer
 CHUNK = 2**23  # voxels at a time: the memory that slicing takes beside the scan
 SAMPLES = 2**24  # voxels that intensities are judged by
@@ -44,7 +45,8 @@ class MissingPackage(ValueError):
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """What the readers warn of or log stays unsaid: it quotes headers. One thread reads at a time, as both are settings of the process."""
+    """What the readers warn of or log stays unsaid: it quotes headers. One thread reads at a time, as both are settings
+    of the process."""
     with _reading, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         known = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in READERS]
@@ -63,8 +65,10 @@ def silent() -> Iterator[None]:
 class Volume:
     """A scan: `array[x, y, z]` with x to the right, y to the front, z upwards (RAS), `zooms` in mm.
 
-    The middle of slice k is at the height `origin_z + k * rise`, mm. `straighten`, where a scan is too oblique to be turned by its axes:
-    4 x 4, from voxels of a straight grid of `shape` to those of `array`. `tilt`: degrees between the slices and the axial plane.
+    The middle of slice k is at the height `origin_z + k * rise`, mm. `straighten`, where a scan is too oblique to be
+    turned by its axes:
+    4 x 4, from voxels of a straight grid of `shape` to those of `array`. `tilt`: degrees between the slices and the
+    axial plane.
     """
 
     array: np.ndarray
@@ -89,7 +93,13 @@ class Volume:
                 yield (
                     start,
                     affine_transform(
-                        self.array, self.straighten[:3, :3], offset, (*self.shape[:2], stop - start), np.float32, order=1, cval=self._air
+                        self.array,
+                        self.straighten[:3, :3],
+                        offset,
+                        (*self.shape[:2], stop - start),
+                        np.float32,
+                        order=1,
+                        cval=self._air,
                     ),
                 )
 
@@ -103,8 +113,10 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
     """Read a NIfTI file or pair, scaled by its slope and intercept and turned to RAS by its affine.
 
     Raises:
-        Unusable: missing, truncated, damaged (a compressed file is read to its checksum), not NIfTI, without an orientation or with two,
-            4-D without `volume`, not finite, constant, a label map, not numbers, or a header that promises what the file does not hold.
+        Unusable: missing, truncated, damaged (a compressed file is read to its checksum), not NIfTI, without an
+        orientation or with two,
+            4-D without `volume`, not finite, constant, a label map, not numbers, or a header that promises what the
+            file does not hold.
     """
     try:
         import nibabel as nib
@@ -121,9 +133,16 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
         header = image.header
         if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
             raise Unusable("the header does not say the orientation: qform_code and sform_code are 0")
-        axes = [nib.aff2axcodes(f) for f in (header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]) if f is not None]
+        axes = [
+            nib.aff2axcodes(f)
+            for f in (header.get_sform(coded=True)[0], header.get_qform(coded=True)[0])
+            if f is not None
+        ]
         if len(set(axes)) == 2:
-            raise Unusable(f"the header says two orientations: sform {''.join(map(str, axes[0]))}, qform {''.join(map(str, axes[1]))}")
+            raise Unusable(
+                f"the header says two orientations: sform {''.join(map(str, axes[0]))}, qform"
+                f" {''.join(map(str, axes[1]))}"
+            )
         proxy = image.dataobj
         if min(image.shape, default=0) < 1:
             raise Unusable(f"shape {image.shape}: nothing in it")
@@ -146,13 +165,17 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
             array = np.asarray(proxy[..., volume or 0])  # of a long series only this one is read
         else:
             # as it is stored where nothing is to be scaled: a quarter of float64, which nibabel would make of it
-            array = np.asanyarray(proxy) if proxy.slope == 1 and proxy.inter == 0 else np.asarray(proxy, dtype=np.float32)
+            array = (
+                np.asanyarray(proxy) if proxy.slope == 1 and proxy.inter == 0 else np.asarray(proxy, dtype=np.float32)
+            )
         unit = {1: 1000.0, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres, micrometres; else millimetres
         affine = np.diag([unit, unit, unit, 1.0]) @ image.affine
     except Unusable:
         raise
     except Exception as error:  # nibabel, gzip and zlib meet a broken file with any; its text may quote the header
-        raise Unusable(f"not a readable NIfTI file ({getattr(error, 'strerror', None) or type(error).__name__})") from None
+        raise Unusable(
+            f"not a readable NIfTI file ({getattr(error, 'strerror', None) or type(error).__name__})"
+        ) from None
     return oriented(array, affine)
 
 
@@ -167,7 +190,11 @@ def _measure_extensions(path: Path) -> None:
         header = first + f.read(at - 4)
         if len(header) < at or not header[-4]:
             return
-        end = int(struct.unpack_from(f"{order}f", header, 108)[0] if at == 352 else struct.unpack_from(f"{order}q", header, 168)[0])
+        end = int(
+            struct.unpack_from(f"{order}f", header, 108)[0]
+            if at == 352
+            else struct.unpack_from(f"{order}q", header, 168)[0]
+        )
         end = end or path.stat().st_size  # a pair has them to the end of the .hdr
         while at + 16 <= end and len(size := f.read(4)) == 4:
             length = struct.unpack(f"{order}i", size)[0]
@@ -185,22 +212,32 @@ def _read_to_end(path: Path, most: int) -> None:
                 if not f.read(2**20):
                     return
             except (OSError, EOFError, zlib.error):
-                raise Unusable("not a readable NIfTI file: damaged or cut off, it does not match its checksum") from None
-    raise Unusable(f"the compressed file goes on long after the {most - SLACK} bytes of voxels that the header promises")
+                raise Unusable(
+                    "not a readable NIfTI file: damaged or cut off, it does not match its checksum"
+                ) from None
+    raise Unusable(
+        f"the compressed file goes on long after the {most - SLACK} bytes of voxels that the header promises"
+    )
 
 
 def oriented(array: np.ndarray, affine: np.ndarray) -> Volume:
-    """The scan `[i, j, k]` whose voxels `affine` takes to mm in RAS; only a scan that is tilted by more than 20 degrees is resampled.
+    """The scan `[i, j, k]` whose voxels `affine` takes to mm in RAS; only a scan that is tilted by more than 20 degrees
+    is resampled.
 
     Raises:
-        Unusable: a singular affine, one that leads more than 10 m away or that straightens to more than 8 times the voxels, voxels that
+        Unusable: a singular affine, one that leads more than 10 m away or that straightens to more than 8 times the
+        voxels, voxels that
             are not finite, all alike or a label map, or pixels too few or too large.
     """
     from nibabel.affines import obliquity, voxel_sizes
     from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
     from nibabel.spaces import vox2out_vox
 
-    if not np.isfinite(affine).all() or min(voxel_sizes(affine)) < 1e-3 or abs(np.linalg.det(affine[:3, :3] / voxel_sizes(affine))) < 0.1:
+    if (
+        not np.isfinite(affine).all()
+        or min(voxel_sizes(affine)) < 1e-3
+        or abs(np.linalg.det(affine[:3, :3] / voxel_sizes(affine))) < 0.1
+    ):
         raise Unusable("the affine is singular: it does not say where the voxels are")
     if (np.abs(affine[:3]) @ [*array.shape, 1]).max() > MAX_REACH:
         raise Unusable(f"voxels lie further from the origin than {MAX_REACH / 1000:.0f} m")
@@ -214,7 +251,8 @@ def oriented(array: np.ndarray, affine: np.ndarray) -> Volume:
         shape, straight = vox2out_vox((array.shape, affine), voxel_sizes(affine))
         if math.prod(map(int, shape)) > MAX_GROWTH * array.size:
             raise Unusable(
-                f"so oblique or sheared that its straight grid has more than {MAX_GROWTH} times its voxels: a slab, or wrong voxel sizes"
+                f"so oblique or sheared that its straight grid has more than {MAX_GROWTH} times its voxels: a slab, or"
+                " wrong voxel sizes"
             )
         turn, affine = np.linalg.inv(affine) @ straight, straight
     zooms = voxel_sizes(affine)
@@ -278,11 +316,15 @@ def axial_slices(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
         head = image > FOREGROUND
         for axis, across in enumerate(((0, 2), (0, 1))):
             inside[axis] += np.count_nonzero(head, axis=across)
-    rows, columns = (_window(head > 0.01 * head.max(), zoom) for head, zoom in zip(inside, volume.zooms[1::-1], strict=True))
+    rows, columns = (
+        _window(head > 0.01 * head.max(), zoom) for head, zoom in zip(inside, volume.zooms[1::-1], strict=True)
+    )
     slices, positions = [], []
     for start, image in images():
         padded = np.pad(image, ((0, 0), rows[1], columns[1]), constant_values=-1.0)[:, rows[0], columns[0]]
-        square = F.interpolate(torch.from_numpy(np.ascontiguousarray(padded))[:, None], (SIZE, SIZE), mode="bicubic", antialias=True)
+        square = F.interpolate(
+            torch.from_numpy(np.ascontiguousarray(padded))[:, None], (SIZE, SIZE), mode="bicubic", antialias=True
+        )
         done = square[:, 0].clamp(-1, 1).numpy()
         keep = (done > FOREGROUND).mean(axis=(1, 2)) >= MIN_FOREGROUND
         slices.append(done[keep])
@@ -291,7 +333,8 @@ def axial_slices(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _window(head: np.ndarray, zoom: float) -> tuple[slice, tuple[int, int]]:
-    """Where FIELD_OF_VIEW mm around the middle of the head (places that hold more than a speck) lie along an axis, and the padding."""
+    """Where FIELD_OF_VIEW mm around the middle of the head (places that hold more than a speck) lie along an axis, and
+    the padding."""
     inside = np.flatnonzero(head)
     if not inside.size:
         raise Unusable("no voxel stands out from the background")

@@ -4,17 +4,18 @@ r"""Noise schedules: betas and alphas_cumprod, built in float64.
 
 The names are not alike. With beta from b0 = 1e-4 to b1 = 0.02, T = 1000, u = t/(T-1) and k = (t+1)/T:
 
-| name            | beta_t                                                                    | a_{T-1} | last t with SNR > 1 |
-|-----------------|---------------------------------------------------------------------------|---------|---------------------|
-| `linear`        | b0 + (b1 - b0) u                                  (Ho et al. 2020)        | 4.0e-5  | 258 |
-| `scaled_linear` | (sqrt b0 + (sqrt b1 - sqrt b0) u)^2               (Rombach et al. 2022)   | 7.3e-4  | 417 |
-| `cosine_ramp`   | b0 + (b1 - b0) (1 - cos(k pi/2))                  (001 equation 2)        | 6.2e-4  | 431 |
-| `cosine`        | 1 - f(k)/f(k - 1/T) <= 0.999, f(k) = cos^2((k + .008)/1.008 pi/2) (Nichol & Dhariwal 2021) | 2.4e-9 | 495 |
-| `gamma`         | linear beta_t * k^gamma                           (000 section 3.5, gamma = 0.5) | 3.1e-4 | 372 |
+| name            | beta_t                                                                       | a_{T-1} | SNR > 1 |
+|-----------------|------------------------------------------------------------------------------|---------|---------|
+| `linear`        | b0 + (b1 - b0) u                               (Ho et al. 2020)              | 4.0e-5  | t <= 258 |
+| `scaled_linear` | (sqrt b0 + (sqrt b1 - sqrt b0) u)^2            (Rombach et al. 2022)         | 7.3e-4  | t <= 417 |
+| `cosine_ramp`   | b0 + (b1 - b0) (1 - cos(k pi/2))               (001 equation 2)              | 6.2e-4  | t <= 431 |
+| `cosine`        | 1 - f(k)/f(k - 1/T) <= 0.999, f(k) = cos^2((k + .008)/1.008 pi/2)            | 2.4e-9  | t <= 495 |
+|                 |                                                (Nichol & Dhariwal 2021)      |         |         |
+| `gamma`         | linear beta_t * k^gamma                        (000 section 3.5, gamma = 0.5) | 3.1e-4  | t <= 372 |
 
-`cosine_ramp` is a cosine ramp of beta, not the cosine schedule. `gamma` moves the terminal SNR *away* from zero for every
-gamma > 0 (the factor never exceeds 1), contrary to what 000 says of it; `normalise="sum"` scales the betas back to their
-sum, which keeps the terminal SNR (4.0e-5 at gamma = 0.5).
+`cosine_ramp` is a cosine ramp of beta, not the cosine schedule. `gamma` moves the terminal SNR *away* from zero for
+every gamma > 0 (the factor never exceeds 1), contrary to what 000 says of it; `normalise="sum"` scales the betas back
+to their sum, which keeps the terminal SNR (4.0e-5 at gamma = 0.5).
 """
 
 from __future__ import annotations
@@ -43,9 +44,16 @@ class NoiseSchedule:
     """
 
     def __init__(
-        self, name: str = "cosine_ramp", num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *,
-        gamma: float = 0.5, normalise: str = "none", zero_terminal_snr: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        name: str = "cosine_ramp",
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        *,
+        gamma: float = 0.5,
+        normalise: str = "none",
+        zero_terminal_snr: bool = False,
+    ) -> None:
         if name not in NAMES:
             raise ValueError(f"name: got {name!r}, allowed are {', '.join(NAMES)}")
         if num_train_timesteps < 2:

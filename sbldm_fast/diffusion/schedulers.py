@@ -44,7 +44,8 @@ class _Scheduler:
 
     @classmethod
     def from_config(cls, config: SchedulerConfig | Mapping[str, Any], **overrides: Any) -> Self:
-        """A scheduler from a configuration of ours or of any diffusers scheduler; keys of other schedulers are passed over.
+        """A scheduler from a configuration of ours or of any diffusers scheduler; keys of other schedulers are passed
+        over.
 
         Raises:
             ValueError: the configuration asks for something that this scheduler cannot do.
@@ -83,15 +84,18 @@ class _Scheduler:
         else:
             steps = np.arange(T, 0, -T / n).round() - 1
         if steps[0] >= T:
-            raise ValueError(f"steps_offset: got {self.config.steps_offset}, with {n} steps the first timestep is past {T - 1}")
+            raise ValueError(
+                f"steps_offset: got {self.config.steps_offset}, with {n} steps the first timestep is past {T - 1}"
+            )
         self.num_inference_steps = n
         self.timesteps = torch.from_numpy(steps.astype(np.int64)).to(device)
 
     def previous_timestep(self, timestep: int) -> int:
         """The timestep that `step` leads to, negative for x0.
 
-        With `prev="stride"` one stride T // n down, as in diffusers and MONAI, which is wrong where timesteps are unevenly spaced
-        (linspace, and trailing where n does not divide T; diffusers #12633, MONAI #8600); with `prev="lookup"` the next of `timesteps`.
+        With `prev="stride"` one stride T // n down, as in diffusers and MONAI, which is wrong where timesteps are
+        unevenly spaced (linspace, and trailing where n does not divide T; diffusers #12633, MONAI #8600); with
+        `prev="lookup"` the next of `timesteps`.
 
         Raises:
             ValueError: `set_timesteps` was not called, or a timestep to look up that is not in `timesteps`.
@@ -124,7 +128,9 @@ class _Scheduler:
 
     def _roots(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         # the table itself keeps its dtype: casting it for good is what breaks MONAI after one half-precision call
-        a = self.alphas_cumprod.to(like.device, like.dtype)[timesteps.to(like.device)].reshape(-1, *[1] * (like.dim() - 1))
+        a = self.alphas_cumprod.to(like.device, like.dtype)[timesteps.to(like.device)].reshape(
+            -1, *[1] * (like.dim() - 1)
+        )
         return a**0.5, (1 - a) ** 0.5
 
     def _alphas(self, timestep: int) -> tuple[Tensor, Tensor]:
@@ -151,9 +157,16 @@ class DDIMScheduler(_Scheduler):
     """
 
     def step(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False,
-        generator: torch.Generator | None = None, variance_noise: Tensor | None = None, return_dict: bool = True,
-    ) -> SchedulerOutput:  # fmt: skip
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput:
         """The sample one timestep earlier; arguments as in diffusers, the result is a tuple in either case.
 
         Raises:
@@ -197,9 +210,13 @@ class DDPMScheduler(_Scheduler):
         return timestep - 1 if self.num_inference_steps is None else self._next_timestep(timestep)
 
     def step(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: torch.Generator | None = None,
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput:  # fmt: skip
+    ) -> SchedulerOutput:
         """The sample one timestep earlier; arguments as in diffusers, the result is a tuple in either case."""
         t = int(timestep)
         before = self.previous_timestep(t)
@@ -216,8 +233,8 @@ class DDPMScheduler(_Scheduler):
 class _Diffusers:
     """A scheduler of diffusers, on the betas of any of our schedules; what it returns is diffusers' own object.
 
-    Keyword arguments are those of the class of that name in diffusers, and the schedules, `gamma` and `normalise` of `SchedulerConfig`.
-    `ValueError` without diffusers, or for a value that is not allowed.
+    Keyword arguments are those of the class of that name in diffusers, and the schedules, `gamma` and `normalise` of
+    `SchedulerConfig`. `ValueError` without diffusers, or for a value that is not allowed.
     """
 
     def __new__(cls, **config: Any) -> Any:
@@ -225,7 +242,9 @@ class _Diffusers:
         theirs = cls._theirs()
         ours = {k: v for k, v in config.items() if k in SchedulerConfig.__dataclass_fields__}
         betas = {
-            k: config.pop(k) for k in ("beta_start", "beta_end", "beta_schedule", "trained_betas", "gamma", "normalise") if k in config
+            k: config.pop(k)
+            for k in ("beta_start", "beta_end", "beta_schedule", "trained_betas", "gamma", "normalise")
+            if k in config
         }
         if betas.get("trained_betas") is None and betas.get("beta_schedule", "linear") not in THEIR_SCHEDULES:
             betas = {"trained_betas": _tables(SchedulerConfig.from_dict(ours))[0].tolist()}
@@ -233,7 +252,8 @@ class _Diffusers:
 
     @classmethod
     def from_config(cls, config: SchedulerConfig | Mapping[str, Any], **overrides: Any) -> Any:
-        """diffusers' scheduler from a configuration of ours or of any of diffusers'; keys that it does not know are passed over."""
+        """diffusers' scheduler from a configuration of ours or of any of diffusers'; keys that it does not know are
+        passed over."""
         given = config.to_dict() if isinstance(config, SchedulerConfig) else dict(config)
         takes = {*inspect.signature(cls._theirs().__init__).parameters, "gamma", "normalise"}
         return cls(**{k: v for k, v in {**given, **overrides}.items() if k in takes})
@@ -243,12 +263,15 @@ class _Diffusers:
         try:
             import diffusers
         except ImportError:
-            raise ValueError(f"{cls.__name__} needs diffusers: pip install diffusers; DDIMScheduler and DDPMScheduler do without") from None
+            raise ValueError(
+                f"{cls.__name__} needs diffusers: pip install diffusers; DDIMScheduler and DDPMScheduler do without"
+            ) from None
         return getattr(diffusers, cls.__name__)
 
 
 class DPMSolverMultistepScheduler(_Diffusers):
-    """DPM-Solver++: `x' = (s'/s) x - a' (exp(-h) - 1) (D_0 + D_1 / 2)`, D_0 = x0, D_1 its divided difference, h the step in log(a/s).
+    """DPM-Solver++: `x' = (s'/s) x - a' (exp(-h) - 1) (D_0 + D_1 / 2)`, D_0 = x0, D_1 its divided difference, h the
+    step in log(a/s).
 
     Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2; diffusers does the arithmetic.
     """
@@ -268,7 +291,8 @@ def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _tables(c: SchedulerConfig) -> tuple[Tensor, Tensor]:
-    """Betas and alphas_cumprod in float32: where diffusers knows the schedule by its own arithmetic, else from float64."""
+    """Betas and alphas_cumprod in float32: where diffusers knows the schedule by its own arithmetic, else from
+    float64."""
     T = c.num_train_timesteps
     if c.trained_betas is not None:
         betas = torch.tensor(c.trained_betas, dtype=torch.float32)
@@ -280,9 +304,14 @@ def _tables(c: SchedulerConfig) -> tuple[Tensor, Tensor]:
         betas = NoiseSchedule("cosine", T).betas.float()
     else:
         own = NoiseSchedule(
-            c.beta_schedule, T, c.beta_start, c.beta_end,
-            gamma=c.gamma, normalise=c.normalise, zero_terminal_snr=c.rescale_betas_zero_snr,
-        )  # fmt: skip
+            c.beta_schedule,
+            T,
+            c.beta_start,
+            c.beta_end,
+            gamma=c.gamma,
+            normalise=c.normalise,
+            zero_terminal_snr=c.rescale_betas_zero_snr,
+        )
         return own.betas.float(), own.alphas_cumprod
     if c.rescale_betas_zero_snr:
         betas = rescale_zero_terminal_snr(betas)

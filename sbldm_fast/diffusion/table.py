@@ -3,8 +3,9 @@
     x0 = clip(c_x x + c_m m)
     x' = a_0 x + b_0 m + d x0 + s z + sum_k (a_k x_-k + b_k m_-k)
 
-A scheduler with fixed timesteps is such a sum whether it says so or not. Run on random model outputs, one per element of a tensor, it
-gives as many equations per step as there are elements, and least squares gives the coefficients. A second run on other numbers proves them.
+A scheduler with fixed timesteps is such a sum whether it says so or not. Run on random model outputs, one per element
+of a tensor, it gives as many equations per step as there are elements, and least squares gives the coefficients. A
+second run on other numbers proves them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from sbldm_fast.files import read_json, write_json
 
 ELEMENTS = 64  # equations per step, for at most 6 + 2 * MAX_HISTORY unknowns
 MAX_HISTORY = 12  # diffusers' PNDM looks that far back after its Runge-Kutta steps
-SIZES = (1.0, 1.0, 30.0, 1000.0)  # of model outputs: clipping must show at every step, also where an ordinary x0 stays inside
+# of model outputs: clipping must show at every step, also where an ordinary x0 stays inside
+SIZES = (1.0, 1.0, 30.0, 1000.0)
 EXACT = 1e-11  # a residual of float64, relative
 ROUNDED = 2e-6  # and of a scheduler that casts to float32 inside
 LAST_DIGIT = 3e-7  # a longer history that gains less than this fits what float32 rounded
@@ -73,8 +75,8 @@ class SolverTable:
 
         Args:
             steps: for `set_timesteps`; a solver of second order may make more model calls than that.
-            eta: of schedulers whose `step` takes it, 0 deterministic to 1 the variance of DDPM; None: the scheduler's own default.
-            start: the timestep to begin with, counted from the first: the run of an img2img.
+            eta: of schedulers whose `step` takes it, 0 deterministic to 1 the variance of DDPM; None: the scheduler's
+            own default. start: the timestep to begin with, counted from the first: the run of an img2img.
 
         Raises:
             NotLinear: no row describes a step (thresholding, a learned variance); a ValueError.
@@ -111,12 +113,15 @@ class SolverTable:
         if not 0 <= start < len(self.timesteps):
             raise ValueError(f"start: got {start}, allowed is 0 to {len(self.timesteps) - 1}")
         if self.history and start:
-            raise ValueError(f"table: got a history of {self.history} steps, allowed to start inside is none; give its scheduler")
+            raise ValueError(
+                f"table: got a history of {self.history} steps, allowed to start inside is none; give its scheduler"
+            )
         cut = {k: getattr(self, k)[start:] for k in ("timesteps", "rows", "input_scale", "alpha", "sigma")}
         return replace(self, **cut)
 
     def step(self, i: int, x: list[Tensor], m: list[Tensor], z: Tensor | float = 0.0) -> Tensor:
-        """x after step i from all x and m so far, newest last, in their dtype: the table in one expression, for proofs."""
+        """x after step i from all x and m so far, newest last, in their dtype: the table in one expression, for
+        proofs."""
         c_x, c_m, d, s, *pairs = self.rows[i].tolist()
         out: Tensor = torch.zeros_like(x[-1]) + s * z
         if d:
@@ -160,25 +165,39 @@ class SolverTable:
             timesteps = torch.tensor(values["timesteps"])
             tensors = {k: _tensor(values[k]) for k in ("rows", "input_scale", "alpha", "sigma")}
             table = cls(
-                timesteps.double() if timesteps.is_floating_point() else timesteps, **tensors,
+                timesteps.double() if timesteps.is_floating_point() else timesteps,
+                **tensors,
                 init_noise_sigma=float(values["init_noise_sigma"]),
                 clip_range=None if values["clip_range"] is None else float(values["clip_range"]),
-            )  # fmt: skip
+            )
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as wrong:
             raise ValueError(f"{source}: not a solver table ({type(wrong).__name__}: {short(str(wrong))})") from None
         if values.get("format") != 1 or table.timesteps.dim() != 1 or not 0 < table.init_noise_sigma < math.inf:
-            raise ValueError(f"{source}: format, timesteps, init_noise_sigma: allowed are 1, a list and a number above 0")
+            raise ValueError(
+                f"{source}: format, timesteps, init_noise_sigma: allowed are 1, a list and a number above 0"
+            )
         if timesteps.dtype == torch.bool or not ((table.timesteps >= 0) & (table.timesteps < 2**24)).all():
-            raise ValueError(f"{source}: timesteps: got one that no model is asked for, allowed are numbers from 0 to 2^24")
+            raise ValueError(
+                f"{source}: timesteps: got one that no model is asked for, allowed are numbers from 0 to 2^24"
+            )
         if table.clip_range is not None and not 0 < table.clip_range < math.inf:
             raise ValueError(f"{source}: clip_range: got {table.clip_range}, allowed is null or a number above 0")
         S, width = table.rows.shape if table.rows.dim() == 2 else (0, 0)
-        if S < 1 or width < 6 or width % 2 or any(len(v) != S for v in (table.timesteps, table.input_scale, table.alpha, table.sigma)):
-            raise ValueError(f"{source}: rows: got {list(table.rows.shape)}, allowed are [steps, 6 + 2 K] and as many of the others")
+        if (
+            S < 1
+            or width < 6
+            or width % 2
+            or any(len(v) != S for v in (table.timesteps, table.input_scale, table.alpha, table.sigma))
+        ):
+            raise ValueError(
+                f"{source}: rows: got {list(table.rows.shape)}, allowed are [steps, 6 + 2 K] and as many of the others"
+            )
         if not table.rows[:, 2:].isfinite().all() or not table.input_scale.isfinite().all():
             raise ValueError(f"{source}: rows, input_scale: got a number that is not finite")
         if any(v.isinf().any() for v in (table.rows, table.alpha, table.sigma)):
-            raise ValueError(f"{source}: rows, alpha, sigma: got infinity, allowed are numbers, and null where one is not known")
+            raise ValueError(
+                f"{source}: rows, alpha, sigma: got infinity, allowed are numbers, and null where one is not known"
+            )
         return table
 
 
@@ -186,7 +205,8 @@ def prepared(scheduler: Any, steps: int, eta: float | None = None, start: int = 
     """A copy of `scheduler` with its timesteps set, to be stepped from timestep number `start` on.
 
     Raises:
-        ValueError: it has no `set_timesteps` or `step`, or does not take `steps` or `eta`, or its timesteps are no list of numbers.
+        ValueError: it has no `set_timesteps` or `step`, or does not take `steps` or `eta`, or its timesteps are no list
+        of numbers.
     """
     name = type(scheduler).__name__
     if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):
@@ -204,14 +224,17 @@ def prepared(scheduler: Any, steps: int, eta: float | None = None, start: int = 
         raise ValueError(f"scheduler: {name}.set_timesteps({steps}) failed: {type(wrong).__name__}: {wrong}") from wrong
     times = own.timesteps
     if not isinstance(times, Tensor) or times.dim() != 1 or not len(times) or not times.double().isfinite().all():
-        raise ValueError(f"scheduler: {name} has timesteps {times}, allowed is a tensor of finite numbers, one for each model call")
+        raise ValueError(
+            f"scheduler: {name} has timesteps {times}, allowed is a tensor of finite numbers, one for each model call"
+        )
     if start and hasattr(own, "set_begin_index"):
         own.set_begin_index(start)
     return own
 
 
 def _warn_of_a_late_start(own: Any, steps: int) -> None:
-    """A run starts from pure noise: where its first timestep is far below T - 1, the model takes some of that noise for an image."""
+    """A run starts from pure noise: where its first timestep is far below T - 1, the model takes some of that noise for
+    an image."""
     T, times = getattr(getattr(own, "config", own), "num_train_timesteps", None), own.timesteps
     first = float(times[0])
     # DDIM's usual 50 steps of `leading` start a fiftieth late; timesteps up to 1 are of another unit
@@ -268,7 +291,9 @@ def _run(scheduler: Any, eta: float | None, start: int, seed: int) -> _Run:
     random, noise = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 2)
     shape = (1, 1, 8, ELEMENTS // 8)
     size = torch.tensor(SIZES, dtype=torch.float64).repeat(ELEMENTS // len(SIZES)).reshape(shape)
-    run = _Run([torch.randn(shape, generator=random, dtype=torch.float64) * size * _first_sigma(scheduler)], [], [], [], [], [])
+    run = _Run(
+        [torch.randn(shape, generator=random, dtype=torch.float64) * size * _first_sigma(scheduler)], [], [], [], [], []
+    )
     small = copy.deepcopy(scheduler)
     with torch.random.fork_rng(devices=[]):
         for i, t in enumerate(scheduler.timesteps[start:], start):
@@ -278,7 +303,9 @@ def _run(scheduler: Any, eta: float | None, start: int, seed: int) -> _Run:
             before = noise.get_state()
             try:
                 following, x0 = scheduler_step(scheduler, m, i, x, eta, noise)
-                small_x0 = None if x0 is None else scheduler_step(small, m * 1e-6, i, x * 1e-6, eta, noise.clone_state())[1]
+                small_x0 = (
+                    None if x0 is None else scheduler_step(small, m * 1e-6, i, x * 1e-6, eta, noise.clone_state())[1]
+                )
             except Exception as failure:  # whatever another library raises; stepping will show it to the user
                 raise NotLinear(f"its step {i} failed: {type(failure).__name__}: {failure}") from failure
             if not following.isfinite().all():
@@ -334,7 +361,10 @@ def _predictions(run: _Run, scheduler: Any, alpha: Tensor, sigma: Tensor) -> tup
     limit = max(float(x0.abs().max()) for _, _, x0 in bent)
     for i, straight, x0 in bent:
         if float((straight.clamp(-limit, limit) - x0).abs().max()) > 1e-5 * limit:
-            raise NotLinear(f"x0 of step {i} is neither as predicted nor clipped to a fixed range (thresholding, or limits of two sizes)")
+            raise NotLinear(
+                f"x0 of step {i} is neither as predicted nor clipped to a fixed range (thresholding, or limits of two"
+                " sizes)"
+            )
     return c, limit
 
 
@@ -396,5 +426,8 @@ def _numbers(v: Tensor) -> Any:
 
 
 def _tensor(numbers: Any) -> Tensor:
-    rows = [[torch.nan if n is None else n for n in row] if isinstance(row, list) else torch.nan if row is None else row for row in numbers]
+    rows = [
+        [torch.nan if n is None else n for n in row] if isinstance(row, list) else torch.nan if row is None else row
+        for row in numbers
+    ]
     return torch.tensor(rows, dtype=torch.float64)

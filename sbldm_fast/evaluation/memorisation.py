@@ -38,7 +38,8 @@ class Neighbours:
 
 @torch.no_grad()
 def nearest(images: Tensor, slices: Slices, vae: AutoencoderKL | None = None, progress: bool = False) -> Neighbours:
-    """The nearest of `slices` to each of `images` `[N, 1, S, S]`: by pixels, or with `vae` by posterior means, in units of their std."""
+    """The nearest of `slices` to each of `images` `[N, 1, S, S]`: by pixels, or with `vae` by posterior means, in units
+    of their std."""
 
     def features(x: Tensor) -> Tensor:
         if vae is None:
@@ -57,12 +58,22 @@ def nearest(images: Tensor, slices: Slices, vae: AutoencoderKL | None = None, pr
     return Neighbours(index, best)
 
 
-def memorisation(pipeline: Pipeline, data: str | Path, out: str | Path, *, n: int = 64, seed: int = 0, steps: int = 50,
-                 progress: bool = True) -> dict[str, Any]:  # fmt: skip
-    """Compare `n` samples with the training split; write `neighbours.png` and `memorisation.json` to the folder `out`; return its content.
+def memorisation(
+    pipeline: Pipeline,
+    data: str | Path,
+    out: str | Path,
+    *,
+    n: int = 64,
+    seed: int = 0,
+    steps: int = 50,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compare `n` samples with the training split; write `neighbours.png` and `memorisation.json` to the folder `out`;
+    return its content.
 
-    The picture has three rows for each row of samples: samples, nearest by pixels, nearest by latents. The numbers are quantiles of the
-    distance to the nearest training slice: of the samples, and of validation and test slices, which no training has seen.
+    The picture has three rows for each row of samples: samples, nearest by pixels, nearest by latents. The numbers are
+    quantiles of the distance to the nearest training slice: of the samples, and of validation and test slices, which no
+    training has seen.
 
     Raises:
         ValueError: as `Slices`; a prepared folder without validation and test slices; a folder `out` with other files.
@@ -70,7 +81,9 @@ def memorisation(pipeline: Pipeline, data: str | Path, out: str | Path, *, n: in
     there = sorted(p.name for p in Path(out).glob("*"))
     lost = next((name for name in there if name not in (REPORT, PICTURE)), None)
     if there and (lost or REPORT not in there or "samples" not in read_json(Path(out) / REPORT)):
-        raise ValueError(f"{out} holds {lost or there[0]}, which would be lost; allowed is a new folder or one that evaluate wrote")
+        raise ValueError(
+            f"{out} holds {lost or there[0]}, which would be lost; allowed is a new folder or one that evaluate wrote"
+        )
     train = Slices(data, "train")
     unseen = []
     for split in ("val", "test"):

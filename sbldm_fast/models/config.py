@@ -24,10 +24,14 @@ class Config:
             ValueError: a key that this configuration does not have, or a value of another type or out of bounds.
         """
         names = {f.name for f in fields(cls)}
-        listed = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in content.items() if not k.startswith("_")}  # betas as an array
+        # betas as an array
+        listed = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in content.items() if not k.startswith("_")}
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in listed.items()}
         if unknown := given.keys() - names:
-            raise ValueError(f"{cls.__name__}: got {', '.join(short(k) for k in sorted(unknown))}, allowed are {', '.join(sorted(names))}")
+            raise ValueError(
+                f"{cls.__name__}: got {', '.join(short(k) for k in sorted(unknown))}, allowed are"
+                f" {', '.join(sorted(names))}"
+            )
         return cls(**given)
 
     def __post_init__(self) -> None:
@@ -43,7 +47,9 @@ class Config:
                 kinds = (int, float) if isinstance(like, float) else type(like)
                 # True is an int to Python, and to nobody else
                 if not isinstance(one, kinds) or isinstance(one, bool) != isinstance(like, bool):
-                    raise ValueError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed is one like {likes!r}")
+                    raise ValueError(
+                        f"{type(self).__name__}: {f.name} is {short(value)}, allowed is one like {likes!r}"
+                    )
                 if isinstance(one, (int, float)) and not abs(one) < math.inf:
                     raise ValueError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed are finite numbers")
             least, most = BOUNDS.get(f.name, (None, None))
@@ -53,12 +59,22 @@ class Config:
 
 # beyond any model of these kinds: what a file may ask for before its weights are looked at
 BOUNDS = {
-    "in_channels": (1, 4096), "out_channels": (1, 4096), "latent_channels": (1, 4096), "sample_size": (1, 8192),
-    "layers_per_block": (1, 64), "block_out_channels": (1, 16384), "attention_resolutions": (1, 8192),
-    "attention_head_dim": (1, 16384), "norm_num_groups": (1, 16384),
-    "time_embed_dim": (2, 65536), "num_train_timesteps": (1, 100_000), "steps_offset": (0, 100_000), "clip_sample_range": (1e-6, 1e6),
-    "scaling_factor": (1e-6, 1e6), "gamma": (1e-3, 1e3),
-}  # fmt: skip
+    "in_channels": (1, 4096),
+    "out_channels": (1, 4096),
+    "latent_channels": (1, 4096),
+    "sample_size": (1, 8192),
+    "layers_per_block": (1, 64),
+    "block_out_channels": (1, 16384),
+    "attention_resolutions": (1, 8192),
+    "attention_head_dim": (1, 16384),
+    "norm_num_groups": (1, 16384),
+    "time_embed_dim": (2, 65536),
+    "num_train_timesteps": (1, 100_000),
+    "steps_offset": (0, 100_000),
+    "clip_sample_range": (1e-6, 1e6),
+    "scaling_factor": (1e-6, 1e6),
+    "gamma": (1e-3, 1e3),
+}
 
 
 def _check_groups(name: str, widths: tuple[int, ...], num_groups: int) -> None:
@@ -66,7 +82,9 @@ def _check_groups(name: str, widths: tuple[int, ...], num_groups: int) -> None:
         raise ValueError(f"{name}: block_out_channels is {widths}, allowed are 1 to 12 widths")
     for width in widths:
         if width % num_groups:
-            raise ValueError(f"{name}: norm_num_groups is {num_groups}, allowed are divisors of every width in {widths}")
+            raise ValueError(
+                f"{name}: norm_num_groups is {num_groups}, allowed are divisors of every width in {widths}"
+            )
 
 
 @dataclass(frozen=True)
@@ -123,10 +141,13 @@ class UNetConfig(Config):
         if self.sample_size % 2 ** (len(self.block_out_channels) - 1):
             raise ValueError(f"UNetConfig: sample_size is {self.sample_size}, allowed are multiples of 2^downsamplings")
         if self.time_embedding_type not in ("positional", "fourier"):
-            raise ValueError(f"UNetConfig: time_embedding_type is {self.time_embedding_type!r}, allowed are positional, fourier")
+            raise ValueError(
+                f"UNetConfig: time_embedding_type is {self.time_embedding_type!r}, allowed are positional, fourier"
+            )
         if any(width % self.attention_head_dim for width in self.block_out_channels):
             raise ValueError(
-                f"UNetConfig: attention_head_dim is {self.attention_head_dim}, allowed are divisors of {self.block_out_channels}"
+                f"UNetConfig: attention_head_dim is {self.attention_head_dim}, allowed are divisors of"
+                f" {self.block_out_channels}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"UNetConfig: dropout is {self.dropout}, allowed is 0 up to 1")
@@ -134,10 +155,12 @@ class UNetConfig(Config):
 
 @dataclass(frozen=True)
 class SchedulerConfig(Config):
-    """What a scheduler needs, under diffusers' names and with its defaults; our presets do not clip, latents are not in [-1, 1].
+    """What a scheduler needs, under diffusers' names and with its defaults; our presets do not clip, latents are not in
+    [-1, 1].
 
-    Beyond diffusers: the schedules `cosine_ramp`, `cosine` and `gamma` with `gamma` and `normalise` (see `NoiseSchedule`);
-    `prev`, the timestep that a step of DDIM leads to (see `previous_timestep`); `compat="monai"`, MONAI's timesteps.
+    Beyond diffusers: the schedules `cosine_ramp`, `cosine` and `gamma` with `gamma` and `normalise` (see
+    `NoiseSchedule`); `prev`, the timestep that a step of DDIM leads to (see `previous_timestep`); `compat="monai"`,
+    MONAI's timesteps.
     """
 
     BETA_SCHEDULES: ClassVar = ("linear", "scaled_linear", "squaredcos_cap_v2", "cosine_ramp", "cosine", "gamma")
@@ -175,13 +198,22 @@ class SchedulerConfig(Config):
             ("compat", ("diffusers", "monai")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {short(getattr(self, name))}, allowed are {', '.join(map(str, allowed))}")
+                raise ValueError(
+                    f"{name}: got {short(getattr(self, name))}, allowed are {', '.join(map(str, allowed))}"
+                )
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"beta_start, beta_end: got {self.beta_start}, {self.beta_end}, allowed is 0 < start <= end < 1")
+            raise ValueError(
+                f"beta_start, beta_end: got {self.beta_start}, {self.beta_end}, allowed is 0 < start <= end < 1"
+            )
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
-            raise ValueError(f"trained_betas: got {len(self.trained_betas)}, allowed is num_train_timesteps = {self.num_train_timesteps}")
+            raise ValueError(
+                f"trained_betas: got {len(self.trained_betas)}, allowed is num_train_timesteps ="
+                f" {self.num_train_timesteps}"
+            )
         if self.trained_betas is not None and not all(0 < beta < 1 for beta in self.trained_betas):
-            raise ValueError("trained_betas: got one that is not between 0 and 1, allowed are betas above 0 and below 1")
+            raise ValueError(
+                "trained_betas: got one that is not between 0 and 1, allowed are betas above 0 and below 1"
+            )
 
 
 class Preset(NamedTuple):
@@ -197,12 +229,16 @@ PRESETS: dict[str, Preset] = {
     "paper": Preset(VAEConfig(), UNetConfig(), _LATENT),
     "template": Preset(
         VAEConfig(latent_channels=4, block_out_channels=(32, 64, 128)),
-        UNetConfig(sample_size=32, in_channels=4, out_channels=4, attention_resolutions=(16,), time_embedding_type="fourier"),
+        UNetConfig(
+            sample_size=32, in_channels=4, out_channels=4, attention_resolutions=(16,), time_embedding_type="fourier"
+        ),
         SchedulerConfig(beta_schedule="gamma", clip_sample=False),
     ),
     "demo": Preset(
         VAEConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1),
-        UNetConfig(block_out_channels=(32, 64, 128), attention_head_dim=32, norm_num_groups=8, time_embed_dim=256, dropout=0.0),
+        UNetConfig(
+            block_out_channels=(32, 64, 128), attention_head_dim=32, norm_num_groups=8, time_embed_dim=256, dropout=0.0
+        ),
         _LATENT,
     ),
 }

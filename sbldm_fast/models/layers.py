@@ -14,7 +14,8 @@ from sbldm_fast.kernels._backend import resolve
 
 
 class Sum(NamedTuple):
-    """`x + conv_bias + residual`, which a norm adds up as it reads; `conv_bias` `[C]` is of the convolution that made x."""
+    """`x + conv_bias + residual`, which a norm adds up as it reads; `conv_bias` `[C]` is of the convolution that made
+    x."""
 
     x: Tensor
     conv_bias: Tensor | None = None
@@ -27,7 +28,8 @@ class Sum(NamedTuple):
 
 
 def added_by_norms(device: torch.device) -> bool:
-    """Whether biases and shortcuts wait for the norm behind them: cuDNN and PyTorch would add each in a kernel of its own (LOG 26)."""
+    """Whether biases and shortcuts wait for the norm behind them: cuDNN and PyTorch would add each in a kernel of its
+    own (LOG 26)."""
     return resolve(device)[0] == "triton"
 
 
@@ -51,7 +53,8 @@ def norm_of(norm: nn.Module, x: Sum) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """`skip(x) + conv2(dropout(silu(GN(conv1(silu(GN(x)))) * (1 + scale) + shift)))`, `[N, C, H, W]` to `[N, C', H, W]`."""
+    """`skip(x) + conv2(dropout(silu(GN(conv1(silu(GN(x)))) * (1 + scale) + shift)))`, `[N, C, H, W]` to
+    `[N, C', H, W]`."""
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -69,7 +72,8 @@ class ResBlock(nn.Module):
         out = convolve(self.conv2, self.dropout(self.norm2(h.x, scale, shift, conv_bias=h.conv_bias)))
         if out.conv_bias is None or not bare(self.skip):
             return entered, out._replace(residual=self.skip(entered).to(out.x.dtype))
-        bias = out.conv_bias if self.skip.bias is None else out.conv_bias + self.skip.bias  # a sampler has made one of them
+        # a sampler has made one of them
+        bias = out.conv_bias if self.skip.bias is None else out.conv_bias + self.skip.bias
         if torch.is_grad_enabled():
             shortcut = self.skip._conv_forward(entered, self.skip.weight, None)
             return entered, Sum(out.x, bias, shortcut.to(out.x.dtype))
@@ -90,7 +94,8 @@ def add_pointwise_(out: Tensor, weight: Tensor, x: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`softmax(q k^T / sqrt(d)) v` of `[N, heads, pixels, d]`."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # PyTorch's fused one takes 46 ms forward and backward where this takes 4: 32 images of 8 x 8 pixels, 16 heads of 8 (LOG 19)
+        # PyTorch's fused one takes 46 ms forward and backward where this takes 4: 32 images of 8 x 8 pixels, 16 heads
+        # of 8 (LOG 19)
         weights: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
         return weights @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -113,7 +118,8 @@ class Attention(nn.Module):
         h = y.flatten(2).transpose(1, 2)
         q, k, v = self.to_qkv(h).reshape(N, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         h = self.attend(q, k, v).transpose(1, 2).reshape(N, H * W, C)
-        return Sum(entered, residual=self.to_out(h).transpose(1, 2).reshape(N, C, H, W))  # in the layout of what entered
+        # in the layout of what entered
+        return Sum(entered, residual=self.to_out(h).transpose(1, 2).reshape(N, C, H, W))
 
 
 class Upsample(nn.Module):

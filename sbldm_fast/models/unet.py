@@ -66,9 +66,9 @@ class UNet2D(Pretrained[UNetConfig]):
     `[N, in_channels, S, S]`, t in 0 ... T-1  ->  `[N, out_channels, S, S]`.
 
     Time enters each residual block through one scale and shift: a linear layer per width, shared by the blocks of that
-    width, plus an offset of the block's own (adaLN-single, Chen et al. 2023, arXiv:2310.00426, section 2.3). `time_rows`
-    gives all of them at once as one row, so that a sampler computes the rows of all its steps before its loop and calls
-    `forward_rows` inside it. Source of the rest: paper 001 section III.B.2.
+    width, plus an offset of the block's own (adaLN-single, Chen et al. 2023, arXiv:2310.00426, section 2.3).
+    `time_rows` gives all of them at once as one row, so that a sampler computes the rows of all its steps before its
+    loop and calls `forward_rows` inside it. Source of the rest: paper 001 section III.B.2.
     """
 
     config_class = UNetConfig
@@ -94,7 +94,9 @@ class UNet2D(Pretrained[UNetConfig]):
         skips = [channels]
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
-            self.down.append(nn.ModuleList(block(channels if i == 0 else width, level, attends(level)) for i in range(layers)))
+            self.down.append(
+                nn.ModuleList(block(channels if i == 0 else width, level, attends(level)) for i in range(layers))
+            )
             channels = width
             skips += [width] * (layers if level == last else layers + 1)
             if level < last:
@@ -125,7 +127,8 @@ class UNet2D(Pretrained[UNetConfig]):
         """The prediction from a latent and its row of `time_rows`, `[N, R]` or `[1, R]` for a shared timestep."""
         time = iter(rows.split(self._row_widths, dim=1))
         h = convolve(self.conv_in, x)
-        skips: list[Tensor] = []  # what enters each block and each downsampling; a block's output is one when the next has added it up
+        # what enters each block and each downsampling; a block's output is one when the next has added it up
+        skips: list[Tensor] = []
         for level, stage in enumerate(self.down):
             for block in stage.children():
                 entered, h = block(h, next(time), next(time))

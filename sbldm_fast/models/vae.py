@@ -31,8 +31,8 @@ class DiagonalGaussian:
 class AutoencoderKL(Pretrained[VAEConfig]):
     """A convolutional variational autoencoder: image `[N, 1, 128, 128]` in [-1, 1] to latent and back.
 
-    Latents are raw here; the pipeline multiplies by `config.scaling_factor`. Source: paper 001 section III.B.1, with three
-    downsamplings (four would give 8x8, not the 16x16 that it states).
+    Latents are raw here; the pipeline multiplies by `config.scaling_factor`. Source: paper 001 section III.B.1, with
+    three downsamplings (four would give 8x8, not the 16x16 that it states).
     """
 
     config_class = VAEConfig
@@ -52,7 +52,11 @@ class AutoencoderKL(Pretrained[VAEConfig]):
                 channels = width
             if level < len(widths) - 1:
                 encoder.append(Downsample(channels))
-        encoder += [attention(), GroupNormSiLU(groups, channels), nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)]
+        encoder += [
+            attention(),
+            GroupNormSiLU(groups, channels),
+            nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1),
+        ]
         self.encoder = Chain(*encoder)
 
         decoder: list[nn.Module] = [nn.Conv2d(config.latent_channels, channels, 3, padding=1), attention()]
@@ -73,7 +77,9 @@ class AutoencoderKL(Pretrained[VAEConfig]):
         """
         c = self.config
         if x.dim() != 4 or tuple(x.shape[1:]) != (c.in_channels, c.sample_size, c.sample_size):
-            raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is [N, {c.in_channels}, {c.sample_size}, {c.sample_size}]")
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, allowed is [N, {c.in_channels}, {c.sample_size}, {c.sample_size}]"
+            )
         mean, logvar = self.encoder(x).chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar)
 

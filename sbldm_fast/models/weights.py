@@ -31,7 +31,10 @@ class Pretrained(nn.Module, Generic[C]):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write `config.json` and the weights, in `dtype` if one is given; buffers are constants and keep theirs."""
         learned = dict(self.named_parameters())
-        state = {k: v.detach().to(dtype if dtype and k in learned else v.dtype).cpu().contiguous() for k, v in self.state_dict().items()}
+        state = {
+            k: v.detach().to(dtype if dtype and k in learned else v.dtype).cpu().contiguous()
+            for k, v in self.state_dict().items()
+        }
         write_json(Path(folder) / "config.json", self.config.to_dict())
         with whole_file(Path(folder) / WEIGHTS) as aside:
             write_tensors(state, aside)
@@ -41,12 +44,15 @@ class Pretrained(nn.Module, Generic[C]):
         """The model in `folder`, in float32 and evaluation mode.
 
         Raises:
-            ValueError: a missing, unreadable or pickled file, or a tensor that is missing, left over, of another shape or of no
+            ValueError: a missing, unreadable or pickled file, or a tensor that is missing, left over, of another shape
+            or of no
                 floating-point numbers.
         """
         folder = Path(folder)
         if folder.is_file():
-            raise ValueError(f"{folder} is a file, allowed is a folder with config.json and {WEIGHTS} (no pickle is ever read)")
+            raise ValueError(
+                f"{folder} is a file, allowed is a folder with config.json and {WEIGHTS} (no pickle is ever read)"
+            )
         config = cls.config_class.from_dict(read_json(folder / "config.json"))
         tensors = read_tensors(folder / WEIGHTS)
         with torch.device("meta"):  # what a config asks for takes no memory before the weights are there to fill it
@@ -75,7 +81,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: the file is missing or is something else.
     """
     if not path.is_file():
-        pickles = [p.name for p in sorted(path.parent.glob("*")) if p.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl")]
+        pickles = [
+            p.name for p in sorted(path.parent.glob("*")) if p.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+        ]
         beside = f"; {pickles[0]} beside it is a pickle, which is never read" if pickles else ""
         raise ValueError(f"{path} does not exist{beside}")
     try:
@@ -101,10 +109,13 @@ def fit(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
         if name not in tensors:
             raise ValueError(f"{source}: tensor {name} is missing")
         if tensors[name].shape != value.shape:
-            raise ValueError(f"{source}: tensor {name} has shape {list(tensors[name].shape)}, allowed is {list(value.shape)}")
+            raise ValueError(
+                f"{source}: tensor {name} has shape {list(tensors[name].shape)}, allowed is {list(value.shape)}"
+            )
         if tensors[name].dtype not in FLOATS:
             raise ValueError(
-                f"{source}: tensor {name} is of {str(tensors[name].dtype)[6:]}, allowed are {', '.join(str(d)[6:] for d in FLOATS)}"
+                f"{source}: tensor {name} is of {str(tensors[name].dtype)[6:]}, allowed are"
+                f" {', '.join(str(d)[6:] for d in FLOATS)}"
             )
     if extra := sorted(tensors.keys() - own.keys()):
         raise ValueError(f"{source}: tensor {extra[0]!r:.100} is not in the model")

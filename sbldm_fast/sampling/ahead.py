@@ -1,7 +1,9 @@
-"""A step compiled ahead of time for a CPU and kept on disk, so that a second process loads it instead of compiling again.
+"""A step compiled ahead of time for a CPU and kept on disk, so that a second process loads it instead of compiling
+again.
 
-AOTInductor makes a shared library of the whole step, weights packed for oneDNN inside it; no Python runs between its operators. To load
-one is to run its code, so only what this user alone can have written is loaded, and its name is a hash of all that it depends on.
+AOTInductor makes a shared library of the whole step, weights packed for oneDNN inside it; no Python runs between its
+operators. To load one is to run its code, so only what this user alone can have written is loaded, and its name is a
+hash of all that it depends on.
 """
 
 from __future__ import annotations
@@ -33,13 +35,18 @@ class NotTraceable(ValueError):
 
 
 def cache_folder() -> Path:
-    """Where packages are kept: `SBLDM_FAST_CACHE`, or `sbldm_fast` in the user's cache folder; only the user may write there.
+    """Where packages are kept: `SBLDM_FAST_CACHE`, or `sbldm_fast` in the user's cache folder; only the user may write
+    there.
 
     Raises:
-        Unavailable: the folder or one above it belongs to somebody else, or can be written by others, who could put code there.
+        Unavailable: the folder or one above it belongs to somebody else, or can be written by others, who could put
+        code there.
     """
     try:
-        asked = os.environ.get("SBLDM_FAST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sbldm_fast"
+        asked = (
+            os.environ.get("SBLDM_FAST_CACHE")
+            or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sbldm_fast"
+        )
         folder = Path(asked).expanduser().absolute()
         for path in reversed((folder, *folder.parents)):
             if not path.exists():
@@ -49,14 +56,22 @@ def cache_folder() -> Path:
             raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file")
     except (OSError, RuntimeError) as error:  # no home, no current folder, a file in the way
         why = getattr(error, "strerror", None) or error
-        raise Unavailable(f"SBLDM_FAST_CACHE: no folder can be made: {why}; allowed is one that its user may write to") from None
+        raise Unavailable(
+            f"SBLDM_FAST_CACHE: no folder can be made: {why}; allowed is one that its user may write to"
+        ) from None
     for path in (folder, *folder.parents):
         found = path.stat()
-        shared = found.st_mode & 0o022 and not (path != folder and found.st_mode & stat.S_ISVTX)  # in a sticky folder each has his own
+        # in a sticky folder each has his own
+        shared = found.st_mode & 0o022 and not (path != folder and found.st_mode & stat.S_ISVTX)
         if found.st_uid not in (os.getuid(), *([0] if path != folder else [])) or shared:
-            where = f"{folder} can be written by others" if path == folder else f"{path}, above {folder}, can be written by others"
+            where = (
+                f"{folder} can be written by others"
+                if path == folder
+                else f"{path}, above {folder}, can be written by others"
+            )
             raise Unavailable(
-                f"SBLDM_FAST_CACHE: {where}, allowed is a folder that only its user may write to, in folders of the same kind"
+                f"SBLDM_FAST_CACHE: {where}, allowed is a folder that only its user may write to, in folders of the"
+                " same kind"
             )
     return folder
 
@@ -72,7 +87,9 @@ def compiler() -> None:
     try:
         cpp_builder.get_cpp_compiler()
     except (exc.InvalidCxxCompiler, OSError, RuntimeError):
-        raise Unavailable("mode: compiling on a CPU needs a C++ compiler, and none was found: install g++, or name one in CXX") from None
+        raise Unavailable(
+            "mode: compiling on a CPU needs a C++ compiler, and none was found: install g++, or name one in CXX"
+        ) from None
 
 
 @contextmanager
@@ -100,8 +117,8 @@ def compiled_ahead(
 ) -> tuple[Callable[..., Tensor], bool]:
     """`function` of tensors, and of dicts of them, compiled for just these shapes; and whether it was on disk.
 
-    The name of the package is a hash of the traced program with all graphs inside it, its weights and constants, the options of
-    Inductor, torch, the library, the processor and its threads.
+    The name of the package is a hash of the traced program with all graphs inside it, its weights and constants, the
+    options of Inductor, torch, the library, the processor and its threads.
 
     Raises:
         NotTraceable: torch.export cannot trace it.
@@ -134,8 +151,11 @@ def compiled_ahead(
         path.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             try:
-                made = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/step.pt2", inductor_configs=options)
-            except Exception as failure:  # whatever Inductor meets in a foreign model, or the compiler in what Inductor wrote
+                made = torch._inductor.aoti_compile_and_package(
+                    program, package_path=f"{folder}/step.pt2", inductor_configs=options
+                )
+            # whatever Inductor meets in a foreign model, or the compiler in what Inductor wrote
+            except Exception as failure:
                 raise NotTraceable(str(failure) or type(failure).__name__) from failure
             Path(made).chmod(0o600)
             Path(made).replace(path)
@@ -159,10 +179,15 @@ def _digest(program: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
 
     import sbldm_fast
 
-    shapes = [(tuple(t.shape), t.stride(), str(t.dtype)) for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
+    shapes = [
+        (tuple(t.shape), t.stride(), str(t.dtype))
+        for t in torch.utils._pytree.tree_leaves(arguments)
+        if isinstance(t, Tensor)
+    ]
     where = torch.__version__, torch.__config__.show(), sbldm_fast.__version__, torch.get_num_threads(), _processor()
     digest = hashlib.sha256(repr((where, sorted(options.items()), config.get_hash(), shapes)).encode())
-    for name, module in program.graph_module.named_modules():  # a region with numbers of its own is a graph inside the graph
+    # a region with numbers of its own is a graph inside the graph
+    for name, module in program.graph_module.named_modules():
         digest.update(f"{name}{getattr(module, 'code', '')}".encode())
     for tensors in (program.state_dict, program.constants):
         for name, value in sorted(tensors.items()):

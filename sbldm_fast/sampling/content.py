@@ -1,9 +1,10 @@
 """What a model and a scheduler are, by content: a sampler compares it with what it was made from, once a batch.
 
-Identity and version counters do not tell: a fused optimiser, `.data` and `load_state_dict` change weights in the same memory, and some
-leave PyTorch's version counter as it was. So all bits are read where they lie, and summed in 1,021 columns with a random weight each: a
-prime that the sides of tensors do not share, so that exchanged channels fall into other columns, unless 1,021 lie between them. A digest
-guards against changes, not against somebody who looks for two weights of one digest.
+Identity and version counters do not tell: a fused optimiser, `.data` and `load_state_dict` change weights in the same
+memory, and some leave PyTorch's version counter as it was. So all bits are read where they lie, and summed in 1,021
+columns with a random weight each: a prime that the sides of tensors do not share, so that exchanged channels fall into
+other columns, unless 1,021 lie between them. A digest guards against changes, not against somebody who looks for two
+weights of one digest.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 COLUMNS = 1021
-TOGETHER = 2**17, 2**24  # elements of small tensors that are summed in one, on a CPU and elsewhere: a copy costs less than a call
+# elements of small tensors that are summed in one, on a CPU and elsewhere: a copy costs less than a call
+TOGETHER = 2**17, 2**24
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 MANY = 256  # values: what holds more of them is data and no model
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -29,7 +31,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def behind(thing: object, depth: int = 4) -> tuple[list[nn.Module], list[Tensor]]:
-    """The modules and loose tensors that a model or function is made of: itself, its owner, what it closes over, names or holds."""
+    """The modules and loose tensors that a model or function is made of: itself, its owner, what it closes over, names
+    or holds."""
     modules: list[nn.Module] = []
     tensors: list[Tensor] = []
     seen: set[int] = set()
@@ -47,14 +50,20 @@ def behind(thing: object, depth: int = 4) -> tuple[list[nn.Module], list[Tensor]
                 look(inner, depth - 1)
         elif isinstance(thing, FunctionType):
             code, names = thing.__code__, thing.__globals__
-            held = [names[n] for n in code.co_names if n in names] + [c.cell_contents for c in thing.__closure__ or () if _filled(c)]
+            held = [names[n] for n in code.co_names if n in names] + [
+                c.cell_contents for c in thing.__closure__ or () if _filled(c)
+            ]
             for inner in (*held, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()):
                 look(inner, depth - 1)
         elif isinstance(thing, partial):
             for inner in (thing.func, *thing.args, *thing.keywords.values()):
                 look(inner, depth - 1)
         elif not hasattr(thing, "at_work"):  # a sampler looks after its own
-            for inner in (getattr(thing, "__self__", None), getattr(thing, "__wrapped__", None), getattr(thing, "__dict__", None)):
+            for inner in (
+                getattr(thing, "__self__", None),
+                getattr(thing, "__wrapped__", None),
+                getattr(thing, "__dict__", None),
+            ):
                 look(inner, depth)
 
     look(thing, depth)
@@ -69,10 +78,10 @@ def _filled(cell: CellType) -> bool:
 
 
 def survey(modules: Iterable[nn.Module], loose: Iterable[Tensor] = ()) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """The structure of modules: each of their parts with the numbers, words and hooks that it keeps (a LoRA's scaling is in a dictionary)
-    but not whether it trains, and the kind of every tensor; and the tensors: parameters, buffers, also those in no state dict, and
-    attributes that are neither.
-    """  # fmt: skip
+    """The structure of modules: each of their parts with the numbers, words and hooks that it keeps (a LoRA's scaling
+    is in a dictionary) but not whether it trains, and the kind of every tensor; and the tensors: parameters, buffers,
+    also those in no state dict, and attributes that are neither.
+    """
     parts: list[Any] = []
     tensors, waiting, met = list(loose), list(modules), set[int]()
     while waiting:
@@ -95,7 +104,10 @@ def survey(modules: Iterable[nn.Module], loose: Iterable[Tensor] = ()) -> tuple[
                         tensors.append(t)
     return (
         parts,
-        [(t.shape, t.stride() if t.layout == torch.strided and not t.is_nested else 0, t.dtype, t.device) for t in tensors],
+        [
+            (t.shape, t.stride() if t.layout == torch.strided and not t.is_nested else 0, t.dtype, t.device)
+            for t in tensors
+        ],
     ), tensors
 
 
@@ -107,17 +119,20 @@ def addresses(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 def digest(tensors: Iterable[Tensor]) -> int:
     """64 bits of the bits of all tensors, summed where they lie: one number is fetched from each device.
 
-    `sum_k sum_c w_kc mix(sum_r bits_k[1021 r + c]) mod 2^64`, over groups k of tensors of one device and width, w random;
-    mix(s) = s + s / 2^29 brings the signs of many elements down to where w has its bits.
+    `sum_k sum_c w_kc mix(sum_r bits_k[1021 r + c]) mod 2^64`, over groups k of tensors of one device and width, w
+    random; mix(s) = s + s / 2^29 brings the signs of many elements down to where w has its bits.
     """
     groups: dict[tuple[int, torch.dtype], list[Tensor]] = {}
     total = 0
     with torch.no_grad():
         for t in tensors:
-            if t.is_quantized or t.layout != torch.strided or t.is_nested:  # no bits to be had: which one it is, and PyTorch's counter
+            # no bits to be had: which one it is, and PyTorch's counter
+            if t.is_quantized or t.layout != torch.strided or t.is_nested:
                 total += hash((id(t), t._version))
             elif not t.is_meta and (n := t.numel()):
-                groups.setdefault((t.get_device(), t.dtype), []).append(t.view(-1) if t.is_contiguous() else _flat(t, n))
+                groups.setdefault((t.get_device(), t.dtype), []).append(
+                    t.view(-1) if t.is_contiguous() else _flat(t, n)
+                )
         for number, (_, found) in enumerate(sorted(groups.items(), key=lambda item: str(item[0]))):
             device = found[0].device
             sums = torch.stack([_columns(_bits(v)) for v in _packed(found, TOGETHER[device.type != "cpu"])])
@@ -126,7 +141,8 @@ def digest(tensors: Iterable[Tensor]) -> int:
 
 
 def fingerprint(thing: object) -> str:
-    """A hash of an object's numbers, words, arrays and tensors, and of those inside them; functions and what has no values are left out."""
+    """A hash of an object's numbers, words, arrays and tensors, and of those inside them; functions and what has no
+    values are left out."""
     made = hashlib.sha256()
     _feed(made, thing, 8)
     return made.hexdigest()
@@ -175,11 +191,13 @@ def _columns(v: Tensor) -> Tensor:
 @cache
 def _weights(number: int, count: int, device: torch.device) -> Tensor:
     random = torch.Generator().manual_seed(number)
-    return torch.randint(-(2**62), 2**62, (count, COLUMNS), generator=random).mul_(2).add_(1).to(device)  # odd: no bit is multiplied away
+    # odd: no bit is multiplied away
+    return torch.randint(-(2**62), 2**62, (count, COLUMNS), generator=random).mul_(2).add_(1).to(device)
 
 
 def _plain(value: Any, tensors: list[Tensor], modules: list[nn.Module], depth: int = 3) -> Any:
-    """A value without its tensors and modules, which are added to the lists; of an object its own values, of a function which one it is."""
+    """A value without its tensors and modules, which are added to the lists; of an object its own values, of a function
+    which one it is."""
     if isinstance(value, _PLAIN) or depth == 0:
         return value if isinstance(value, _PLAIN) else None
     if isinstance(value, Tensor):
@@ -196,14 +214,28 @@ def _plain(value: Any, tensors: list[Tensor], modules: list[nn.Module], depth: i
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         return [(str(k), _plain(v, tensors, modules, depth - 1)) for k, v in items]
     inside = getattr(value, "__dict__", None)  # a configuration, say
-    return id(value) if callable(value) or not inside or len(inside) > MANY else _plain(inside, tensors, modules, depth - 1)
+    return (
+        id(value)
+        if callable(value) or not inside or len(inside) > MANY
+        else _plain(inside, tensors, modules, depth - 1)
+    )
 
 
 def _feed(made: Any, thing: object, depth: int) -> None:
     made.update(f"{type(thing).__qualname__}(".encode())
     if isinstance(thing, Tensor):
         made.update(f"{tuple(thing.shape)}{thing.dtype}".encode())
-        made.update(thing.detach().resolve_neg().resolve_conj().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        made.update(
+            thing.detach()
+            .resolve_neg()
+            .resolve_conj()
+            .cpu()
+            .contiguous()
+            .reshape(-1)
+            .view(torch.uint8)
+            .numpy()
+            .tobytes()
+        )
     elif isinstance(thing, np.ndarray):
         made.update(f"{thing.shape}{thing.dtype}".encode() + thing.tobytes())
     elif isinstance(thing, Mapping) and depth:

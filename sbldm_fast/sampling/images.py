@@ -27,7 +27,8 @@ def save_png(array: np.ndarray, path: str | Path) -> None:
 
 
 def save_grid(array: np.ndarray, path: str | Path, notice: str = NOTICE, columns: int | None = None) -> None:
-    """Write `[N, H, W]` uint8 as one picture, as square as N allows or of `columns`, with the notice printed below it."""
+    """Write `[N, H, W]` uint8 as one picture, as square as N allows or of `columns`, with the notice printed below
+    it."""
     n, height, width = array.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)

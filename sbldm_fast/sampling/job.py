@@ -1,4 +1,5 @@
-"""Sampling as a job that may be interrupted, split over processes and run again: a finished image is never made twice."""
+"""Sampling as a job that may be interrupted, split over processes and run again: a finished image is never made
+twice."""
 
 from __future__ import annotations
 
@@ -35,14 +36,27 @@ WHOLE = {"png": "grid.png", "npy": "images.npy", "nifti": "images.nii.gz"}  # wh
 
 
 def sample_to_folder(
-    pipeline: str, out: Path, n: int, *, seed: int, steps: int, scheduler: str, mode: str, eta: float, dtype: torch.dtype | None,
-    batch_size: int, form: str, progress: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Make images 0 to n - 1 of `seed` that are not in `out` yet, this process its share of them; the last step puts them together.
+    pipeline: str,
+    out: Path,
+    n: int,
+    *,
+    seed: int,
+    steps: int,
+    scheduler: str,
+    mode: str,
+    eta: float,
+    dtype: torch.dtype | None,
+    batch_size: int,
+    form: str,
+    progress: bool,
+) -> dict[str, Any]:
+    """Make images 0 to n - 1 of `seed` that are not in `out` yet, this process its share of them; the last step puts
+    them together.
 
-    Under torchrun whole batches go round the ranks, so that a job of at least `batch_size` images a rank, if nothing interrupts it,
-    makes each image in the same batch as one process does: byte for byte the same. Smaller jobs take smaller batches. After an
-    interruption what is missing fills batches of the same size in another order: the same to rounding.
+    Under torchrun whole batches go round the ranks, so that a job of at least `batch_size` images a rank, if nothing
+    interrupts it, makes each image in the same batch as one process does: byte for byte the same. Smaller jobs take
+    smaller batches. After an interruption what is missing fills batches of the same size in another order: the same to
+    rounding.
 
     `png` is a file per image and a grid; `npy` and `nifti` one array, float32.
 
@@ -66,10 +80,21 @@ def sample_to_folder(
         mode, reason = choose(device, n, steps)
     sampler = pipe.sampler(steps, mode, scheduler=scheduler, eta=eta, dtype=dtype)
     numbered(pipe.latent_shape, device, 1, seed, None, None)  # a seed that is refused leaves no folder
-    claim = _claim(out, form, {
-        "pipeline": _identity(pipe), "seed": seed, "steps": steps, "scheduler": scheduler, "eta": eta,
-        "dtype": str(sampler.dtype)[6:], "batch": batch_size, "format": form, "notice": NOTICE,
-    })  # fmt: skip
+    claim = _claim(
+        out,
+        form,
+        {
+            "pipeline": _identity(pipe),
+            "seed": seed,
+            "steps": steps,
+            "scheduler": scheduler,
+            "eta": eta,
+            "dtype": str(sampler.dtype)[6:],
+            "batch": batch_size,
+            "format": form,
+            "notice": NOTICE,
+        },
+    )
     # one list for all ranks, made before any of them writes
     shared = [[i for i in range(n) if not _part(out, i, form).exists()]]
     if world > 1:
@@ -115,12 +140,15 @@ def _identity(pipe: Pipeline) -> str:
 def _of_torchrun(name: str, default: int, least: int, most: int) -> int:
     text = os.environ.get(name) or str(default)
     if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-        raise ValueError(f"{name}: got {text!r} in the environment, allowed is {least} to {most}: torchrun sets it with the others")
+        raise ValueError(
+            f"{name}: got {text!r} in the environment, allowed is {least} to {most}: torchrun sets it with the others"
+        )
     return int(text)
 
 
 def _claim(out: Path, form: str, settings: dict[str, Any]) -> int:
-    """Hold `out` for images of these settings, as long as what is returned is open, beside others who make the same ones.
+    """Hold `out` for images of these settings, as long as what is returned is open, beside others who make the same
+    ones.
 
     Raises:
         ValueError: another run is at work there, or there are images of something else, or files that are not a run's.
@@ -135,7 +163,9 @@ def _claim(out: Path, form: str, settings: dict[str, Any]) -> int:
             fcntl.flock(lock, fcntl.LOCK_SH)
             if (out / RECORD).exists() and (there := read_json(out / RECORD)) != settings:
                 k = next((k for k in settings if there.get(k) != settings[k]), "settings")
-                raise ValueError(f"{out} is where images of {k} {there.get(k)} are being made, this run's is {settings.get(k)}") from None
+                raise ValueError(
+                    f"{out} is where images of {k} {there.get(k)} are being made, this run's is {settings.get(k)}"
+                ) from None
             return lock
         except OSError:  # a file system without locks
             pass
@@ -152,7 +182,8 @@ def _claim(out: Path, form: str, settings: dict[str, Any]) -> int:
 
 
 def _record(out: Path, form: str, settings: dict[str, Any]) -> None:
-    """Write down what the images are made with, unless there are images of something else, or files that are not a run's."""
+    """Write down what the images are made with, unless there are images of something else, or files that are not a
+    run's."""
     ours = (out / RECORD).exists()
     there = read_json(out / RECORD) if ours else {}
     used = there.get("format") if there.get("format") in FORMATS else form
@@ -164,7 +195,9 @@ def _record(out: Path, form: str, settings: dict[str, Any]) -> None:
     other = [k for k in settings if there.get(k) != settings[k]]
     if other and images:
         k = other[0]
-        raise ValueError(f"{out} holds images of {k} {there.get(k)}, this run's is {settings[k]}; allowed is another folder")
+        raise ValueError(
+            f"{out} holds images of {k} {there.get(k)}, this run's is {settings[k]}; allowed is another folder"
+        )
     if stray := [name for name in images if name in WHOLE.values() and name != WHOLE[str(used)]]:
         raise ValueError(f"{out} holds {stray[0]}, which no run of format {used} makes; allowed is another folder")
     write_json(out / RECORD, settings)

@@ -26,7 +26,8 @@ _COMPILING = threading.RLock()
 
 
 class ModeFailed(ValueError):
-    """The mode cannot be had: a model that cannot be captured, no compiler, no folder for what is compiled; the message says why."""
+    """The mode cannot be had: a model that cannot be captured, no compiler, no folder for what is compiled; the message
+    says why."""
 
 
 class Turn:
@@ -37,7 +38,10 @@ class Turn:
 
     def __enter__(self) -> None:
         if self._owner == threading.get_ident():
-            raise ValueError("sampler: got a call from its own callback, model or decode, allowed is another sampler: this one is at work")
+            raise ValueError(
+                "sampler: got a call from its own callback, model or decode, allowed is another sampler: this one is at"
+                " work"
+            )
         self._lock.acquire()
         self._owner = threading.get_ident()
 
@@ -55,7 +59,8 @@ def broken(x: Tensor) -> list[int]:
 
 
 class Buffers(NamedTuple):
-    """What `solver_step` keeps between steps, None where the run has no use for it, and the norms that stopping compares."""
+    """What `solver_step` keeps between steps, None where the run has no use for it, and the norms that stopping
+    compares."""
 
     counter: Tensor
     seeds: Tensor | None
@@ -68,23 +73,40 @@ class Buffers(NamedTuple):
 
 
 def make_step(
-    predict: Predict, dtype: torch.dtype, layout: torch.memory_format, clip_range: float | None, stop: str | None, threshold: float
+    predict: Predict,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    clip_range: float | None,
+    stop: str | None,
+    threshold: float,
 ) -> Callable[[Tensor, Tensor, Tensor | None, Tensor, Buffers, Named], Tensor]:
     """One step as a function of tensors alone, so that it can be compiled and captured."""
 
     def step(x: Tensor, row: Tensor, scale: Tensor | None, table: Tensor, b: Buffers, cond: Named) -> Tensor:
-        h = (x if scale is None else x * scale).to(dtype, memory_format=layout)  # both at once, or cuDNN would turn it round
+        # both at once, or cuDNN would turn it round
+        h = (x if scale is None else x * scale).to(dtype, memory_format=layout)
         if b.guidance is not None:
             h = torch.cat([h, h])
         m = predict(h, row, cond)
         if m.shape != h.shape:
-            raise ValueError(f"model: got an output of shape {tuple(m.shape)}, allowed is that of its input, {tuple(h.shape)}")
+            raise ValueError(
+                f"model: got an output of shape {tuple(m.shape)}, allowed is that of its input, {tuple(h.shape)}"
+            )
         if not (m.is_contiguous() or (m.dim() == 4 and m.is_contiguous(memory_format=torch.channels_last))):
             m = m.contiguous()
         x = solver_step(
-            x, m, table, b.counter, guidance_scale=b.guidance, history=b.history, seeds=b.seeds, frozen=b.frozen, x0=b.x0,
-            statistics=b.statistics, clip_range=clip_range,
-        )  # fmt: skip
+            x,
+            m,
+            table,
+            b.counter,
+            guidance_scale=b.guidance,
+            history=b.history,
+            seeds=b.seeds,
+            frozen=b.frozen,
+            x0=b.x0,
+            statistics=b.statistics,
+            clip_range=clip_range,
+        )
         if b.statistics is not None and b.frozen is not None and b.last is not None:
             output, moved = (b.statistics / x[0].numel()).sqrt().unbind(1)
             if stop == "eps_norm":
@@ -113,11 +135,15 @@ class Loop:
         stops = s.stop is not None
         self.x: Tensor = zeros(*shape)
         self.buffers = Buffers(
-            counter=zeros(2, dtype=torch.int32), seeds=zeros(n, 2, dtype=torch.int64, wanted=s.table.stochastic),
-            history=zeros(s.table.history, 2, *shape, wanted=s.table.history > 0), guidance=zeros(n, wanted=guided),
-            frozen=zeros(n, dtype=torch.bool, wanted=stops), x0=zeros(*shape, wanted=stops), statistics=zeros(n, 2, wanted=stops),
+            counter=zeros(2, dtype=torch.int32),
+            seeds=zeros(n, 2, dtype=torch.int64, wanted=s.table.stochastic),
+            history=zeros(s.table.history, 2, *shape, wanted=s.table.history > 0),
+            guidance=zeros(n, wanted=guided),
+            frozen=zeros(n, dtype=torch.bool, wanted=stops),
+            x0=zeros(*shape, wanted=stops),
+            statistics=zeros(n, 2, wanted=stops),
             last=zeros(n, wanted=stops),
-        )  # fmt: skip
+        )
         self.cond = {k: v.clone() for k, v in cond.items()}
         predict, model = s.predict, s.model
         if s.compiled and s.device.type == "cpu" and isinstance(model, nn.Module):
@@ -127,7 +153,8 @@ class Loop:
             x = torch.cat([self.x] * (1 + guided)).to(s.dtype)
             predict, s.counts["fused"] = fused(predict, model, x, s.rows[:1], self.cond)
         self.step = make_step(predict, s.dtype, s.layout, s.table.clip_range, s.stop, s.threshold)
-        if (s.compiled or s.fuse) and not isinstance(model, UNet2D):  # a trace would not show that a model writes into its input
+        # a trace would not show that a model writes into its input
+        if (s.compiled or s.fuse) and not isinstance(model, UNet2D):
             with torch.no_grad():
                 s.predict(torch.cat([self.x] * (1 + guided)).to(s.dtype), s.rows[:1], self.cond)
         self.traced = s.compiled is not None and (s.device.type != "cpu" or not self._ahead(model, s.compiled))
@@ -138,16 +165,26 @@ class Loop:
         # a graph keeps addresses, not tensors: without this a model that moves away would leave it freed memory
         self.held = [t.data for part in (s.model, s.decode) for t in survey(*behind(part))[1]]
 
-    def run(self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, real: int, callback: Callback | None) -> Tensor:
+    def run(
+        self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, real: int, callback: Callback | None
+    ) -> Tensor:
         """From the first x to the last, or to what `decode` makes of it; `real` of the samples are not padding."""
         s, b = self.sampler, self.buffers
         whole = s.graph == "loop-graph" and callback is None and s.stop is None
-        with torch.no_grad(), float32_precision(s.device, s.tf32), compilation(s.device) if self.traced else nullcontext():
+        with (
+            torch.no_grad(),
+            float32_precision(s.device, s.tf32),
+            compilation(s.device) if self.traced else nullcontext(),
+        ):
             self.traced = False  # from its second run on there is nothing to compile
             replay = self._captured(whole) if s.graph else None
             self.x.copy_(x)
             self._rewind()
-            pairs = [(b.seeds, seeds), (b.guidance, guidance), *((self.cond[name], given) for name, given in cond.items())]
+            pairs = [
+                (b.seeds, seeds),
+                (b.guidance, guidance),
+                *((self.cond[name], given) for name, given in cond.items()),
+            ]
             for mine, given in pairs:
                 if mine is not None and given is not None:
                     mine.copy_(given)
@@ -182,7 +219,7 @@ class Loop:
         s, step = self.sampler, self.step
 
         def packed(x: Tensor, row: Tensor, tensors: dict[str, Tensor], cond: Named) -> Tensor:
-            b = Buffers(**{name: tensors.get(name) for name in Buffers._fields})  # type: ignore[arg-type]  # the counter is always there
+            b = Buffers(**{name: tensors.get(name) for name in Buffers._fields})  # type: ignore[arg-type]
             return step(x, row, tensors.get("scale"), tensors["table"], b, cond)
 
         kept = {name: t for name, t in self.buffers._asdict().items() if t is not None} | {"table": s.numbers}
@@ -229,14 +266,17 @@ class Loop:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                raise ModeFailed(f"mode: got {s.graph!r}, and {type(s.model).__name__} or decode cannot be captured: {error}") from error
+                raise ModeFailed(
+                    f"mode: got {s.graph!r}, and {type(s.model).__name__} or decode cannot be captured: {error}"
+                ) from error
             s.counts["captures"] += 1
         s.counts["replays"] += 1
         return self.graphs[name]
 
 
 class Looks:
-    """Looks at whether every sample has stopped; on CUDA at a copy that was sent off at the look before, so that nothing waits."""
+    """Looks at whether every sample has stopped; on CUDA at a copy that was sent off at the look before, so that
+    nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
         self.event = torch.cuda.Event() if device.type == "cuda" else None
@@ -256,10 +296,11 @@ class Looks:
 
 @contextmanager
 def float32_precision(device: torch.device, tf32: bool) -> Iterator[None]:
-    """Inside, float32 convolutions and matrix products on CUDA are of float32, or with `tf32` of 10-bit mantissas on tensor cores.
+    """Inside, float32 convolutions and matrix products on CUDA are of float32, or with `tf32` of 10-bit mantissas on
+    tensor cores.
 
-    PyTorch's default is TF32 for convolutions and float32 for matrix products. What was set before comes back. The settings are of the
-    process: threads that sample at the same time must ask for the same.
+    PyTorch's default is TF32 for convolutions and float32 for matrix products. What was set before comes back. The
+    settings are of the process: threads that sample at the same time must ask for the same.
     """
     if device.type != "cuda":
         yield
@@ -289,11 +330,12 @@ def float32_precision(device: torch.device, tf32: bool) -> Iterator[None]:
 
 @contextmanager
 def compilation(device: torch.device) -> Iterator[None]:
-    """How a step is compiled: on a CPU with frozen weights, which Inductor packs for oneDNN; on CUDA that would gain nothing.
+    """How a step is compiled: on a CPU with frozen weights, which Inductor packs for oneDNN; on CUDA that would gain
+    nothing.
 
-    Freezing must be set while Dynamo traces: as an option of torch.compile it leaves the weights unpacked. Every sampler and
-    every batch size is a version of one step, so Dynamo's limit of 8, made for accidents, is lifted. The settings are of the process:
-    one thread compiles at a time.
+    Freezing must be set while Dynamo traces: as an option of torch.compile it leaves the weights unpacked. Every
+    sampler and every batch size is a version of one step, so Dynamo's limit of 8, made for accidents, is lifted. The
+    settings are of the process: one thread compiles at a time.
 
     Raises:
         ModeFailed: there is no C++ compiler for a CPU, or no folder for what it makes.
@@ -314,11 +356,13 @@ def compilation(device: torch.device) -> Iterator[None]:
         raise ModeFailed(f"mode: the step cannot be compiled: {str(failure).strip().splitlines()[0]}") from failure
 
 
-def capture(work: Callable[[], Tensor], reset: Callable[[], Any], device: torch.device, pool: Any) -> Callable[[], Tensor]:
+def capture(
+    work: Callable[[], Tensor], reset: Callable[[], Any], device: torch.device, pool: Any
+) -> Callable[[], Tensor]:
     """Record `work` into a CUDA graph; the function returned replays it and gives its static output.
 
-    `reset` undoes what a run of `work` leaves behind, so that the warm-up runs, which plan cuDNN and compile Triton before
-    the capture, do not walk the counter off the table.
+    `reset` undoes what a run of `work` leaves behind, so that the warm-up runs, which plan cuDNN and compile Triton
+    before the capture, do not walk the counter off the table.
     """
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()

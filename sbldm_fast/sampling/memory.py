@@ -16,7 +16,9 @@ class _Enough(Exception):
     """A step ran."""
 
 
-def what_fits(clear: Callable[[], Any], made: Callable[..., Any], decode: Callable[[Tensor], Tensor] | None, parts: Parts) -> str:
+def what_fits(
+    clear: Callable[[], Any], made: Callable[..., Any], decode: Callable[[Tensor], Tensor] | None, parts: Parts
+) -> str:
     """The largest half, quarter, ... of a batch whose first step and decoding run when tried now, one after another."""
     x, seeds, cond, guidance = parts
     n = len(x)
@@ -31,7 +33,10 @@ def what_fits(clear: Callable[[], Any], made: Callable[..., Any], decode: Callab
                 if decode is not None:
                     with torch.no_grad():
                         decode(x[:n])
-                return f"n: {len(x)} at a time do not fit into memory; {n} do, a step of them ran just now: give a batch size of {n}"
+                return (
+                    f"n: {len(x)} at a time do not fit into memory; {n} do, a step of them ran just now: give a batch"
+                    f" size of {n}"
+                )
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

@@ -19,7 +19,8 @@ from sbldm_fast.models import UNet2D
 from sbldm_fast.models.layers import Attention, ResBlock, Upsample, added_by_norms
 
 Cond = Tensor | Mapping[str, Any] | None  # what a caller gives
-Named = dict[str, Tensor]  # what the loop handles; "" is a tensor that came without a name, "a/b" one inside another mapping
+# what the loop handles; "" is a tensor that came without a name, "a/b" one inside another mapping
+Named = dict[str, Tensor]
 _EVALUATED = threading.Lock()
 _USERS: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
 Predict = Callable[[Tensor, Tensor, Named], Tensor]
@@ -28,7 +29,8 @@ COND_NAMES = ("encoder_hidden_states", "context", "class_labels", "cond")  # dif
 
 
 def named(cond: Cond, argument: str = "cond") -> Named:
-    """A conditioning as tensors by name: what lies deeper, as SDXL's `added_cond_kwargs` does, by `outer/inner`; None is left out.
+    """A conditioning as tensors by name: what lies deeper, as SDXL's `added_cond_kwargs` does, by `outer/inner`; None
+    is left out.
 
     Raises:
         ValueError: something that is neither a tensor nor an array, nor a mapping of them, nor a list in a mapping.
@@ -44,7 +46,9 @@ def named(cond: Cond, argument: str = "cond") -> Named:
             inner: Any = value
             if isinstance(value, (list, tuple)):
                 if any(v is None for v in value):
-                    raise ValueError(f"{argument}[{key!r}]: got None in a list, allowed are tensors and arrays in each of its places")
+                    raise ValueError(
+                        f"{argument}[{key!r}]: got None in a list, allowed are tensors and arrays in each of its places"
+                    )
                 inner = {f"#{i}": v for i, v in enumerate(value)}
             what = LIST if inner is not value else f"{argument}[{key!r}]"
             found |= {f"{key}/{rest}" if rest else key: v for rest, v in named(inner, what).items()}
@@ -52,7 +56,9 @@ def named(cond: Cond, argument: str = "cond") -> Named:
     tensor = torch.from_numpy(cond) if isinstance(cond, np.ndarray) else cond
     if not isinstance(tensor, Tensor) or not tensor.dim():
         got = "a number" if isinstance(tensor, Tensor) else type(cond).__name__
-        raise ValueError(f"{argument}: got {got}, allowed are tensors and arrays with a row for each sample, and mappings of them")
+        raise ValueError(
+            f"{argument}: got {got}, allowed are tensors and arrays with a row for each sample, and mappings of them"
+        )
     return {"": tensor}
 
 
@@ -72,11 +78,14 @@ def _listed(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     inner = {k: _listed(v) for k, v in value.items()}
-    return tuple(inner[k] for k in sorted(inner, key=lambda k: int(k[1:]))) if all(k[0] == "#" for k in inner) else inner
+    return (
+        tuple(inner[k] for k in sorted(inner, key=lambda k: int(k[1:]))) if all(k[0] == "#" for k in inner) else inner
+    )
 
 
 def ours(model: object) -> TypeGuard[UNet2D]:
-    """Whether a model is a `UNet2D` whose forward pass nobody has changed: then its rows of time are made before the loop."""
+    """Whether a model is a `UNet2D` whose forward pass nobody has changed: then its rows of time are made before the
+    loop."""
     if not isinstance(model, UNet2D) or type(model).forward is not UNet2D.forward or "forward" in vars(model):
         return False
     return not _hooked(model)
@@ -87,17 +96,20 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
-    """`(x, row, cond) -> prediction` for any model; `row` is `[1, R]` of `UNet2D.time_rows` for ours, else the timestep `[1]`.
+    """`(x, row, cond) -> prediction` for any model; `row` is `[1, R]` of `UNet2D.time_rows` for ours, else the timestep
+    `[1]`.
 
-    What a model takes is read from its signature. The timestep comes as `[1]`, which goes with any batch, except that `timesteps` (MONAI)
-    gets one per sample, as every model does with `each`, where `row` may also have a timestep per sample. `return_dict` (diffusers) is set
-    to False. A conditioning without a name goes by the first of the names above, whole numbers by `class_labels` if there is such an
-    argument, or else as the third argument.
+    What a model takes is read from its signature. The timestep comes as `[1]`, which goes with any batch, except that
+    `timesteps` (MONAI) gets one per sample, as every model does with `each`, where `row` may also have a timestep per
+    sample. `return_dict` (diffusers) is set to False. A conditioning without a name goes by the first of the names
+    above, whole numbers by `class_labels` if there is such an argument, or else as the third argument.
     """
     if ours(model):
         return lambda x, row, cond: model.forward_rows(x, row)
     try:
-        takes: Mapping[str, Any] = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
+        takes: Mapping[str, Any] = inspect.signature(
+            model.forward if isinstance(model, nn.Module) else model
+        ).parameters
     except ValueError:  # a scripted model says nothing
         takes = {}
     name = next((n for n in COND_NAMES if n in takes), None)
@@ -115,7 +127,9 @@ def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
         before = x._version if watched else 0
         out = model(x, t, *unnamed, **given, **options)
         if watched and x._version != before:
-            raise ValueError("model: it writes into its input x, allowed is one that leaves x as it is: the step needs it")
+            raise ValueError(
+                "model: it writes into its input x, allowed is one that leaves x as it is: the step needs it"
+            )
         prediction: Tensor = out if isinstance(out, Tensor) else out.sample if hasattr(out, "sample") else out[0]
         return prediction
 
@@ -123,7 +137,8 @@ def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
 
 
 def ready(model: Any, dtype: torch.dtype, device: torch.device, dims: int) -> tuple[Any, torch.memory_format]:
-    """The model as the loop wants it, and the layout of its input: `model` itself, or a copy where something is to be changed."""
+    """The model as the loop wants it, and the layout of its input: `model` itself, or a copy where something is to be
+    changed."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     layout = torch.preserve_format
     if ours(model):
@@ -137,7 +152,8 @@ def ready(model: Any, dtype: torch.dtype, device: torch.device, dims: int) -> tu
 
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """Inside, a module is in evaluation mode; what of it was training trains again when the last of those who evaluate it has left."""
+    """Inside, a module is in evaluation mode; what of it was training trains again when the last of those who evaluate
+    it has left."""
     if not isinstance(model, nn.Module):
         yield
         return
@@ -160,21 +176,29 @@ def evaluating(model: object) -> Iterator[None]:
 
 
 def phase_upsampling(model: UNet2D) -> UNet2D:
-    """A copy in which each nearest-neighbour doubling with its 3x3 convolution is one 4x4 transposed convolution of stride 2.
+    """A copy in which each nearest-neighbour doubling with its 3x3 convolution is one 4x4 transposed convolution of
+    stride 2.
 
-    `K[r] = W[2 - r] + W[3 - r]` along each axis, W zero outside 0 ... 2: four phases of 2x2 taps, 2.25 times fewer multiplications.
+    `K[r] = W[2 - r] + W[3 - r]` along each axis, W zero outside 0 ... 2: four phases of 2x2 taps, 2.25 times fewer
+    multiplications.
     """
     # what does not change is shared, so that a copy per sampler costs nothing
     model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Upsample) and type(child.conv) is nn.Conv2d and not _hooked(child) and not _hooked(child.conv):
+            if (
+                isinstance(child, Upsample)
+                and type(child.conv) is nn.Conv2d
+                and not _hooked(child)
+                and not _hooked(child.conv)
+            ):
                 setattr(parent, name, _transposed(child.conv))
     return model
 
 
 def merged_biases(model: UNet2D) -> UNet2D:
-    """Each shortcut's bias moved into that of the convolution that it is added to; in place, of a copy that shares what does not change."""
+    """Each shortcut's bias moved into that of the convolution that it is added to; in place, of a copy that shares what
+    does not change."""
     for block in model.modules():
         if isinstance(block, ResBlock) and isinstance(block.skip, nn.Conv2d) and block.skip.bias is not None:
             assert block.conv2.bias is not None
@@ -189,7 +213,9 @@ def _transposed(conv: nn.Conv2d) -> nn.ConvTranspose2d:
         flipped = W.flip(axis)
         zero = torch.zeros_like(flipped.narrow(axis, 0, 1))
         W = torch.cat([flipped, zero], axis) + torch.cat([zero, flipped], axis)
-    out = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1, device=W.device, dtype=W.dtype)
+    out = nn.ConvTranspose2d(
+        conv.in_channels, conv.out_channels, 4, stride=2, padding=1, device=W.device, dtype=W.dtype
+    )
     # parameters of their own: what is said of these must not reach the caller's
     bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), requires_grad=False)
     out.weight, out.bias = nn.Parameter(W.transpose(0, 1).contiguous(), requires_grad=False), bias
@@ -206,9 +232,11 @@ def half(model: nn.Module, dtype: torch.dtype, dims: int) -> tuple[nn.Module, to
 
 
 def for_cpu(model: nn.Module) -> nn.Module:
-    """A copy as a CPU wants it: weights for oneDNN with the channels side by side, attention over a few pixels written out.
+    """A copy as a CPU wants it: weights for oneDNN with the channels side by side, attention over a few pixels written
+    out.
 
-    `softmax(q k^T / sqrt(d)) v` in three operators that Inductor fuses with their neighbours; PyTorch's own is made for long sequences.
+    `softmax(q k^T / sqrt(d)) v` in three operators that Inductor fuses with their neighbours; PyTorch's own is made for
+    long sequences.
     """
     model = _channels_last(copy.deepcopy(model))
     for module in model.modules():
@@ -250,7 +278,9 @@ def fused(predict: Predict, model: Callable[..., Any], x: Tensor, row: Tensor, c
     found = 0
     for norm in list(graph.graph.nodes):
         readers = list(norm.users)
-        if norm.target is not torch.ops.aten.group_norm.default or [r.target for r in readers] != [torch.ops.aten.silu.default]:
+        if norm.target is not torch.ops.aten.group_norm.default or [r.target for r in readers] != [
+            torch.ops.aten.silu.default
+        ]:
             continue
         if norm.args[0].meta["val"].dim() != 4:  # the kernel is one of images
             continue

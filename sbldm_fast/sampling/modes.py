@@ -17,7 +17,9 @@ def choose(device: torch.device, n: int, steps: int) -> tuple[str, str]:
     """The mode that `auto` is for n samples, and why."""
     if device.type == "cuda":
         whole = steps <= WHOLE_LOOP
-        return ("loop-graph", "step-graph")[not whole], f"CUDA device, {steps} steps: one launch a {'run' if whole else 'step'}"
+        return ("loop-graph", "step-graph")[
+            not whole
+        ], f"CUDA device, {steps} steps: one launch a {'run' if whole else 'step'}"
     if n * steps >= COMPILE_PAYS:
         try:
             compiler()
@@ -25,7 +27,13 @@ def choose(device: torch.device, n: int, steps: int) -> tuple[str, str]:
         except Unavailable as why:
             return "eager", f"{n} samples of {steps} steps would win the minute of compiling back, but {why}"
         return "compile", f"{n} samples of {steps} steps win the minute of compiling back"
-    return "eager", f"{device.type} has no CUDA graphs, and a few images take less than compiling; mode='compile' is faster after it"
+    return (
+        "eager",
+        (
+            f"{device.type} has no CUDA graphs, and a few images take less than compiling; mode='compile' is faster"
+            " after it"
+        ),
+    )
 
 
 def parse_mode(mode: str, device: torch.device) -> tuple[str | None, str | None]:
@@ -38,10 +46,20 @@ def parse_mode(mode: str, device: torch.device) -> tuple[str | None, str | None]
     parts = mode.split("+")
     graphs = [p for p in parts if p in GRAPHS]
     compiles = ["default" if p == "compile" else p for p in parts if p == "compile" or p in COMPILE_MODES]
-    if set(parts) - set(names) or len(graphs) > 1 or len(compiles) > 1 or (len(parts) > 1 and len(graphs) + len(compiles) < 2):
+    if (
+        set(parts) - set(names)
+        or len(graphs) > 1
+        or len(compiles) > 1
+        or (len(parts) > 1 and len(graphs) + len(compiles) < 2)
+    ):
         raise ValueError(f"mode: got {mode!r}, allowed are {', '.join(names)}, and a graph + a compile mode")
     if graphs and compiles and compiles[0] in OWN_GRAPHS:
-        raise ValueError(f"mode: got {mode!r}, allowed in a graph are compile, max-autotune-no-cudagraphs: the others capture their own")
+        raise ValueError(
+            f"mode: got {mode!r}, allowed in a graph are compile, max-autotune-no-cudagraphs: the others capture"
+            " their own"
+        )
     if graphs and device.type != "cuda":
-        raise ValueError(f"mode: got {mode!r}, which needs CUDA, and the model is on {device}; allowed here are eager, compile modes")
+        raise ValueError(
+            f"mode: got {mode!r}, which needs CUDA, and the model is on {device}; allowed here are eager, compile modes"
+        )
     return next(iter(graphs), None), next(iter(compiles), None)

@@ -14,7 +14,8 @@ from sbldm_fast.kernels import philox_normal
 
 from .model import Cond, Named, named
 
-Parts = tuple[Tensor, Tensor, Named, Tensor | None]  # of a batch: x, seeds, conditioning (unconditional first), guidance
+# of a batch: x, seeds, conditioning (unconditional first), guidance
+Parts = tuple[Tensor, Tensor, Named, Tensor | None]
 
 
 class Request:
@@ -25,9 +26,19 @@ class Request:
     """
 
     def __init__(
-        self, shape: tuple[int, ...], device: torch.device, *, n: int | None, seed: int | Sequence[int], noise: Tensor | None,
-        indices: Sequence[int] | None, cond: Cond, uncond: Cond, guidance_scale: float | Tensor | None, batch_size: int | None,
-    ) -> None:  # fmt: skip
+        self,
+        shape: tuple[int, ...],
+        device: torch.device,
+        *,
+        n: int | None,
+        seed: int | Sequence[int],
+        noise: Tensor | None,
+        indices: Sequence[int] | None,
+        cond: Cond,
+        uncond: Cond,
+        guidance_scale: float | Tensor | None,
+        batch_size: int | None,
+    ) -> None:
         self.shape, self.device, self.guidance = shape, device, None
         self.x, self.seeds = numbered(shape, device, n, seed, noise, indices)
         count = self.count = len(self.seeds)
@@ -36,9 +47,12 @@ class Request:
         if uncond is not None and guidance_scale is None:
             raise ValueError("uncond: got a value, allowed without guidance_scale is None: there is no second pass")
         others = self.others = named(uncond, "uncond") or {k: torch.zeros_like(v) for k, v in conds.items()}
-        if bad := sorted(conds.keys() ^ others.keys()) or [k for k, v in conds.items() if others[k].shape != v.shape or len(v) != count]:
+        if bad := sorted(conds.keys() ^ others.keys()) or [
+            k for k, v in conds.items() if others[k].shape != v.shape or len(v) != count
+        ]:
             raise ValueError(
-                f"cond, uncond: got {bad[0] or 'tensors'} of another shape, allowed is one row for each of {count} samples, in both alike"
+                f"cond, uncond: got {bad[0] or 'tensors'} of another shape, allowed is one row for each of {count}"
+                " samples, in both alike"
             )
         if guidance_scale is not None:
             if cond is None:
@@ -47,11 +61,14 @@ class Request:
             if not guidance.isfinite().all():
                 raise ValueError(f"guidance_scale: got {guidance_scale}, allowed are finite numbers")
             if len(guidance) not in (1, count):
-                raise ValueError(f"guidance_scale: got {len(guidance)} values, allowed is one, or one for each of {count} samples")
+                raise ValueError(
+                    f"guidance_scale: got {len(guidance)} values, allowed is one, or one for each of {count} samples"
+                )
             self.guidance = guidance.expand(count)
 
     def batches(self, sigma: float) -> Iterator[tuple[range, Parts]]:
-        """The numbers of each batch's samples and what they are made of; the last is padded to the size of the others."""
+        """The numbers of each batch's samples and what they are made of; the last is padded to the size of the
+        others."""
         for first in range(0, self.count, self.size):
             at = torch.arange(first, first + self.size).clamp(max=self.count - 1)  # padding is the last sample again
 
@@ -63,7 +80,10 @@ class Request:
                 given = {k: torch.cat([rows(self.others[k]), v]) for k, v in given.items()}
             x = draw(self.seeds[at], self.shape, self.device) if self.x is None else rows(self.x)
             guidance = None if self.guidance is None else self.guidance[at]
-            yield range(first, min(first + self.size, self.count)), (x * sigma, self.seeds[at].to(self.device), given, guidance)
+            yield (
+                range(first, min(first + self.size, self.count)),
+                (x * sigma, self.seeds[at].to(self.device), given, guidance),
+            )
 
 
 def numbered(
@@ -87,9 +107,13 @@ def numbered(
     except TypeError:
         raise ValueError(f"indices: got {indices!r}, allowed are whole numbers, one for each sample") from None
     asked = None if n is None else whole("n", n, 1)
-    counts = [c for c in (asked, None if given is None else len(given), None if many is None else len(many)) if c is not None]
+    counts = [
+        c for c in (asked, None if given is None else len(given), None if many is None else len(many)) if c is not None
+    ]
     if not counts or min(counts) != max(counts):
-        raise ValueError(f"n, noise, indices: got {counts or 'none of them'}, allowed is one of them, or the same number of samples")
+        raise ValueError(
+            f"n, noise, indices: got {counts or 'none of them'}, allowed is one of them, or the same number of samples"
+        )
     count = counts[0]
     if count < 1:
         raise ValueError(f"n: got {count}, allowed is 1 or more")
@@ -99,7 +123,9 @@ def numbered(
     except TypeError:
         raise ValueError(f"seed: got {seed!r}, allowed is a whole number, or one for each sample") from None
     if len(given_seeds) != count:
-        raise ValueError(f"seed: got {len(given_seeds)} seeds for {count} samples, allowed is one seed or one for each sample")
+        raise ValueError(
+            f"seed: got {len(given_seeds)} seeds for {count} samples, allowed is one seed or one for each sample"
+        )
     listed = [whole("seed", v) for v in given_seeds]
     numbers = [whole("indices", v) for v in many] if many is not None else list(range(count)) if one else [0] * count
     for name, values, top in (("seed", listed, 2**63), ("indices", numbers, 2**31)):
@@ -128,7 +154,8 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
 
 
 def draw(seeds: Tensor, shape: tuple[int, ...], device: torch.device, stream: int = 0) -> Tensor:
-    """Noise of each sample, stream 0 to start with and i + 1 for step i. Neighbours of one seed are drawn in one launch."""
+    """Noise of each sample, stream 0 to start with and i + 1 for step i. Neighbours of one seed are drawn in one
+    launch."""
     parts, pairs, first = [], seeds.tolist(), 0
     for i in range(1, len(pairs) + 1):
         if i == len(pairs) or pairs[i] != [pairs[i - 1][0], pairs[i - 1][1] + 1]:

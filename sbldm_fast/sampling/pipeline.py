@@ -20,27 +20,35 @@ from .noise import whole
 from .sampler import MAX_LOOPS, FastSampler
 
 SCHEDULERS: dict[str, Any] = {
-    "ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler,
-}  # fmt: skip
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "dpm": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
 BUNDLED = {"demo": Path(__file__).parents[1] / "assets" / "demo"}
 
 
 class Pipeline:
     """An autoencoder, a UNet and a noise schedule: what makes images.
 
-    Saved as a folder in diffusers' layout: `model_index.json`, `vae/`, `unet/`, `scheduler/`. The three are attributes that may be changed
-    or replaced: the next call samples with what is there. Threads may share a pipeline.
+    Saved as a folder in diffusers' layout: `model_index.json`, `vae/`, `unet/`, `scheduler/`. The three are attributes
+    that may be changed or replaced: the next call samples with what is there. Threads may share a pipeline.
 
     Raises:
         ValueError: a part of another library; `FastSampler` takes those.
     """
 
     def __init__(self, vae: AutoencoderKL, unet: UNet2D, scheduler: SchedulerConfig) -> None:
-        for name, part, kind in (("vae", vae, AutoencoderKL), ("unet", unet, UNet2D), ("scheduler", scheduler, SchedulerConfig)):
+        for name, part, kind in (
+            ("vae", vae, AutoencoderKL),
+            ("unet", unet, UNet2D),
+            ("scheduler", scheduler, SchedulerConfig),
+        ):
             if not isinstance(part, kind):
                 got = f"{type(part).__module__.partition('.')[0]}'s {type(part).__name__}"
                 raise ValueError(
-                    f"{name}: got {got}, allowed is sbldm_fast's {kind.__name__}; FastSampler(unet, scheduler, shape=...) takes others"
+                    f"{name}: got {got}, allowed is sbldm_fast's {kind.__name__}; FastSampler(unet, scheduler,"
+                    " shape=...) takes others"
                 )
         self.vae, self.unet = vae, unet
         self.scheduler: Any = DDIMScheduler.from_config(scheduler)
@@ -62,9 +70,14 @@ class Pipeline:
         """
         folder = BUNDLED.get(str(name_or_folder), Path(name_or_folder))
         if folder.is_file():
-            raise ValueError(f"{folder} is a file, allowed is a pipeline folder (safetensors only, no pickle is ever read)")
+            raise ValueError(
+                f"{folder} is a file, allowed is a pipeline folder (safetensors only, no pickle is ever read)"
+            )
         if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{folder} is not a pipeline folder: it has no model_index.json; allowed are {', '.join(BUNDLED)} or a folder")
+            raise ValueError(
+                f"{folder} is not a pipeline folder: it has no model_index.json; allowed are {', '.join(BUNDLED)} or a"
+                " folder"
+            )
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler").config
         return cls(AutoencoderKL.from_pretrained(folder / "vae"), UNet2D.from_pretrained(folder / "unet"), scheduler)
 
@@ -76,7 +89,9 @@ class Pipeline:
         """
         there, path = sorted(p.name for p in Path(folder).glob("*")), Path(folder) / "model_index.json"
         if there and (not path.is_file() or read_json(path).get("_class_name") != "Pipeline"):
-            raise ValueError(f"{folder} holds {there[0]}, which would be lost; allowed is a new folder or one that save wrote")
+            raise ValueError(
+                f"{folder} holds {there[0]}, which would be lost; allowed is a new folder or one that save wrote"
+            )
         with whole_folder(folder) as aside:
             self.vae.save_pretrained(aside / "vae", dtype)
             self.unet.save_pretrained(aside / "unet", dtype)
@@ -103,17 +118,25 @@ class Pipeline:
         return self.vae.decode(z / self.vae.config.scaling_factor)
 
     def sampler(
-        self, steps: int = 50, mode: str = "auto", *, scheduler: Any = None, eta: float | None = None, dtype: torch.dtype | None = None
+        self,
+        steps: int = 50,
+        mode: str = "auto",
+        *,
+        scheduler: Any = None,
+        eta: float | None = None,
+        dtype: torch.dtype | None = None,
     ) -> FastSampler:
         """The sampler from noise to images; kept, so that a second call neither compiles nor captures again.
 
-        `scheduler`: `ddim`, `ddpm`, `dpm` or `unipc` on the pipeline's schedule, or any scheduler object; None: the pipeline's own.
-        `dpm` and `unipc` begin at t = T - 1 (`timestep_spacing="trailing"`): begun where `leading` begins, more steps are no better.
+        `scheduler`: `ddim`, `ddpm`, `dpm` or `unipc` on the pipeline's schedule, or any scheduler object; None: the
+        pipeline's own. `dpm` and `unipc` begin at t = T - 1 (`timestep_spacing="trailing"`): begun where `leading`
+        begins, more steps are no better.
 
         Raises:
             ValueError: an unknown name, and as `FastSampler`.
         """
-        who: object = id(self.scheduler if scheduler is None else scheduler)  # a sampler that is kept keeps it: the id is not given again
+        # a sampler that is kept keeps it: the id is not given again
+        who: object = id(self.scheduler if scheduler is None else scheduler)
         if isinstance(scheduler, str):
             if scheduler not in SCHEDULERS:
                 raise ValueError(f"scheduler: got {scheduler!r}, allowed are {', '.join(SCHEDULERS)}")
@@ -138,9 +161,18 @@ class Pipeline:
             return self._samplers[key]
 
     def sample(
-        self, n: int, *, seed: int = 0, steps: int = 50, mode: str = "auto", scheduler: Any = None, eta: float | None = None,
-        dtype: torch.dtype | None = None, batch_size: int = 16, progress: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        steps: int = 50,
+        mode: str = "auto",
+        scheduler: Any = None,
+        eta: float | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 16,
+        progress: bool = False,
+    ) -> Tensor:
         """Images `[n, 1, S, S]` in [-1, 1], on the CPU. Synthetic, not for diagnosis.
 
         Image i depends on `seed` and i alone, to rounding, whatever the batch size or the device.
@@ -151,11 +183,16 @@ class Pipeline:
         n, batch_size = whole("n", n, 1), whole("batch_size", batch_size, 1)
         sampler, size = self.sampler(steps, mode, scheduler=scheduler, eta=eta, dtype=dtype), even_batch(n, batch_size)
         batches = tqdm(
-            sampler.stream(n, seed=seed, batch_size=size), desc="sample", unit="batch", total=math.ceil(n / size), disable=not progress
+            sampler.stream(n, seed=seed, batch_size=size),
+            desc="sample",
+            unit="batch",
+            total=math.ceil(n / size),
+            disable=not progress,
         )
         return torch.cat([batch.cpu() for batch in batches])[:n]
 
 
 def even_batch(n: int, batch_size: int) -> int:
-    """The size of as many batches as `batch_size` asks for, but equal ones: 17 by 16 are two of 9, with one padded, not 16 and 1."""
+    """The size of as many batches as `batch_size` asks for, but equal ones: 17 by 16 are two of 9, with one padded, not
+    16 and 1."""
     return math.ceil(n / math.ceil(n / batch_size))

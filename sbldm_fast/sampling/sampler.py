@@ -32,44 +32,51 @@ MAX_LOOPS = 4  # batch sizes kept captured at a time
 class FastSampler:
     """A model and a scheduler, turned into a function from seeds to samples.
 
-    Before the loop: the scheduler becomes a `SolverTable` and, for a `UNet2D`, time becomes a table of the scale and shift of every
-    block. In the loop: one model call and one `solver_step` a step, no transfer, no synchronisation.
+    Before the loop: the scheduler becomes a `SolverTable` and, for a `UNet2D`, time becomes a table of the scale and
+    shift of every block. In the loop: one model call and one `solver_step` a step, no transfer, no synchronisation.
 
     - `eager`: the loop in Python.
-    - `compile` (`default`), `reduce-overhead`, `max-autotune`, `max-autotune-no-cudagraphs`: the step through that mode of
-      torch.compile; on a CPU ahead of time, with its weights packed, and kept in a cache for the next process (`cache_folder`).
+    - `compile` (`default`), `reduce-overhead`, `max-autotune`, `max-autotune-no-cudagraphs`: the step through that mode
+      of torch.compile; on a CPU ahead of time, with its weights packed, and kept in a cache for the next process
+      (`cache_folder`).
     - `step-graph`: one CUDA graph of a step that reads its rows through a counter on the device, replayed.
     - `loop-graph`: one CUDA graph of the whole loop, `decode` included.
     - `step-graph+compile`, ...: a graph of either kind around a compiled step.
-    - `auto`: on CUDA `loop-graph`, beyond 100 steps `step-graph`; on a CPU `eager`, and `compile` from the first call on that is
-      long enough to win the minute of compiling back. `reason` says why.
+    - `auto`: on CUDA `loop-graph`, beyond 100 steps `step-graph`; on a CPU `eager`, and `compile` from the first call
+      on that is long enough to win the minute of compiling back. `reason` says why.
 
     Measured: benchmarks/GPU.md. A graph cannot be left inside: with `stop` or a callback `loop-graph` replays steps.
 
-    What the caller changes afterwards is seen: before each batch the model's weights, buffers and modules and the scheduler's settings are
-    compared, by content, with what the sampler was made from, and what is no longer true is made anew: a compiled step is compiled again.
-    The caller's modules stay as they are, training or not. Threads may share a sampler: their batches take turns.
+    What the caller changes afterwards is seen: before each batch the model's weights, buffers and modules and the
+    scheduler's settings are compared, by content, with what the sampler was made from, and what is no longer true is
+    made anew: a compiled step is compiled again. The caller's modules stay as they are, training or not. Threads may
+    share a sampler: their batches take turns.
 
-    Stopping early, sample by sample, `stop=`: `eps_norm` when the RMS of the model's output is below the threshold (paper 001; a
-    noise prediction has RMS near 1 at every step, so 0.05 is hardly ever reached), `convergence` when that RMS changes by less than
-    this fraction (paper 000), `x0_delta` when x0 moves by less than this, RMS. A sample that stopped is frozen and comes back as its x0.
+    Stopping early, sample by sample, `stop=`: `eps_norm` when the RMS of the model's output is below the threshold
+    (paper 001; a noise prediction has RMS near 1 at every step, so 0.05 is hardly ever reached), `convergence` when
+    that RMS changes by less than this fraction (paper 000), `x0_delta` when x0 moves by less than this, RMS. A sample
+    that stopped is frozen and comes back as its x0.
 
     Args:
-        model: a `UNet2D`, a diffusers or MONAI UNet, or any callable `(x, t) -> prediction`, x `[n, *shape]`, t the timestep `[1]`. A
+        model: a `UNet2D`, a diffusers or MONAI UNet, or any callable `(x, t) -> prediction`, x `[n, *shape]`, t the
+        timestep `[1]`. A
             module runs in evaluation mode.
-        scheduler: ours, diffusers', MONAI's or a `SolverTable`. One that no table describes is stepped as it is, with a warning, and
+        scheduler: ours, diffusers', MONAI's or a `SolverTable`. One that no table describes is stepped as it is, with a
+        warning, and
             counted in `stats()["fallbacks"]`.
         shape: of one sample, `(C, H, W)`.
         steps: for `set_timesteps`; a `SolverTable` brings its own.
         mode: one of the above.
-        dtype: of the model's arithmetic, on a copy; norms compute in float32, the solver stays in it. None: as the model is.
-        eta: of schedulers that take it, 0 deterministic to 1 the variance of DDPM; None: the scheduler's own default.
-        decode: applied to the final latents; None: latents are returned.
-        fuse: replace each GroupNorm + SiLU of a foreign model by `group_norm_silu`; `stats()["fused"]` says how many there were.
-        stop, threshold: see above; a threshold of None is 0.05, 0.001, 0.01.
+        dtype: of the model's arithmetic, on a copy; norms compute in float32, the solver stays in it. None: as the
+        model is. eta: of schedulers that take it, 0 deterministic to 1 the variance of DDPM; None: the scheduler's own
+        default. decode: applied to the final latents; None: latents are returned.
+        fuse: replace each GroupNorm + SiLU of a foreign model by `group_norm_silu`; `stats()["fused"]` says how many
+        there were. stop, threshold: see above; a threshold of None is 0.05, 0.001, 0.01.
         check_every: steps between two looks at whether all samples have stopped.
-        tf32: on CUDA, let float32 convolutions and matrix products round their inputs to 10 bits of mantissa, as PyTorch's convolutions do
-            by default: the paper's UNet is off by 2e-4 then and 2.5 times as fast on an H200; float16 is off by 3e-4 and 4 times as fast.
+        tf32: on CUDA, let float32 convolutions and matrix products round their inputs to 10 bits of mantissa, as
+        PyTorch's convolutions do
+            by default: the paper's UNet is off by 2e-4 then and 2.5 times as fast on an H200; float16 is off by 3e-4
+            and 4 times as fast.
         device: of a callable without parameters; others bring their own.
 
     Raises:
@@ -77,20 +84,38 @@ class FastSampler:
     """
 
     def __init__(
-        self, model: Callable[..., Any], scheduler: Any, *, shape: Sequence[int], steps: int = 50, mode: str = "auto",
-        dtype: torch.dtype | None = None, eta: float | None = None, decode: Callable[[Tensor], Tensor] | None = None,
-        fuse: bool = False, stop: str | None = None, threshold: float | None = None, check_every: int = 5, tf32: bool = False,
+        self,
+        model: Callable[..., Any],
+        scheduler: Any,
+        *,
+        shape: Sequence[int],
+        steps: int = 50,
+        mode: str = "auto",
+        dtype: torch.dtype | None = None,
+        eta: float | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        fuse: bool = False,
+        stop: str | None = None,
+        threshold: float | None = None,
+        check_every: int = 5,
+        tf32: bool = False,
         device: torch.device | str | None = None,
-    ) -> None:  # fmt: skip
-        if not callable(model) or (hasattr(model, "scheduler") and not isinstance(model, nn.Module)):  # a pipeline, an inferer
+    ) -> None:
+        # a pipeline, an inferer
+        if not callable(model) or (hasattr(model, "scheduler") and not isinstance(model, nn.Module)):
             inside = next((f", its .{name}" for name in ("unet", "transformer", "prior") if hasattr(model, name)), "")
-            raise ValueError(f"model: got {type(model).__name__}, allowed is the network that it runs{inside}, or a function of x and t")
+            raise ValueError(
+                f"model: got {type(model).__name__}, allowed is the network that it runs{inside}, or a function of x"
+                " and t"
+            )
         if stop is not None and stop not in STOPS:
             raise ValueError(f"stop: got {stop!r}, allowed are {', '.join(STOPS)} and None")
         if check_every < 1:
             raise ValueError(f"check_every: got {check_every}, allowed is 1 or more")
         if threshold is not None and (stop is None or not threshold > 0):
-            raise ValueError(f"threshold: got {threshold}, allowed is above 0" + " and, without stop, None" * (stop is None))
+            raise ValueError(
+                f"threshold: got {threshold}, allowed is above 0" + " and, without stop, None" * (stop is None)
+            )
         self.stop, self.check_every, self.tf32 = stop, check_every, tf32
         self.threshold = threshold if threshold is not None else STOPS[stop] if stop else 0.0
         self.shape, self.eta, self.decode, self.fuse = tuple(whole("shape", s, 1) for s in shape), eta, decode, fuse
@@ -136,7 +161,9 @@ class FastSampler:
             except NotLinear as why:
                 warnings.warn(f"{name} is stepped as it is, without a table: {why}", stacklevel=4)
                 if self.stop is not None or self._mode not in ("auto", "eager"):
-                    raise ValueError(f"mode, stop: got {self._mode!r}, {self.stop!r}, allowed for {name} are 'eager', None") from why
+                    raise ValueError(
+                        f"mode, stop: got {self._mode!r}, {self.stop!r}, allowed for {name} are 'eager', None"
+                    ) from why
                 self.timesteps: list[float] = prepared(scheduler, self._asked, self.eta).timesteps.tolist()
                 self.init_noise_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
         if table is not None:
@@ -154,7 +181,9 @@ class FastSampler:
             raise ValueError(f"stop: got {self.stop!r}, allowed is None: this scheduler does not tell what x0 is")
         self.timesteps, self.init_noise_sigma = table.timesteps.tolist(), table.init_noise_sigma
         self.numbers = table.rows.to(self.device, torch.float32)
-        self.input_scale = None if bool((table.input_scale == 1).all()) else table.input_scale.to(self.device, torch.float32)
+        self.input_scale = (
+            None if bool((table.input_scale == 1).all()) else table.input_scale.to(self.device, torch.float32)
+        )
         self.rows = self._rows()
         # one pool for all batch sizes: replays follow on one another, and outputs are copied out before the next
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
@@ -162,13 +191,16 @@ class FastSampler:
 
     def _rows(self) -> Tensor:
         """What the model is given of time at each step."""
-        times = self.table.timesteps.to(self.device, torch.float32 if self.table.timesteps.is_floating_point() else torch.int64)
+        times = self.table.timesteps.to(
+            self.device, torch.float32 if self.table.timesteps.is_floating_point() else torch.int64
+        )
         plain = torch.autocast(self.device.type, enabled=False)
         with torch.no_grad(), plain, float32_precision(self.device, self.tf32):
             return self.model.time_rows(times).to(self.dtype) if ours(self.model) else times
 
     def _content(self, model: Any) -> tuple[Any, ...]:
-        """What the sampler holds copies, addresses or traces of, as it is now; nothing where it calls the caller's module itself."""
+        """What the sampler holds copies, addresses or traces of, as it is now; nothing where it calls the caller's
+        module itself."""
         copied = self.compiled is not None or self.model is not model
         if not (copied or self.graph or self.fuse):
             first = _first(model)
@@ -214,21 +246,31 @@ class FastSampler:
         """The mode that runs, also where `auto` was asked for."""
         if self._auto and self.reason == "asked for" and self.linear:  # nothing has chosen yet
             self._choose(1)
-        return "+".join(filter(None, (self.graph, "compile" if self.compiled == "default" else self.compiled))) or "eager"
+        return (
+            "+".join(filter(None, (self.graph, "compile" if self.compiled == "default" else self.compiled))) or "eager"
+        )
 
     def __call__(
-        self, n: int | None = None, *, seed: int | Sequence[int] = 0, noise: Tensor | None = None, indices: Sequence[int] | None = None,
-        cond: Cond = None, uncond: Cond = None, guidance_scale: float | Tensor | None = None, callback: Callback | None = None,
+        self,
+        n: int | None = None,
+        *,
+        seed: int | Sequence[int] = 0,
+        noise: Tensor | None = None,
+        indices: Sequence[int] | None = None,
+        cond: Cond = None,
+        uncond: Cond = None,
+        guidance_scale: float | Tensor | None = None,
+        callback: Callback | None = None,
         batch_size: int | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Samples `[n, *shape]` in float32, or what `decode` makes of them.
 
         Args:
             n: how many; or give `noise` or `indices`.
             seed: one for all samples, or one for each.
             noise: the starting noise `[n, *shape]` of unit variance; `init_noise_sigma` is applied inside.
-            indices: the samples' numbers in the noise of their seed; None: 0, 1, ... n - 1, and 0 under a list of seeds.
-            cond: what the model is conditioned on, `[n, ...]`, or a mapping of such tensors that go in by name.
+            indices: the samples' numbers in the noise of their seed; None: 0, 1, ... n - 1, and 0 under a list of
+            seeds. cond: what the model is conditioned on, `[n, ...]`, or a mapping of such tensors that go in by name.
             uncond: the same for the unconditional pass of guidance; None: zeros.
             guidance_scale: w of `m_u + w (m_c - m_u)`, a number or one per sample; None: no second pass.
             callback: called after each step with its number, its timestep and x, which is overwritten by the next step.
@@ -239,19 +281,48 @@ class FastSampler:
             FloatingPointError: NaN or infinity, with step and samples.
             MemoryError: out of memory, with the largest batch that fits.
         """
-        return torch.cat(list(self.stream(
-            n, seed=seed, noise=noise, indices=indices, cond=cond, uncond=uncond, guidance_scale=guidance_scale, callback=callback,
-            batch_size=batch_size,
-        )))  # fmt: skip
+        return torch.cat(
+            list(
+                self.stream(
+                    n,
+                    seed=seed,
+                    noise=noise,
+                    indices=indices,
+                    cond=cond,
+                    uncond=uncond,
+                    guidance_scale=guidance_scale,
+                    callback=callback,
+                    batch_size=batch_size,
+                )
+            )
+        )
 
     def stream(
-        self, n: int | None = None, *, seed: int | Sequence[int] = 0, noise: Tensor | None = None, indices: Sequence[int] | None = None,
-        cond: Cond = None, uncond: Cond = None, guidance_scale: float | Tensor | None = None, callback: Callback | None = None,
+        self,
+        n: int | None = None,
+        *,
+        seed: int | Sequence[int] = 0,
+        noise: Tensor | None = None,
+        indices: Sequence[int] | None = None,
+        cond: Cond = None,
+        uncond: Cond = None,
+        guidance_scale: float | Tensor | None = None,
+        callback: Callback | None = None,
         batch_size: int | None = None,
-    ) -> Iterator[Tensor]:  # fmt: skip
+    ) -> Iterator[Tensor]:
         """The samples of a call, batch by batch as they are made; arguments and errors as there."""
-        asked = Request(self.shape, self.device, n=n, seed=seed, noise=noise, indices=indices, cond=cond, uncond=uncond,
-                        guidance_scale=guidance_scale, batch_size=batch_size)  # fmt: skip
+        asked = Request(
+            self.shape,
+            self.device,
+            n=n,
+            seed=seed,
+            noise=noise,
+            indices=indices,
+            cond=cond,
+            uncond=uncond,
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+        )
         if asked.conds and ours(self.model):
             raise ValueError("cond: got a value, allowed is None: this model is unconditional")
         for numbers, parts in asked.batches(1.0):
@@ -262,7 +333,8 @@ class FastSampler:
             yield made
 
     def trajectory(self, n: int, **arguments: Any) -> Tensor:
-        """x after each step, `[steps, n, *shape]`, fewer if all samples stop; latents even with `decode`; arguments as in a call.
+        """x after each step, `[steps, n, *shape]`, fewer if all samples stop; latents even with `decode`; arguments as
+        in a call.
 
         Raises:
             ValueError: a `batch_size`: all samples of a trajectory are made at once; or a `callback`.
@@ -270,22 +342,32 @@ class FastSampler:
         return variations.trajectory(self, n, arguments)
 
     def interpolate(self, seeds: tuple[int, int], n: int, **arguments: Any) -> Tensor:
-        """n samples, from that of one seed to that of another, along the arc between their noises; arguments as in a call.
+        """n samples, from that of one seed to that of another, along the arc between their noises; arguments as in a
+        call.
 
         `z(p) = (sin((1 - p) w) z_a + sin(p w) z_b) / sin w`, w the angle between z_a and z_b, p from 0 to 1.
         Source: Shoemake 1985, doi:10.1145/325334.325242.
 
         Raises:
-            ValueError: not two seeds, n below 2, or a scheduler with noise in its steps, which would be of neither seed.
+            ValueError: not two seeds, n below 2, or a scheduler with noise in its steps, which would be of neither
+            seed.
         """
         return variations.interpolate(self, seeds, n, arguments)
 
     def from_latents(
-        self, z: Tensor, strength: float, *, seed: int | Sequence[int] = 0, indices: Sequence[int] | None = None, **arguments: Any
+        self,
+        z: Tensor,
+        strength: float,
+        *,
+        seed: int | Sequence[int] = 0,
+        indices: Sequence[int] | None = None,
+        **arguments: Any,
     ) -> Tensor:
-        """Samples near `z` `[n, *shape]`: noise is added as far as the last `strength` of the steps can take away (img2img).
+        """Samples near `z` `[n, *shape]`: noise is added as far as the last `strength` of the steps can take away
+        (img2img).
 
-        Arguments as in a call. A solver with history starts anew, at first order, as diffusers' `set_begin_index` has it.
+        Arguments as in a call. A solver with history starts anew, at first order, as diffusers' `set_begin_index` has
+        it.
 
         Raises:
             ValueError: a strength that is not in (0, 1], or a run that cannot start in its middle.
@@ -295,7 +377,8 @@ class FastSampler:
     def invert(self, z: Tensor, *, cond: Cond = None) -> Tensor:
         """The noise of unit variance from which a deterministic run would have come to `z`, both `[n, *shape]`.
 
-        Step i backwards solves `x' = a_0 x + b_0 model(x, t_i)` for x by fixed-point iteration from x = x'. Source: Song et al.
+        Step i backwards solves `x' = a_0 x + b_0 model(x, t_i)` for x by fixed-point iteration from x = x'. Source:
+        Song et al.
         2021, arXiv:2010.02502, section 4.3; Pan et al. 2023, arXiv:2309.04907 for the iteration.
 
         Raises:
@@ -306,7 +389,8 @@ class FastSampler:
     def stats(self) -> dict[str, int]:
         """Counts since construction.
 
-        samples, pads, compiled, loaded, captures, replays, evictions, fallbacks, stopped, steps_saved, fused; what is 0 is left out.
+        samples, pads, compiled, loaded, captures, replays, evictions, fallbacks, stopped, steps_saved, fused; what is 0
+        is left out.
         """
         return {name: count for name, count in self.counts.items() if count}
 
@@ -319,7 +403,8 @@ class FastSampler:
 
     @contextmanager
     def at_work(self, n: int = 1) -> Iterator[None]:
-        """Inside, one thread has the sampler, made anew where it has to be, and its model evaluates; `auto` chooses for n samples."""
+        """Inside, one thread has the sampler, made anew where it has to be, and its model evaluates; `auto` chooses for
+        n samples."""
         with self._turn, torch.inference_mode(False):  # or buffers would be of it, and of no use outside
             if self._auto and self.linear:
                 self._choose(n)
@@ -342,7 +427,9 @@ class FastSampler:
                     tail._solve()
                 if not tail.linear or not (tail.table.alpha[0] + tail.table.sigma[0]).isfinite():
                     name = type(self.scheduler).__name__
-                    raise ValueError(f"scheduler: got {name}, allowed to start from latents is one with add_noise and a table")
+                    raise ValueError(
+                        f"scheduler: got {name}, allowed to start from latents is one with add_noise and a table"
+                    )
                 tail._load()
                 if len(self._tails) == MAX_LOOPS:
                     self._tails.popitem(last=False)
@@ -369,10 +456,14 @@ class FastSampler:
 
             def name(i: int, t: float, x: Tensor) -> None:
                 if at := broken(x[: len(numbers)]):
-                    raise FloatingPointError(f"model: NaN or infinity at step {i} (timestep {t:g}) in samples {[numbers[k] for k in at]}")
+                    raise FloatingPointError(
+                        f"model: NaN or infinity at step {i} (timestep {t:g}) in samples {[numbers[k] for k in at]}"
+                    )
 
             self._made(parts, len(numbers), name)
-            raise FloatingPointError(f"decode: NaN or infinity in samples {[numbers[k] for k in bad]}, whose latents are finite")
+            raise FloatingPointError(
+                f"decode: NaN or infinity in samples {[numbers[k] for k in bad]}, whose latents are finite"
+            )
         return out
 
     def _made(self, parts: Parts, real: int, callback: Callback | None) -> Tensor:

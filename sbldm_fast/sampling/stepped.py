@@ -23,13 +23,17 @@ def of_both(seed: int, number: int) -> int:
 
 
 def stepped(
-    predict: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor], scheduler: Any, steps: int, eta: float | None, parts: Parts,
+    predict: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
+    scheduler: Any,
+    steps: int,
+    eta: float | None,
+    parts: Parts,
     callback: Callback | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """x after the scheduler's own steps; `predict` gets the timestep `[1]`, and the loop is the caller's `no_grad`.
 
-    Noise is each sample's own: a step that takes it, as `variance_noise`, gets ours; where it draws, each sample is stepped by a copy of
-    the scheduler with a generator of its seed and number.
+    Noise is each sample's own: a step that takes it, as `variance_noise`, gets ours; where it draws, each sample is
+    stepped by a copy of the scheduler with a generator of its seed and number.
 
     Raises:
         ValueError: the scheduler's step fails on this model's output.
@@ -51,17 +55,23 @@ def stepped(
             m = m_u + guidance.to(x.device).reshape(-1, *[1] * len(shape)) * (m_c - m_u)
         noise: list[Any] = [draw(seeds.cpu(), shape, x.device, i + 1)] if "variance_noise" in takes else generators
         try:
-            after = torch.cat([
-                scheduler_step(one, outputs, i, samples, eta, source)[0]
-                for one, outputs, samples, source in zip(copies, m.split(size), x.split(size), noise, strict=False)
-            ])  # fmt: skip
+            after = torch.cat(
+                [
+                    scheduler_step(one, outputs, i, samples, eta, source)[0]
+                    for one, outputs, samples, source in zip(copies, m.split(size), x.split(size), noise, strict=False)
+                ]
+            )
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as failure:  # whatever another library raises
             why = f"{type(failure).__name__}: {failure}"
-            raise ValueError(f"scheduler: {name} failed at step {i} of {len(times)} on what this model gives: {why}") from failure
+            raise ValueError(
+                f"scheduler: {name} failed at step {i} of {len(times)} on what this model gives: {why}"
+            ) from failure
         if not after.isfinite().all() and m.isfinite().all() and x.isfinite().all():
-            raise FloatingPointError(f"scheduler: {name} makes NaN or infinity of finite numbers at step {i} (timestep {float(t):g})")
+            raise FloatingPointError(
+                f"scheduler: {name} makes NaN or infinity of finite numbers at step {i} (timestep {float(t):g})"
+            )
         x = after
         if callback is not None:
             callback(i, float(t), x)

@@ -38,7 +38,9 @@ def interpolate(sampler: FastSampler, seeds: tuple[int, int], n: int, arguments:
     with sampler.at_work():  # the scheduler as it is now
         noisy = not sampler.linear or sampler.table.stochastic
     if noisy:
-        raise ValueError("scheduler: got one with noise in its steps, allowed is a deterministic one, such as DDIM with eta 0")
+        raise ValueError(
+            "scheduler: got one with noise in its steps, allowed is a deterministic one, such as DDIM with eta 0"
+        )
     shape, device = sampler.shape, sampler.device
     a, b = (draw(torch.tensor([[whole("seeds", s, 0), 0]]), shape, device) for s in seeds)
     w = torch.acos((a * b).sum() / (a.norm() * b.norm()))
@@ -48,7 +50,12 @@ def interpolate(sampler: FastSampler, seeds: tuple[int, int], n: int, arguments:
 
 
 def from_latents(
-    sampler: FastSampler, z: Tensor, strength: float, seed: int | Sequence[int], indices: Sequence[int] | None, arguments: dict[str, Any]
+    sampler: FastSampler,
+    z: Tensor,
+    strength: float,
+    seed: int | Sequence[int],
+    indices: Sequence[int] | None,
+    arguments: dict[str, Any],
 ) -> Tensor:
     """See `FastSampler.from_latents`."""
     if not 0 < strength <= 1:
@@ -65,11 +72,18 @@ def invert(sampler: FastSampler, z: Tensor, cond: Cond) -> Tensor:
     s = sampler
     with s.at_work(), torch.no_grad(), float32_precision(s.device, s.tf32):
         if not s.linear or s.table.history or s.table.stochastic:
-            raise ValueError("scheduler: got one with history or noise, allowed is a deterministic first-order one, such as DDIM")
+            raise ValueError(
+                "scheduler: got one with history or noise, allowed is a deterministic first-order one, such as DDIM"
+            )
         if s.table.clip_range is not None:
-            raise ValueError("scheduler: got one that clips x0, which nothing leads back from, allowed is one with clip_sample=False")
+            raise ValueError(
+                "scheduler: got one that clips x0, which nothing leads back from, allowed is one with clip_sample=False"
+            )
         if bool((s.table.rows[:, 4].abs() < 1e-6).any()):
-            raise ValueError("scheduler: got one with a step that forgets x, as x0 prediction does, allowed is one that can be led back")
+            raise ValueError(
+                "scheduler: got one with a step that forgets x, as x0 prediction does, allowed is one that can be led"
+                " back"
+            )
         x, _ = numbered(s.shape, s.device, None, 0, z, None)
         assert x is not None
         given = s.cast(named(cond))

@@ -19,9 +19,14 @@ from sbldm_fast.models.weights import load_tensors, read_tensors, write_tensors
 
 NUMBER = (int, float)
 STATE: dict[str, tuple[type, ...]] = {
-    "step": (int,), "since": (int,), "seconds": NUMBER, "loss": NUMBER, "best": (*NUMBER, type(None)),
-    "settings": (dict,), "scaler": (dict,),
-}  # fmt: skip
+    "step": (int,),
+    "since": (int,),
+    "seconds": NUMBER,
+    "loss": NUMBER,
+    "best": (*NUMBER, type(None)),
+    "settings": (dict,),
+    "scaler": (dict,),
+}
 
 
 def newest(folder: Path, name: str) -> Path | None:
@@ -35,9 +40,16 @@ def checkpoints(folder: Path, name: str = "*") -> list[Path]:
 
 
 def save(
-    folder: Path, name: str, state: dict[str, Any], model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, keep: int
+    folder: Path,
+    name: str,
+    state: dict[str, Any],
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
 ) -> None:
-    """Write `checkpoint-<name>-<step>`, then remove all but the last `keep`: killed at any point, a whole one is left."""
+    """Write `checkpoint-<name>-<step>`, then remove all but the last `keep`: killed at any point, a whole one is
+    left."""
     moments = {f"{i}.{k}": v for i, values in optimizer.state_dict()["state"].items() for k, v in values.items()}
     with whole_folder(folder / f"checkpoint-{name}-{state['step']:08d}") as aside:
         write_tensors(_plain(model.state_dict()), aside / "model.safetensors")
@@ -59,7 +71,9 @@ def naming(folder: Path) -> Iterator[None]:
         raise OSError(f"{error}; last good checkpoint: {last or 'none yet'}") from error
 
 
-def load(path: Path, settings: dict[str, Any], model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(
+    path: Path, settings: dict[str, Any], model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     """Put a checkpoint back; return its state.
 
     Raises:
@@ -69,11 +83,14 @@ def load(path: Path, settings: dict[str, Any], model: nn.Module, ema: nn.Module 
     for key, kind in STATE.items():
         value, least = state.get(key), 0 if key in ("step", "since") else -math.inf
         if type(value) not in kind or (isinstance(value, (int, float)) and not least <= value < 2**53):
-            raise ValueError(f"{path / 'state.json'}: {key} is {short(value)}, which is no state of a run: the file is damaged")
+            raise ValueError(
+                f"{path / 'state.json'}: {key} is {short(value)}, which is no state of a run: the file is damaged"
+            )
     for key, value in settings.items():
         if state["settings"].get(key) != value:
             raise ValueError(
-                f"{key}: got {value}, but {path} was made with {short(state['settings'].get(key))}; use that or another run folder"
+                f"{key}: got {value}, but {path} was made with {short(state['settings'].get(key))}; use that or another"
+                " run folder"
             )
     load_tensors(model, read_tensors(path / "model.safetensors"), str(path))
     if ema is not None:
@@ -86,9 +103,14 @@ def load(path: Path, settings: dict[str, Any], model: nn.Module, ema: nn.Module 
             raise ValueError(f"{path / 'optimizer.safetensors'}: tensor {key!r:.100} is of no parameter of this model")
         like = parameters[int(index)]
         if value.shape != (like.shape if what != "step" else ()):
-            raise ValueError(f"{path / 'optimizer.safetensors'}: tensor {key} has shape {list(value.shape)}, allowed is {list(like.shape)}")
+            raise ValueError(
+                f"{path / 'optimizer.safetensors'}: tensor {key} has shape {list(value.shape)}, allowed is"
+                f" {list(like.shape)}"
+            )
         # a fused step walks memory: the moments must lie as the weights do
-        saved.setdefault(int(index), {})[what] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value.to(like.device)
+        saved.setdefault(int(index), {})[what] = (
+            torch.empty_like(like).copy_(value) if value.shape == like.shape else value.to(like.device)
+        )
     optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
 

@@ -1,9 +1,10 @@
 """What both training stages share: precision, learning rate, EMA, the step without a wait, the loop that loses nothing.
 
-A step never waits for the device: the loss, the gradient's norm and the first step that was not finite stay there and are read every
-50 steps. On CUDA the whole step is one graph; with deterministic convolutions and plain attention it is to the bit what the step is
-without (a test, run on an H200). All randomness of a step is a function of the seed and of its number, so that a run that was cut off
-and continued is the uninterrupted run, to the bit on a CPU.
+A step never waits for the device: the loss, the gradient's norm and the first step that was not finite stay there and
+are read every
+50 steps. On CUDA the whole step is one graph; with deterministic convolutions and plain attention it is to the bit what
+the step is without (a test, run on an H200). All randomness of a step is a function of the seed and of its number, so
+that a run that was cut off and continued is the uninterrupted run, to the bit on a CPU.
 """
 
 from __future__ import annotations
@@ -92,7 +93,11 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
         return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    native = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_amx_tile_supported()
+    native = (
+        device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.cpu._is_amx_tile_supported()
+    )
     return torch.bfloat16 if native else None
 
 
@@ -112,7 +117,8 @@ def batches(count: int, batch_size: int, seed: int, start: int, device: torch.de
 
 @dataclass
 class Step:
-    """One step of the optimiser and what it leaves on the device: sums since the last look, the gradient's norm, the first bad step."""
+    """One step of the optimiser and what it leaves on the device: sums since the last look, the gradient's norm, the
+    first bad step."""
 
     model: nn.Module
     loss_of: LossOf
@@ -125,12 +131,14 @@ class Step:
         self.device = next(self.model.parameters()).device
         self.dtype = amp_dtype(self.o.amp, self.device)
         if self.device.type == "cpu" or self.dtype:  # cuDNN's float32 convolutions want the pixels side by side
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval() if self.o.ema_decay else None
         on_cuda = self.device.type == "cuda"
         parameters = list(self.model.parameters())
         lr = torch.zeros((), device=self.device)  # a tensor: a captured step reads what the loop wrote
-        self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=self.o.weight_decay, fused=True, capturable=on_cuda)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=lr, weight_decay=self.o.weight_decay, fused=True, capturable=on_cuda
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.number = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.first_bad = torch.full((1,), -1, dtype=torch.int64, device=self.device)
@@ -157,7 +165,9 @@ class Step:
 
     def _work(self) -> None:
         autocast: AbstractContextManager[Any] = (
-            torch.autocast(self.device.type, self.dtype, cache_enabled=self.device.type == "cpu") if self.dtype else nullcontext()
+            torch.autocast(self.device.type, self.dtype, cache_enabled=self.device.type == "cpu")
+            if self.dtype
+            else nullcontext()
         )
         assert self.index is not None
         self.optimizer.zero_grad(set_to_none=True)
@@ -217,7 +227,9 @@ class Step:
             raise FloatingPointError(int(first))
         loss = self.total / steps
         self.loss.zero_()
-        row = {"loss": loss, "grad_norm": float(self.norm)} | {k: float(self.ranks.mean(v.clone())) for k, v in self.scalars.items()}
+        row = {"loss": loss, "grad_norm": float(self.norm)} | {
+            k: float(self.ranks.mean(v.clone())) for k, v in self.scalars.items()
+        }
         return row | ({"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
 
     @property
@@ -237,25 +249,35 @@ class Step:
 
 
 def train(
-    model: nn.Module, loss_of: LossOf, count: int, o: Optimisation, folder: Path, *, name: str,
-    validate: Callable[[nn.Module], float] | None = None, pictures: Callable[[nn.Module], dict[str, Tensor]] | None = None,
-    extra: dict[str, Any] | None = None, progress: bool = True,
-) -> nn.Module:  # fmt: skip
-    """Train for `o.steps` steps, continuing from the newest `folder/checkpoint-<name>-<step>`; return the EMA (or `model`).
+    model: nn.Module,
+    loss_of: LossOf,
+    count: int,
+    o: Optimisation,
+    folder: Path,
+    *,
+    name: str,
+    validate: Callable[[nn.Module], float] | None = None,
+    pictures: Callable[[nn.Module], dict[str, Tensor]] | None = None,
+    extra: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Train for `o.steps` steps, continuing from the newest `folder/checkpoint-<name>-<step>`; return the EMA (or
+    `model`).
 
-    With `validate` it is the one of the checkpoint with the lowest value, `folder/best-<name>`. SIGTERM and Ctrl-C end the run after a
-    checkpoint.
+    With `validate` it is the one of the checkpoint with the lowest value, `folder/best-<name>`. SIGTERM and Ctrl-C end
+    the run after a checkpoint.
 
     Args:
-        loss_of: `loss_of(model, index, step)` gives the loss of this process's part of the items `index` and scalars to log; `step`
+        loss_of: `loss_of(model, index, step)` gives the loss of this process's part of the items `index` and scalars to
+        log; `step`
             is an int64 tensor `[1]` on the device.
-        validate, pictures: called at each checkpoint with the model to keep; images `[N, 1, H, W]` in [-1, 1] go to TensorBoard.
-        extra: what else a continued run must share with its checkpoint.
+        validate, pictures: called at each checkpoint with the model to keep; images `[N, 1, H, W]` in [-1, 1] go to
+        TensorBoard. extra: what else a continued run must share with its checkpoint.
 
     Raises:
         ValueError: a checkpoint of another model, of other settings or of another number of items.
-        FloatingPointError: a loss or gradient that is not finite, with the step, the items and the last good checkpoint.
-        Stopped: on a signal.
+        FloatingPointError: a loss or gradient that is not finite, with the step, the items and the last good
+        checkpoint. Stopped: on a signal.
     """
     ranks = Ranks.of_torchrun()
     folder.mkdir(parents=True, exist_ok=True)
@@ -282,13 +304,23 @@ def train(
     def write(row: dict[str, Any], step: int) -> None:
         if log and board:
             finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-            log.write(json.dumps({"stage": name, "step": step, **finite, "seconds": round(time.monotonic() - began, 1)}) + "\n")
+            log.write(
+                json.dumps({"stage": name, "step": step, **finite, "seconds": round(time.monotonic() - began, 1)})
+                + "\n"
+            )
             log.flush()
             board.scalars(name, row, step)
 
     def save(step: int) -> None:
-        state = {"step": step, "seconds": time.monotonic() - began, "loss": step_of.total, "since": since, "best": best,
-                 "settings": settings, "scaler": step_of.scaler.state_dict()}  # fmt: skip
+        state = {
+            "step": step,
+            "seconds": time.monotonic() - began,
+            "loss": step_of.total,
+            "since": since,
+            "best": best,
+            "settings": settings,
+            "scaler": step_of.scaler.state_dict(),
+        }
         if ranks.rank == 0:
             checkpoint.save(folder, name, state, step_of.model, step_of.ema, step_of.optimizer, o.keep)
 
@@ -305,11 +337,15 @@ def train(
             ) from None
         rate = (step - looked[0]) * batch_size / max(time.monotonic() - looked[1], 1e-9)
         write(row | {"lr": o.lr_at(step - 1), "items_per_s": round(rate, 1)}, step)
-        bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "grad_norm", "loss_scale") if k in row} | {"items/s": f"{rate:.0f}"})
+        bar.set_postfix(
+            {k: f"{row[k]:.4g}" for k in ("loss", "grad_norm", "loss_scale") if k in row} | {"items/s": f"{rate:.0f}"}
+        )
 
     order = batches(count, batch_size, o.seed, state["step"], step_of.device)
     quiet = not progress or ranks.rank > 0
-    bar = tqdm(range(state["step"], o.steps), initial=state["step"], total=o.steps, desc=name, unit="step", disable=quiet)
+    bar = tqdm(
+        range(state["step"], o.steps), initial=state["step"], total=o.steps, desc=name, unit="step", disable=quiet
+    )
     looked = state["step"], time.monotonic()
     step_of.model.train()
     with bar, _signals() as asked:
@@ -338,8 +374,10 @@ def train(
                 board.images(name, pictures(step_of.trained), done)
             step_of.model.train()
             if stop or (end and ranks.any(bool(asked))):
-                raise Stopped(f"{name}: stopped by {asked[0] if asked else 'another process'} at step {done}; "
-                              f"{checkpoint.newest(folder, name)} goes on from there")  # fmt: skip
+                raise Stopped(
+                    f"{name}: stopped by {asked[0] if asked else 'another process'} at step {done}; "
+                    f"{checkpoint.newest(folder, name)} goes on from there"
+                )
     if ranks.size > 1:
         dist.barrier()
     if best is not None:

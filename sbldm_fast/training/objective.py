@@ -13,15 +13,17 @@ from sbldm_fast.kernels import frequency_loss, spectral_mse
 
 @dataclass(frozen=True)
 class Objective:
-    """`mean w_t |target - prediction|^2`, its two frequency bands weighed apart, plus `spectral_weight` times `spectral_mse`.
+    """`mean w_t |target - prediction|^2`, its two frequency bands weighed apart, plus `spectral_weight` times
+    `spectral_mse`.
 
     Args:
         low_weight, high_weight, cutoff: of `frequency_loss` (000 section 3.6); 1, 1 is the mean squared error.
         spectral_weight: lambda of 001 equation 4, 0.1 there; by Parseval it rescales the loss by `1 + lambda H W`.
         cutmix_prob: of latent CutMix, 0.25 in 001 section III.B.
-        snr_gamma: min-SNR weighting, 5 in its paper: `w_t = min(snr, gamma) / snr` for epsilon, `min(snr, gamma)` for x0,
-            `min(snr, gamma) / (snr + 1)` for v, with `snr = a_t / (1 - a_t)`. None: `w_t = 1`. Source: Hang et al. 2023,
-            arXiv:2303.09556.
+        snr_gamma: min-SNR weighting, 5 in its paper: `w_t = min(snr, gamma) / snr` for epsilon, `min(snr, gamma)` for
+        x0,
+            `min(snr, gamma) / (snr + 1)` for v, with `snr = a_t / (1 - a_t)`. None: `w_t = 1`. Source: Hang et al.
+            2023, arXiv:2303.09556.
 
     Raises:
         ValueError: naming the argument, what came and what is allowed.
@@ -42,7 +44,10 @@ class Objective:
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 0 to 1")
         if self.low_weight == self.high_weight == self.spectral_weight == 0:
-            raise ValueError("low_weight, high_weight, spectral_weight: got 0 three times, allowed is above 0 for one: the loss would be 0")
+            raise ValueError(
+                "low_weight, high_weight, spectral_weight: got 0 three times, allowed is above 0 for one: the loss"
+                " would be 0"
+            )
         if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
             raise ValueError(f"snr_gamma: got {self.snr_gamma}, allowed is above 0, or none")
 
@@ -65,5 +70,7 @@ class Objective:
         if self.low_weight == self.high_weight == 1:
             loss = spectral_mse(pred, target, norm="ortho")  # the mean squared error
         else:
-            loss = frequency_loss(pred, target, low_weight=self.low_weight, high_weight=self.high_weight, cutoff=self.cutoff)
+            loss = frequency_loss(
+                pred, target, low_weight=self.low_weight, high_weight=self.high_weight, cutoff=self.cutoff
+            )
         return loss + self.spectral_weight * spectral_mse(pred, target) if self.spectral_weight else loss

@@ -43,7 +43,8 @@ class Ranks:
 
 @contextmanager
 def torchrun() -> Iterator[torch.device]:
-    """This process's device; under torchrun the process group (gloo, and NCCL where there is CUDA) is there while the block runs."""
+    """This process's device; under torchrun the process group (gloo, and NCCL where there is CUDA) is there while the
+    block runs."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda", local % torch.cuda.device_count()) if on_cuda else torch.device("cpu")

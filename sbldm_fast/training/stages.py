@@ -35,7 +35,8 @@ SHOWN = 8  # images in a grid
 
 
 def augment(x: Tensor, draws: Tensor) -> Tensor:
-    """Flips (left-right), rotations (10 degrees), shifts and scales (5 %) of images `[N, 1, S, S]`, by uniform `draws` `[N, 5]`.
+    """Flips (left-right), rotations (10 degrees), shifts and scales (5 %) of images `[N, 1, S, S]`, by uniform `draws`
+    `[N, 5]`.
 
     Source: 001 III.A.
     """
@@ -44,7 +45,9 @@ def augment(x: Tensor, draws: Tensor) -> Tensor:
     flip = torch.where(within[:, 2] < 0, -1.0, 1.0)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     # a shift of 5 % of the side is 0.1 in grid units of -1 to 1
-    theta = torch.stack([cos * flip, -sin, 0.1 * within[:, 3], sin * flip, cos, 0.1 * within[:, 4]], dim=1).view(len(x), 2, 3)
+    theta = torch.stack([cos * flip, -sin, 0.1 * within[:, 3], sin * flip, cos, 0.1 * within[:, 4]], dim=1).view(
+        len(x), 2, 3
+    )
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, grid, align_corners=False) - 1  # outside the image is air, -1
 
@@ -62,10 +65,18 @@ class _Autoencode(nn.Module):
 
 
 def train_vae(
-    vae: AutoencoderKL, data: Slices, o: Optimisation, folder: Path, *, recon: str = "mse", held_out: Slices | None = None,
-    extra: dict[str, Any] | None = None, progress: bool = True,
-) -> None:  # fmt: skip
-    """Train in place on `recon + beta * KL`, both per element, beta from 0 to 1e-5 over 20 epochs. Source: 001 equation 1.
+    vae: AutoencoderKL,
+    data: Slices,
+    o: Optimisation,
+    folder: Path,
+    *,
+    recon: str = "mse",
+    held_out: Slices | None = None,
+    extra: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> None:
+    """Train in place on `recon + beta * KL`, both per element, beta from 0 to 1e-5 over 20 epochs. Source: 001 equation
+    1.
 
     Raises:
         ValueError: `recon` is neither `"mse"` nor `"l1"`.
@@ -98,8 +109,18 @@ def train_vae(
         with torch.no_grad():
             return {"slices": x, "synthetic reconstructions": vae.decode(vae.encode(x).mean)}
 
-    train(_Autoencode(vae), loss_of, len(data), o, folder, name="vae", validate=validate if held_out else None, pictures=pictures,
-          extra={"recon": recon, "vae": c.to_dict(), **(extra or {})}, progress=progress)  # fmt: skip
+    train(
+        _Autoencode(vae),
+        loss_of,
+        len(data),
+        o,
+        folder,
+        name="vae",
+        validate=validate if held_out else None,
+        pictures=pictures,
+        extra={"recon": recon, "vae": c.to_dict(), **(extra or {})},
+        progress=progress,
+    )
     vae.eval()
 
 
@@ -110,7 +131,11 @@ def reconstruction_error(vae: AutoencoderKL, data: Slices, distance: Any = F.l1_
     device = next(vae.parameters()).device
     every = max(1, len(data) // VALIDATION)
     chunks = [data[i].to(device) for i in torch.arange(0, len(data), every, device=data.index.device).split(64)]
-    return float(torch.cat([distance(vae.decode(vae.encode(x).mean), x, reduction="none").mean((1, 2, 3)) for x in chunks]).mean())
+    return float(
+        torch.cat(
+            [distance(vae.decode(vae.encode(x).mean), x, reduction="none").mean((1, 2, 3)) for x in chunks]
+        ).mean()
+    )
 
 
 @torch.no_grad()
@@ -130,11 +155,15 @@ def encode(vae: AutoencoderKL, data: Slices, views: int, seed: int, progress: bo
 def _latents(
     vae: AutoencoderKL, data: dict[str, Slices], folder: Path, views: int, seed: int, stamp: str, progress: bool
 ) -> dict[str, Tensor]:
-    """The latents of each split, encoded once: a run that goes on reads them back if weights, slices and views are the same."""
+    """The latents of each split, encoded once: a run that goes on reads them back if weights, slices and views are the
+    same."""
     made_of = {"stamp": stamp, "views": views, "seed": seed, "vae": _digest(vae)}
     path = folder / "latents"
     if Ranks.of_torchrun().rank == 0 and not (path.exists() and read_json(path / "state.json") == made_of):
-        latents = {split: encode(vae, slices, views if split == "train" else 1, seed, progress) for split, slices in data.items()}
+        latents = {
+            split: encode(vae, slices, views if split == "train" else 1, seed, progress)
+            for split, slices in data.items()
+        }
         with whole_folder(path, lose=True) as aside:
             write_tensors({k: v.contiguous() for k, v in latents.items()}, aside / "latents.safetensors")
             write_json(aside / "state.json", made_of)
@@ -161,21 +190,38 @@ def unet_loss(latents: Tensor, scheduler: SchedulerConfig, objective: Objective,
     def loss_of(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         t = ranks.own(torch.randint(T, (len(index),), device=device))
         z0 = latents[ranks.own(index)]
-        z_t, target = diffuse(z0, t, alphas_cumprod, seed, first_index=ranks.rank * len(z0), stream=step, prediction_type=kind,
-                              cutmix_prob=objective.cutmix_prob)  # fmt: skip
+        z_t, target = diffuse(
+            z0,
+            t,
+            alphas_cumprod,
+            seed,
+            first_index=ranks.rank * len(z0),
+            stream=step,
+            prediction_type=kind,
+            cutmix_prob=objective.cutmix_prob,
+        )
         return objective.loss(model(z_t, t), target, weights[t]), {}
 
     return loss_of
 
 
 def train_unet(
-    unet: UNet2D, latents: Tensor, scheduler: SchedulerConfig, o: Optimisation, folder: Path, *, objective: Objective | None = None,
-    held_out: Tensor | None = None, pictures: Any = None, extra: dict[str, Any] | None = None, progress: bool = True,
-) -> UNet2D:  # fmt: skip
+    unet: UNet2D,
+    latents: Tensor,
+    scheduler: SchedulerConfig,
+    o: Optimisation,
+    folder: Path,
+    *,
+    objective: Objective | None = None,
+    held_out: Tensor | None = None,
+    pictures: Any = None,
+    extra: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> UNet2D:
     """Train on scaled latents with `objective`; return the EMA. Source: 001 equations 3 and 4.
 
-    Under torchrun CutMix stays within a process and dropout draws the same masks in each: with neither, their number changes only the
-    rounding.
+    Under torchrun CutMix stays within a process and dropout draws the same masks in each: with neither, their number
+    changes only the rounding.
     """
     objective = objective or Objective()
     device = next(unet.parameters()).device
@@ -192,34 +238,54 @@ def train_unet(
         z = held_out[:: max(1, len(held_out) // VALIDATION)].to(device)
         t = torch.linspace(0, T - 1, len(z), device=device).long()
         for z0, at, first in zip(z.split(64), t.split(64), range(0, len(z), 64), strict=True):
-            z_t, target = diffuse(z0.contiguous(), at, alphas_cumprod, o.seed, first_index=first, stream=2**31 - 1, prediction_type=kind)
+            z_t, target = diffuse(
+                z0.contiguous(), at, alphas_cumprod, o.seed, first_index=first, stream=2**31 - 1, prediction_type=kind
+            )
             losses.append((model(z_t, at).float() - target).square().mean((1, 2, 3)))
         return float(torch.cat(losses).mean())
 
     trained = train(
-        unet, loss_of, len(latents), o, folder, name="unet", validate=None if held_out is None else validate, pictures=pictures,
-        extra={"unet": unet.config.to_dict(), "scheduler": scheduler.to_dict(), **asdict(objective), **(extra or {})}, progress=progress,
-    )  # fmt: skip
+        unet,
+        loss_of,
+        len(latents),
+        o,
+        folder,
+        name="unet",
+        validate=None if held_out is None else validate,
+        pictures=pictures,
+        extra={"unet": unet.config.to_dict(), "scheduler": scheduler.to_dict(), **asdict(objective), **(extra or {})},
+        progress=progress,
+    )
     assert isinstance(trained, UNet2D)
     return trained
 
 
 def train_pipeline(
-    preset: Preset, data: str | Path, folder: str | Path, *, vae: Optimisation, unet: Optimisation, recon: str = "mse",
-    objective: Objective | None = None, views: int = 4, resume: bool = False, device: torch.device | str = "cpu", progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    preset: Preset,
+    data: str | Path,
+    folder: str | Path,
+    *,
+    vae: Optimisation,
+    unet: Optimisation,
+    recon: str = "mse",
+    objective: Objective | None = None,
+    views: int = 4,
+    resume: bool = False,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
     """Train both stages on a prepared folder and save the pipeline to `folder/pipeline`.
 
-    `resume`: go on with the run in `folder`, if there is one; the result is that of an uninterrupted run. Started by torchrun, every
-    process takes its part of each batch.
+    `resume`: go on with the run in `folder`, if there is one; the result is that of an uninterrupted run. Started by
+    torchrun, every process takes its part of each batch.
 
     Returns:
-        The slices, subjects and scaling factor; of each stage the step that was kept (the last without a validation split); and
-        `val_l1`, the mean absolute reconstruction error of the validation split (None if empty).
+        The slices, subjects and scaling factor; of each stage the step that was kept (the last without a validation
+        split); and `val_l1`, the mean absolute reconstruction error of the validation split (None if empty).
 
     Raises:
-        ValueError: as `Slices`; a folder that holds a run, without `resume`; a checkpoint of another model or of other settings.
-        FloatingPointError: a loss or gradient that is not finite.
+        ValueError: as `Slices`; a folder that holds a run, without `resume`; a checkpoint of another model or of other
+        settings. FloatingPointError: a loss or gradient that is not finite.
         OSError: a file could not be written, with the last good checkpoint.
         Stopped: on a signal.
     """
@@ -231,7 +297,9 @@ def train_pipeline(
             raise ValueError(f"batch_size: got {o.batch_size}, allowed are multiples of the {size} processes")
     found = checkpoint.checkpoints(folder)
     if found and not resume:
-        raise ValueError(f"{folder} holds a run ({found[-1].name}); allowed is a new folder, or --resume to go on with it")
+        raise ValueError(
+            f"{folder} holds a run ({found[-1].name}); allowed is a new folder, or --resume to go on with it"
+        )
     manifest = read_manifest(data)
     splits = [s for s in ("train", "val") if s == "train" or any(row["split"] == s for row in manifest["slices"])]
     slices = {split: Slices(data, split) for split in splits}
@@ -240,23 +308,47 @@ def train_pipeline(
         torch.manual_seed(vae.seed)
         autoencoder = AutoencoderKL(preset.vae).to(device)
         network = UNet2D(preset.unet).to(device)
-        train_vae(autoencoder, slices["train"], vae, folder, recon=recon, held_out=slices.get("val"), extra=stamp, progress=progress)
+        train_vae(
+            autoencoder,
+            slices["train"],
+            vae,
+            folder,
+            recon=recon,
+            held_out=slices.get("val"),
+            extra=stamp,
+            progress=progress,
+        )
         latents = _latents(autoencoder, slices, folder, views, vae.seed, stamp["data"], progress)
         factor = float(1 / latents["train"].std())
         autoencoder.config = replace(preset.vae, scaling_factor=factor)
 
         def pictures(model: nn.Module) -> dict[str, Tensor]:
             assert isinstance(model, UNet2D)
-            return {"synthetic samples": Pipeline(autoencoder, model, preset.scheduler).sample(SHOWN, seed=0, steps=20, mode="eager")}
+            return {
+                "synthetic samples": (
+                    Pipeline(autoencoder, model, preset.scheduler).sample(SHOWN, seed=0, steps=20, mode="eager")
+                )
+            }
 
         ema = train_unet(
-            network, latents["train"] * factor, preset.scheduler, unet, folder, objective=objective, pictures=pictures,
-            held_out=latents["val"] * factor if "val" in latents else None, extra=stamp, progress=progress,
-        )  # fmt: skip
+            network,
+            latents["train"] * factor,
+            preset.scheduler,
+            unet,
+            folder,
+            objective=objective,
+            pictures=pictures,
+            held_out=latents["val"] * factor if "val" in latents else None,
+            extra=stamp,
+            progress=progress,
+        )
         if Ranks.of_torchrun().rank == 0:
             Pipeline(autoencoder, ema, preset.scheduler).save(folder / "pipeline")
     kept = {name: checkpoint.kept(folder, name, o.steps) for name, o in (("vae", vae), ("unet", unet))}
     return {
-        "slices": len(slices["train"]), "subjects": len({row["subject"] for row in slices["train"].rows}), "scaling_factor": factor,
-        "kept_steps": kept, "val_l1": reconstruction_error(autoencoder, slices["val"]) if "val" in slices else None,
-    }  # fmt: skip
+        "slices": len(slices["train"]),
+        "subjects": len({row["subject"] for row in slices["train"].rows}),
+        "scaling_factor": factor,
+        "kept_steps": kept,
+        "val_l1": reconstruction_error(autoencoder, slices["val"]) if "val" in slices else None,
+    }

@@ -24,7 +24,9 @@ def test_loops_pass_or_say_what_they_need(tmp_path: Path, capsys: pytest.Capture
     code, rows = run(tmp_path, "graphs", "--preset", "demo")
     assert code == 0
     assert rows["FastSampler eager"]["ok"]
-    assert rows["FastSampler loop-graph"]["absent"] == rows["FastSampler step-graph"]["absent"] == "CUDA graphs need CUDA"
+    assert (
+        rows["FastSampler loop-graph"]["absent"] == rows["FastSampler step-graph"]["absent"] == "CUDA graphs need CUDA"
+    )
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out] == ["PASS", "SKIP", "SKIP"]
 
@@ -35,7 +37,12 @@ def test_one_that_raises_and_one_that_is_wrong_fail_and_the_rest_goes_on(
     def broken() -> checks.Errors:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
 
-    found = {"broken": broken, "wrong": lambda: (2.0, 1.0), "not a number": lambda: (float("nan"), 1.0), "right": lambda: (0.5, 1.0)}
+    found = {
+        "broken": broken,
+        "wrong": lambda: (2.0, 1.0),
+        "not a number": lambda: (float("nan"), 1.0),
+        "right": lambda: (0.5, 1.0),
+    }
     monkeypatch.setattr(checks, "op_checks", lambda _: iter(found.items()))
     code, rows = run(tmp_path, "ops")
     assert code == 1

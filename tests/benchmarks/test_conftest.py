@@ -53,14 +53,27 @@ pytest_plugins = ["sbldm_fast.benchmarks.conftest"]
 
 
 def pytest_cases(device):
-    return {"x": {"right": Case(lambda: lambda: torch.ones(2), "right", 0.0), "wrong": Case(lambda: lambda: torch.zeros(2), "right", 0.1)}}
+    right = Case(lambda: lambda: torch.ones(2), "right", 0.0)
+    return {"x": {"right": right, "wrong": Case(lambda: lambda: torch.zeros(2), "right", 0.1)}}
 
 
 def test_x(timed):
     timed()
 """)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "sbldm_fast.benchmarks.conftest", str(wrong)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "sbldm_fast.benchmarks.conftest",
+        str(wrong),
+    ]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run([*command, "--benchmark-max-time=0.05"], capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
+    done = subprocess.run(
+        [*command, "--benchmark-max-time=0.05"], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
+    )
     assert "1 failed, 1 passed" in done.stdout, done.stdout
     assert "wrong: differs from right by 1.0e+00, allowed is 1.0e-01" in done.stdout

@@ -19,7 +19,9 @@ def one_provider(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_startup_has_its_parts_and_who_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_names", lambda _: (["FastSampler eager float32", "FastSampler loop-graph float32"], "cpu"))
+    monkeypatch.setattr(
+        module, "_names", lambda _: (["FastSampler eager float32", "FastSampler loop-graph float32"], "cpu")
+    )
     row, absent = bench_startup(rounds=1, **SMALL)
     assert row["n"] == 1
     assert row["parts"]["import_s"] > 0.3
@@ -49,11 +51,16 @@ def test_two_processes_make_what_two_processes_make() -> None:
 
 
 def test_cost_by_hand() -> None:
-    # batches of 4 that ended 5, 6, 7, 9 s after the start: 10 images are three batches, 100 are 25, of which 21 are to come at 1 s each
+    # batches of 4 that ended 5, 6, 7, 9 s after the start: 10 images are three batches, 100 are 25, of which 21 are to
+    # come at 1 s each
     found = cost(3.0, [5.0, 6.0, 7.0, 9.0], 4)
     assert [(c["images"], c["seconds"], c["extrapolated"]) for c in found] == [
-        (1, 3.0, False), (10, 7.0, False), (100, 30.0, True), (1000, 255.0, True), (10_000, 2505.0, True),
-    ]  # fmt: skip
+        (1, 3.0, False),
+        (10, 7.0, False),
+        (100, 30.0, True),
+        (1000, 255.0, True),
+        (10_000, 2505.0, True),
+    ]
     assert found[1]["ms_per_image"] == pytest.approx(700)
     assert cost(3.0, [5.0], 4)[1]["seconds"] == 15.0, "of a single batch the rest is made of that one"
 
@@ -81,6 +88,10 @@ def test_a_process_that_dies_is_a_row(program: str, reason: str, monkeypatch: py
 
 
 def test_bad_input_is_named() -> None:
-    for suite, wrong in ((bench_startup, {"rounds": 0}), (bench_memory, {"batches": (0,)}), (bench_scaling, {"seconds": 0.5})):
+    for suite, wrong in (
+        (bench_startup, {"rounds": 0}),
+        (bench_memory, {"batches": (0,)}),
+        (bench_scaling, {"seconds": 0.5}),
+    ):
         with pytest.raises(ValueError, match="allowed is 1 or more"):
             next(suite(**wrong))  # type: ignore[operator]  # three functions of different arguments

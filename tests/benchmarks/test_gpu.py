@@ -1,4 +1,5 @@
-"""The command for a GPU, dry on a CPU: what it refuses, that killing it loses nothing, and that it goes on where it stopped."""
+"""The command for a GPU, dry on a CPU: what it refuses, that killing it loses nothing, and that it goes on where it
+stopped."""
 
 from __future__ import annotations
 
@@ -38,7 +39,16 @@ def env() -> dict[str, Any]:
 
 
 def run(folder: Path, *options: str, minutes: float = 5.0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sbldm_fast.benchmarks.gpu", "-o", str(folder), "--minutes", str(minutes), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "sbldm_fast.benchmarks.gpu",
+        "-o",
+        str(folder),
+        "--minutes",
+        str(minutes),
+        *options,
+    ]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
@@ -47,7 +57,8 @@ def parts_of(folder: Path) -> list[tuple[str, int]]:
 
 
 def test_the_whole_command_dry_killed_at_random_and_gone_on_with(tmp_path: Path) -> None:
-    """kill -9 in the middle: every line that was written is whole, no part outlives the command, and the rest is done after it."""
+    """kill -9 in the middle: every line that was written is whole, no part outlives the command, and the rest is done
+    after it."""
     command = [sys.executable, "-m", "sbldm_fast.benchmarks.gpu", "--device", "cpu", "-o", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not (tmp_path / "rows.jsonl").exists() or not read_rows(tmp_path / "rows.jsonl")[0]:
@@ -104,7 +115,8 @@ def test_a_part_is_run_once_on_one_machine_with_one_source(
 def test_a_part_that_takes_too_long_writes_what_it_has(
     tmp_path: Path, env: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """An interrupt comes first: rounds end, the rows of the problem are written and say so, and the part is run again the next time."""
+    """An interrupt comes first: rounds end, the rows of the problem are written and say so, and the part is run again
+    the next time."""
     endless = "bench sampling --preset demo --steps 5 --batch 1,2 --rounds 100000 --short --no-compile --dtype float32"
     long = gpu.Part("headline", endless, 25)
     monkeypatch.setattr(gpu, "plan", lambda *_: [long])
@@ -118,7 +130,9 @@ def test_a_part_that_takes_too_long_writes_what_it_has(
     assert "Not done, the same command goes on: headline." in capfd.readouterr().out
 
 
-def test_a_part_that_does_not_end_is_killed(tmp_path: Path, env: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_does_not_end_is_killed(
+    tmp_path: Path, env: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
     monkeypatch.setattr(gpu, "GRACE", 1.0)
     monkeypatch.setattr(gpu.sys, "executable", "/bin/sh")
@@ -140,23 +154,28 @@ def test_tests_that_fail_or_were_killed_are_in_the_rows(tmp_path: Path) -> None:
     assert gpu.passed(report, None) == {"passed": 0, "skipped": 0, "failures": ["no report: the tests were killed"]}
     report.write_text("<testsuites><testsuite><testca")
     assert gpu.passed(report, 4)["failures"] == ["no report: the tests ended with 4"]
-    report.write_text(
-        """<testsuites><testsuite>
+    report.write_text("""<testsuites><testsuite>
         <testcase classname="a.b" name="c[cuda]"><failure message="assert 1 == 2&#10;and more">x</failure></testcase>
-        <testcase classname="a.b" name="d"/><testcase classname="a.b" name="e"><skipped message="no second device"/></testcase>
+        <testcase classname="a.b" name="d"/>
+        <testcase classname="a.b" name="e"><skipped message="no second device"/></testcase>
         <testcase classname="a" name="f"><error message="failed on setup"/></testcase>
         <testcase time="0.000" />
-        </testsuite></testsuites>"""
-    )
-    assert gpu.passed(report, 1) == {"passed": 1, "skipped": 1, "failures": ["a.b::c[cuda]: assert 1 == 2", "a::f: failed on setup"]}
+        </testsuite></testsuites>""")
+    assert gpu.passed(report, 1) == {
+        "passed": 1,
+        "skipped": 1,
+        "failures": ["a.b::c[cuda]: assert 1 == 2", "a::f: failed on setup"],
+    }
 
 
-def test_bad_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     too_old = "The NVIDIA driver on your system is too old (found version 11040)."
     monkeypatch.setattr(gpu, "probe", lambda device: {"gpu": None, "no_gpu": too_old})
     assert gpu.main(["-o", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert err == (f"gpu: --device cuda needs a CUDA device, and this PyTorch sees none: {too_old}\n")
+    assert err == f"gpu: --device cuda needs a CUDA device, and this PyTorch sees none: {too_old}\n"
     (tmp_path / "file").touch()
     assert gpu.main(["-o", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err == f"gpu: {tmp_path / 'file'} cannot be written: File exists\n"
@@ -180,7 +199,9 @@ def test_a_crash_is_a_failure_and_not_a_lack_of_time(
 ) -> None:
     crash = tmp_path / "test_crash.py"
     crash.write_text("import os\n\n\ndef test_crash():\n    os.abort()\n")
-    (tmp_path / "parity.xml").write_text('<testsuites><testsuite><testcase classname="a" name="of another part"/></testsuite></testsuites>')
+    (tmp_path / "parity.xml").write_text(
+        '<testsuites><testsuite><testcase classname="a" name="of another part"/></testsuite></testsuites>'
+    )
     monkeypatch.setattr(gpu, "plan", lambda *_: [gpu.Part("parity: crash", f"pytest {crash}", 60)])
     assert gpu.run(tmp_path, "cpu", env, time.monotonic() + 300) == 1
     assert parts_of(tmp_path) == [("parity: crash", -signal.SIGABRT)]
@@ -227,7 +248,9 @@ def test_an_end_that_is_asked_for_ends_the_part_and_still_packs(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(("free", "batches"), [(140, [1, 64, 256, 8]), (14.5, [1, 64, 128, 8]), (1, [1, 8])])
-def test_batches_are_as_large_as_the_memory_allows(free: float, batches: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_batches_are_as_large_as_the_memory_allows(
+    free: float, batches: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
     memory = {"free": int(free * 2**30), "total": 150 * 2**30}
     assert gpu.fitting({"gpu": "a card", "memory": memory, "nvml": {"other_processes": 2}}) == batches
     out = capsys.readouterr().out
@@ -247,7 +270,8 @@ def test_every_part_is_a_command(device: str, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(note, "__signature__", __import__("inspect").signature(suite.run), raising=False)
         monkeypatch.setitem(SUITES, name, suite._replace(run=note))
     monkeypatch.setattr(
-        "sbldm_fast.benchmarks.table.TABLES", {name: lambda _: type("T", (), {"markdown": lambda _: ""})() for name in SUITES}
+        "sbldm_fast.benchmarks.table.TABLES",
+        {name: lambda _: type("T", (), {"markdown": lambda _: ""})() for name in SUITES},
     )
     assert not any("bfloat16" in part.command for part in gpu.plan(device, sm=75))
     parts = gpu.plan(device)
@@ -275,4 +299,6 @@ def test_the_suites_are_those_of_the_command_line() -> None:
 
 def test_this_process_holds_no_memory_of_the_gpu() -> None:
     assert not torch.cuda.is_initialized()
-    assert "torch" not in [line.split()[1] for line in (ROOT / "benchmarks/gpu.py").read_text().splitlines() if line.startswith("import ")]
+    assert "torch" not in [
+        line.split()[1] for line in (ROOT / "benchmarks/gpu.py").read_text().splitlines() if line.startswith("import ")
+    ]

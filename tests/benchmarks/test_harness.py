@@ -40,21 +40,33 @@ def run(cases: dict[str, Case], **options: Any) -> dict[str, dict[str, Any]]:
 def test_every_other_round_runs_backwards() -> None:
     assert "".join(turns("abc", 3)) == "abccbaabc"
     order: list[str] = []
-    calls: dict[str, Callable[[], object]] = {name: lambda name=name: order.append(name) for name in "ab"}  # type: ignore[misc]  # mypy cannot type a default in a lambda
+    calls: dict[str, Callable[[], object]] = {name: lambda name=name: order.append(name) for name in "ab"}  # type: ignore[misc]
     assert [len(v) for v in interleaved(calls, 3, CPU).values()] == [3, 3]
     assert "".join(order) == "abbaab"
 
 
 def test_summary_by_hand() -> None:
     s = summary([3.0, 1.0, 2.0, 5.0, 4.0])
-    assert (s["median_s"], s["p10_s"], s["p90_s"], s["iqr_s"], s["n"]) == (3.0, pytest.approx(1.4), pytest.approx(4.6), 2.0, 5)
+    assert (s["median_s"], s["p10_s"], s["p90_s"], s["iqr_s"], s["n"]) == (
+        3.0,
+        pytest.approx(1.4),
+        pytest.approx(4.6),
+        2.0,
+        5,
+    )
     assert s["raw_s"] == [3.0, 1.0, 2.0, 5.0, 4.0]
 
 
 def test_a_row_is_complete() -> None:
     row = run({"a": case()}, rounds=3)["a"]
     assert row["n"] == len(row["raw_s"]) == 3
-    assert row["parity"] == {"against": "a", "error": 0.0, "allowed": 1e-3, "ok": True, "sha256": row["parity"]["sha256"]}
+    assert row["parity"] == {
+        "against": "a",
+        "error": 0.0,
+        "allowed": 1e-3,
+        "ok": True,
+        "sha256": row["parity"]["sha256"],
+    }
     assert len(row["parity"]["sha256"]) == 16
     assert row["speedup"] == {"over": "a", "factor": 1.0}
     assert row["first_call_s"] >= row["compile_s"] >= 0
@@ -63,7 +75,9 @@ def test_a_row_is_complete() -> None:
 
 
 def test_no_parity_no_speedup() -> None:
-    rows = run({"a": case(), "near": case(1.0005), "far": case(1.002), "nan": case(math.nan), "alone": case(against=None)})
+    rows = run(
+        {"a": case(), "near": case(1.0005), "far": case(1.002), "nan": case(math.nan), "alone": case(against=None)}
+    )
     assert rows["near"]["speedup"]["over"] == "a"
     for name in ("far", "nan"):
         assert not rows[name]["parity"]["ok"]
@@ -97,7 +111,10 @@ def test_nobody_is_right_beside_a_reference_that_failed() -> None:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (torch.cuda.OutOfMemoryError("CUDA out of memory\nTried to"), {"failed": "OutOfMemoryError: CUDA out of memory"}),
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory\nTried to"),
+            {"failed": "OutOfMemoryError: CUDA out of memory"},
+        ),
         (Absent("needs CUDA"), {"absent": "needs CUDA"}),
         (ModuleNotFoundError("No module named 'x'"), {"absent": "not installed (No module named 'x')"}),
         (RuntimeError(), {"failed": "RuntimeError: RuntimeError"}),
@@ -192,7 +209,7 @@ def test_no_precision_may_lose_more_than_a_fiftieth() -> None:
 
 def test_rounds_end_with_the_time_but_not_before_three() -> None:
     calls: list[str] = []
-    cases = {name: Case(lambda name=name: lambda: calls.append(name) or torch.ones(1), "a", 0.0) for name in "ab"}  # type: ignore[misc]  # mypy cannot type a default in a lambda
+    cases = {name: Case(lambda name=name: lambda: calls.append(name) or torch.ones(1), "a", 0.0) for name in "ab"}  # type: ignore[misc]
     rows = {row["provider"]: row for row in measure(cases, rounds=50, base="a", device=CPU, seconds=0.0)}
     assert rows["a"]["n"] == rows["b"]["n"] == 3
     assert not interrupted(list(rows.values()))
@@ -212,7 +229,9 @@ def test_after_an_interrupt_there_are_rows(when: str) -> None:
 
         return Case(lambda: call, "a", 0.0)
 
-    rows = {row["provider"]: row for row in measure({name: case(name) for name in "ab"}, rounds=50, base="a", device=CPU)}
+    rows = {
+        row["provider"]: row for row in measure({name: case(name) for name in "ab"}, rounds=50, base="a", device=CPU)
+    }
     assert interrupted(list(rows.values()))
     assert rows["a"]["n"] == 3
     assert rows["a"]["interrupted"]

@@ -1,4 +1,5 @@
-"""The kernel benchmark: every op has cases whose providers agree, what does not agree gets no speed-up, and the model is rendered."""
+"""The kernel benchmark: every op has cases whose providers agree, what does not agree gets no speed-up, and the model
+is rendered."""
 
 from __future__ import annotations
 

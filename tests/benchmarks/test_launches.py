@@ -18,7 +18,9 @@ def test_a_step_is_the_difference_of_two_runs(monkeypatch: pytest.MonkeyPatch) -
 
     def event(name: str, us: float, kind: str = "CUDA", annotation: bool = False) -> Any:
         time = SimpleNamespace(elapsed_us=lambda: us)
-        return SimpleNamespace(name=name, device_type=SimpleNamespace(name=kind), is_user_annotation=annotation, time_range=time)
+        return SimpleNamespace(
+            name=name, device_type=SimpleNamespace(name=kind), is_user_annotation=annotation, time_range=time
+        )
 
     class Sampler:
         def __init__(self, *_: Any, steps: int, **__: Any) -> None:
@@ -35,8 +37,15 @@ def test_a_step_is_the_difference_of_two_runs(monkeypatch: pytest.MonkeyPatch) -
         def __exit__(self, *_: Any) -> None: ...
         def events(self) -> list[Any]:
             long = "x" * launches.NAME
-            of_steps = [event("norm", 2.0), event("norm", 4.0), event(long + "a", 1.0), event(long + "b", 1.0)] * steps[-1]
-            return [*of_steps, event("copy of the noise", 9.0), event("norm", 1.0, "CPU"), event("range", 1.0, annotation=True)]
+            of_steps = [event("norm", 2.0), event("norm", 4.0), event(long + "a", 1.0), event(long + "b", 1.0)] * steps[
+                -1
+            ]
+            return [
+                *of_steps,
+                event("copy of the noise", 9.0),
+                event("norm", 1.0, "CPU"),
+                event("range", 1.0, annotation=True),
+            ]
 
     monkeypatch.setattr(launches, "FastSampler", Sampler)
     monkeypatch.setattr(torch.profiler, "profile", Profile)

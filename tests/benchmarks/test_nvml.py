@@ -23,7 +23,11 @@ class Library:
         pass
 
     def __init__(self, **values: Any) -> None:
-        self.values: dict[str, Any] = {"ClockInfo": iter([]), "TotalEnergyConsumption": iter([]), "ComputeRunningProcesses": []} | values
+        self.values: dict[str, Any] = {
+            "ClockInfo": iter([]),
+            "TotalEnergyConsumption": iter([]),
+            "ComputeRunningProcesses": [],
+        } | values
 
     def nvmlInit(self) -> None:
         if "init" in self.values:
@@ -51,7 +55,9 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(**values: Any) -> Gpu:
         monkeypatch.setitem(sys.modules, "pynvml", Library(**values))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1", L2_cache_size=2**20))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1", L2_cache_size=2**20)
+        )
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
         return Gpu()
 
@@ -61,9 +67,14 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_what_it_tells(made_up: Any) -> None:
     gpu = made_up(ClockInfo=1500, EnforcedPowerLimit=70_000, Temperature=40, CurrentClocksEventReasons=4)
     assert gpu.state() == {
-        "driver": "580.1", "clock_mhz": 1500, "memory_clock_mhz": 1500, "power_limit_w": 70.0, "temperature_c": 40, "throttle_reasons": 4,
+        "driver": "580.1",
+        "clock_mhz": 1500,
+        "memory_clock_mhz": 1500,
+        "power_limit_w": 70.0,
+        "temperature_c": 40,
+        "throttle_reasons": 4,
         "other_processes": 0,
-    }  # fmt: skip
+    }
 
 
 def test_what_it_withholds_is_none(made_up: Any) -> None:
@@ -87,9 +98,12 @@ def test_without_it_the_reason_is_kept(made_up: Any, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("pids", "context", "others"), [([], False, 0), ([-1], True, 0), ([-1, 7], True, 1), ([7], True, 0), ([7], False, 1)]
+    ("pids", "context", "others"),
+    [([], False, 0), ([-1], True, 0), ([-1, 7], True, 1), ([7], True, 0), ([7], False, 1)],
 )
-def test_other_processes(made_up: Any, monkeypatch: pytest.MonkeyPatch, pids: list[int], context: bool, others: int) -> None:
+def test_other_processes(
+    made_up: Any, monkeypatch: pytest.MonkeyPatch, pids: list[int], context: bool, others: int
+) -> None:
     """-1 is this process; in a container it may be there under another number, which a context of its own tells."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: context)
     found = [SimpleNamespace(pid=os.getpid() if pid == -1 else pid) for pid in pids]
@@ -102,7 +116,12 @@ def test_energy_by_hand(made_up: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = made_up(TotalEnergyConsumption=iter([1_000, 101_000]))
     calls: list[int] = []
     # 100 J in 2 s and 2 runs; 20 W idle are 40 J of them
-    assert gpu.energy(lambda: calls.append(1), 20.0) == {"joules": 50.0, "joules_above_idle": 30.0, "idle_watts": 20.0, "runs": 2}
+    assert gpu.energy(lambda: calls.append(1), 20.0) == {
+        "joules": 50.0,
+        "joules_above_idle": 30.0,
+        "idle_watts": 20.0,
+        "runs": 2,
+    }
     assert len(calls) == 2
 
 
@@ -122,7 +141,9 @@ def test_rows_say_what_disturbed_them(
     monkeypatch.setattr(harness, "Gpu", lambda: gpu)
     for name in ("allocated", "wait"):
         monkeypatch.setattr(harness, name, lambda *_, **__: 0)
-    (row,) = measure({"a": Case(lambda: lambda: torch.ones(1), "a", 0.0)}, rounds=3, base="a", device=torch.device("cuda"))
+    (row,) = measure(
+        {"a": Case(lambda: lambda: torch.ones(1), "a", 0.0)}, rounds=3, base="a", device=torch.device("cuda")
+    )
     assert [r for r in row["remarks"] if not r.startswith("spread")] == remarks
     assert row["clock_mhz"] == {"start": clocks[0], "median": sorted(clocks)[len(clocks) // 2], "least": min(clocks)}
 

@@ -35,9 +35,22 @@ def browse(tmp_path: Path) -> Callable[..., str]:
         pytest.skip("Debian's chromium is not installed")
 
     def run(url: str, *flags: str) -> str:
-        quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-        quiet += ["--disable-sync", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000"]
-        done = subprocess.run([CHROMIUM, "--headless", *quiet, *flags, url], capture_output=True, text=True, timeout=120, check=True)
+        quiet = [
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+        ]
+        quiet += [
+            "--disable-sync",
+            "--hide-scrollbars",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=4000",
+        ]
+        done = subprocess.run(
+            [CHROMIUM, "--headless", *quiet, *flags, url], capture_output=True, text=True, timeout=120, check=True
+        )
         return done.stdout
 
     return run
@@ -56,7 +69,10 @@ def test_every_link_leads_to_a_row_that_holds_the_figure(page: tuple[Path, dict[
     links = re.findall(r'(?:xlink:)?href="#([^"]+)"', text)
     assert len(links) > done["rows"]
     assert set(links) <= set(ids)
-    rows = {i: json.loads(html.unescape(body)) for i, body in re.findall(r'<details id="(r\d+)">.*?<pre>(.*?)</pre>', text, re.DOTALL)}
+    rows = {
+        i: json.loads(html.unescape(body))
+        for i, body in re.findall(r'<details id="(r\d+)">.*?<pre>(.*?)</pre>', text, re.DOTALL)
+    }
     assert len(rows) == done["rows"]
     # what the T4's section has is a model's error, which no row holds
     cells = re.findall(r'<a href="#(r\d+)">([\d.]+)[*†]?</a>', text[: text.index('<section id="t4">')])
@@ -109,8 +125,14 @@ def test_a_browser_shows_it_on_a_screen_and_on_a_phone(
     # a page that is wider than its frame would have to be moved sideways
     frame = tmp_path / "frame.html"
     document = "document.querySelector('iframe').contentDocument.documentElement"
-    script = f"onload=()=>{{let d={document}; document.title=[d.scrollWidth,d.clientWidth,d.querySelectorAll('svg').length]}}"
-    frame.write_text(f'<iframe width="390" height="800" srcdoc="{html.escape(page[0].read_text())}"></iframe><script>{script}</script>')
+    script = (
+        f"onload=()=>{{let d={document};"
+        " document.title=[d.scrollWidth,d.clientWidth,d.querySelectorAll('svg').length]}"
+    )
+    frame.write_text(
+        '<iframe width="390" height="800"'
+        f' srcdoc="{html.escape(page[0].read_text())}"></iframe><script>{script}</script>'
+    )
     title = re.search(r"<title>(\d+),(\d+),(\d+)</title>", browse(frame.as_uri(), "--dump-dom"))
     assert title is not None
     scroll, client, pictures = map(int, title.groups())

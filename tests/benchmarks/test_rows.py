@@ -12,11 +12,32 @@ from typing import Any
 
 import pytest
 from sbldm_fast.benchmarks.report import write_report
-from sbldm_fast.benchmarks.rows import append, distribute, head, latest, machine, machine_id, machine_name, main, problem, read_rows, source
+from sbldm_fast.benchmarks.rows import (
+    append,
+    distribute,
+    head,
+    latest,
+    machine,
+    machine_id,
+    machine_name,
+    main,
+    problem,
+    read_rows,
+    source,
+)
 from sbldm_fast.benchmarks.table import gpu_summary, gpus_table, sampling_table
 from sbldm_fast.benchmarks.verdicts import compare
 
-ENV = {"gpu": None, "cpu": "AMD EPYC", "cores": 2, "threads": 2, "cpu_capability": "AVX2", "packages": {}, "commit": "", "source": ""}
+ENV = {
+    "gpu": None,
+    "cpu": "AMD EPYC",
+    "cores": 2,
+    "threads": 2,
+    "cpu_capability": "AVX2",
+    "packages": {},
+    "commit": "",
+    "source": "",
+}
 RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("*.jsonl"))
 
 
@@ -86,7 +107,9 @@ def test_machine_names_are_folder_names() -> None:
     info = machine()
     assert machine_name(info).replace("-", "").isalnum()
     assert machine_name({"gpu": "NVIDIA H200", "cpu": "", "cores": 1}) == "nvidia-h200"
-    assert machine_name({"gpu": None, "cpu": "Intel(R) Xeon(R) Processor", "cores": 2}) == "intel-xeon-processor-2-cores"
+    assert (
+        machine_name({"gpu": None, "cpu": "Intel(R) Xeon(R) Processor", "cores": 2}) == "intel-xeon-processor-2-cores"
+    )
 
 
 def test_machines_of_one_name_are_told_apart() -> None:
@@ -153,7 +176,9 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every value of a row, of a list's the first."""
     if path:
         yield path
-    for key, each in value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ():
+    for key, each in (
+        value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    ):
         yield from leaves(each, (*path, key))
 
 
@@ -175,7 +200,8 @@ def test_every_committed_row_is_one() -> None:
 
 
 def test_a_row_with_anything_in_it_costs_no_more_than_itself(tmp_path: Path) -> None:
-    """Whatever a value of a row is, the row is left out by a sentence, or page, tables, verdicts and folders take it."""
+    """Whatever a value of a row is, the row is left out by a sentence, or page, tables, verdicts and folders take
+    it."""
     kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in RESULTS:
         for found in read_rows(path)[0]:
@@ -207,7 +233,10 @@ def test_a_row_with_anything_in_it_costs_no_more_than_itself(tmp_path: Path) -> 
     ("line", "says"),
     [
         ("[" * 100_000, "line 1 is not a row: cut off or damaged"),
-        ('{"target": "sampling", "run": "1", "env": {}, "n": ' + "9" * 5000 + "}", "line 1 is not a row: cut off or damaged"),
+        (
+            '{"target": "sampling", "run": "1", "env": {}, "n": ' + "9" * 5000 + "}",
+            "line 1 is not a row: cut off or damaged",
+        ),
         (json.dumps({"target": "sampling", "run": "1", "env": ENV}), r"line 1: \w+: got none, allowed is "),
         (json.dumps(row(provider="\ud800")), "line 1: 'provider': got half a character"),
         (json.dumps(row(provider=None)), "line 1: provider: got None, allowed is a text"),
@@ -218,7 +247,7 @@ def test_a_row_with_anything_in_it_costs_no_more_than_itself(tmp_path: Path) -> 
         ('{"target": "sampling", "run": "1", "env": ' + "[" * 50 + "]" * 50 + "}", "line 1: "),
     ],
     ids=["deep", "digits", "bare", "surrogate", "provider", "run", "env", "target", "nan", "levels"],
-)  # fmt: skip
+)
 def test_a_malformed_row_is_named_by_file_line_and_key(tmp_path: Path, line: str, says: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(f"{line}\n{json.dumps(row(x=1))}\n")

@@ -27,7 +27,13 @@ def test_rows_are_complete_and_gated() -> None:
     names = [r["provider"] for r in rows]
     assert names[0] == "reference"
     assert len(names) == len(set(names))
-    assert {"reference channels_last", "FastSampler eager float32", "diffusers", "diffusers under FastSampler eager", "MONAI"} <= set(names)
+    assert {
+        "reference channels_last",
+        "FastSampler eager float32",
+        "diffusers",
+        "diffusers under FastSampler eager",
+        "MONAI",
+    } <= set(names)
     for r in rows:
         if "absent" in r:
             assert r["absent"] == "CUDA graphs need CUDA"
@@ -41,7 +47,10 @@ def test_rows_are_complete_and_gated() -> None:
     own = next(r for r in rows if r["provider"] == "FastSampler eager float32")
     assert own["work"]["launches"] > 100
     assert own["work"]["flops"] > 1e8
-    assert "Without a figure: FastSampler step-graph float32, FastSampler loop-graph float32" in sampling_table(rows).markdown()
+    assert (
+        "Without a figure: FastSampler step-graph float32, FastSampler loop-graph float32"
+        in sampling_table(rows).markdown()
+    )
 
 
 def test_other_weights_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +77,12 @@ def test_a_provider_that_fails_is_a_row_that_says_so(monkeypatch: pytest.MonkeyP
     rows = list(bench_sampling(steps=(1,), dtypes=("float32",), **QUICK))
     failed = [r for r in rows if "failed" in r]
     assert [r["failed"] for r in failed] == ["RuntimeError: out of memory"] * 2
-    assert [r["provider"] for r in rows if "median_s" in r] == ["reference", "reference channels_last", "diffusers", "MONAI"]
+    assert [r["provider"] for r in rows if "median_s" in r] == [
+        "reference",
+        "reference channels_last",
+        "diffusers",
+        "MONAI",
+    ]
     assert len(failures(rows)) == 2
 
 
@@ -77,7 +91,9 @@ def test_an_absent_peer_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -
     rows = list(bench_sampling(steps=(1,), dtypes=("float32",), **QUICK))
     absent = {r["provider"]: r["absent"] for r in rows if "absent" in r}
     assert absent["diffusers"].startswith("not installed (import of diffusers halted")
-    assert {r["speedup"]["over"] for r in rows if "median_s" in r} == {"reference"}, "our textbook loop is the base then"
+    assert {r["speedup"]["over"] for r in rows if "median_s" in r} == {"reference"}, (
+        "our textbook loop is the base then"
+    )
     assert "diffusers, diffusers under FastSampler eager (not installed" in sampling_table(rows).markdown()
     assert not failures(rows)
 
@@ -102,7 +118,9 @@ def test_monai_steps_the_betas_of_the_preset() -> None:
     ours, monai = problem.ours[1], problem.monai[1]
     assert torch.equal(monai.alphas_cumprod, ours.alphas_cumprod)
     first, second = (problem.monai[0](torch.randn_like(problem.noise), torch.tensor([1])) for _ in range(2))
-    assert (first - second).abs().max() > 1e-3, "its prediction depends on what it is given, or nothing would be compared"
+    assert (first - second).abs().max() > 1e-3, (
+        "its prediction depends on what it is given, or nothing would be compared"
+    )
     x, m = torch.randn(2, *problem.noise.shape)
     for s in (ours, monai):
         s.set_timesteps(5)
@@ -118,7 +136,10 @@ def test_everybody_has_a_name_and_someone_to_be_held_against() -> None:
         for p in found:
             assert p.against in names
             assert p.plain in names
-    assert Reference(torch.bfloat16, "default", channels_last=True).name == "reference channels_last bfloat16 torch.compile"
+    assert (
+        Reference(torch.bfloat16, "default", channels_last=True).name
+        == "reference channels_last bfloat16 torch.compile"
+    )
     assert Monai(compiled="max-autotune").name == "MONAI torch.compile max-autotune"
 
 

@@ -22,7 +22,9 @@ def test_the_readme_is_its_rows() -> None:
     assert "<!-- headline: benchmarks/results/" in text[: text.index("\n## ")], "the first screen has figures"
     assert "<!-- sampling: benchmarks/results/" in text
     assert render(ROOT / "README.md") == text
-    assert "<!-- gpus: benchmarks/results -->" in text[: text.index("\n## ")], "the first screen says what ran on which GPU"
+    assert "<!-- gpus: benchmarks/results -->" in text[: text.index("\n## ")], (
+        "the first screen says what ran on which GPU"
+    )
     page = ROOT / "benchmarks" / "GPU.md"
     assert "<!-- gpu: results -->" in page.read_text()
     assert render(page) == page.read_text()
@@ -63,8 +65,15 @@ def test_markdown_by_hand() -> None:
 
 
 def test_presets_and_steps_are_not_mixed() -> None:
-    rows = [{"target": "sampling", "preset": p, "steps": s} for p, s in (("demo", 50), ("paper", 10), ("paper", 50), ("paper", 10))]
-    assert [[(r["preset"], r["steps"]) for r in g] for g in groups(rows)] == [[("paper", 50)], [("paper", 10)] * 2, [("demo", 50)]]
+    rows = [
+        {"target": "sampling", "preset": p, "steps": s}
+        for p, s in (("demo", 50), ("paper", 10), ("paper", 50), ("paper", 10))
+    ]
+    assert [[(r["preset"], r["steps"]) for r in g] for g in groups(rows)] == [
+        [("paper", 50)],
+        [("paper", 10)] * 2,
+        [("demo", 50)],
+    ]
 
 
 def test_figures_with_a_remark_are_marked() -> None:
@@ -94,8 +103,19 @@ def test_figures_with_a_remark_are_marked() -> None:
 
 def test_the_headline_by_hand() -> None:
     def row(provider: str, seconds: float, **what: Any) -> dict[str, Any]:
-        base = {"batch": 1, "steps": 50, "dtype": "float32", "parity": {"ok": True}, "env": {"gpu": "NVIDIA T4"}, "provider": provider}
-        return base | {"median_s": seconds, "ms_per_image": 1e3 * seconds, "raw_s": [0.98 * seconds, seconds, 1.02 * seconds]} | what
+        base = {
+            "batch": 1,
+            "steps": 50,
+            "dtype": "float32",
+            "parity": {"ok": True},
+            "env": {"gpu": "NVIDIA T4"},
+            "provider": provider,
+        }
+        return (
+            base
+            | {"median_s": seconds, "ms_per_image": 1e3 * seconds, "raw_s": [0.98 * seconds, seconds, 1.02 * seconds]}
+            | what
+        )
 
     rows = [
         row("FastSampler compile float32", 0.5),
@@ -105,16 +125,27 @@ def test_the_headline_by_hand() -> None:
         row("diffusers torch.compile", 0.75),
         row("diffusers under FastSampler compile", 0.6),
     ]
-    assert headline(rows) == (
-        "**500 ms an image** with `FastSampler compile float32`: 4.00 times as fast as diffusers' own loop (2000 ms), and 1.50 times as "
-        "fast as the fastest peer timed (diffusers torch.compile, 750 ms); 50 DDIM steps, batch 1, float32, NVIDIA T4."
+    assert (
+        headline(rows)
+        == "**500 ms an image** with `FastSampler compile float32`: 4.00 times as fast as diffusers' own loop (2000"
+        " ms), and 1.50 times as fast as the fastest peer timed (diffusers torch.compile, 750 ms); 50 DDIM steps,"
+        " batch 1, float32, NVIDIA T4."
     )
-    assert "and within the noise as fast as the fastest peer timed (MONAI, 510 ms)" in headline([*rows, row("MONAI", 0.51)])
+    assert "and within the noise as fast as the fastest peer timed (MONAI, 510 ms)" in headline(
+        [*rows, row("MONAI", 0.51)]
+    )
 
 
 def test_a_gpu_by_hand(tmp_path: Path) -> None:
     """A folder of rows from a card that nobody here has: its line in the README and its section, with every failure."""
-    env = {"gpu": "Tesla T4", "cpu": "x", "cores": 2, "source": "b", "commit": "c", "packages": {"torch": "2.9.0", "triton": "3.5.0"}}
+    env = {
+        "gpu": "Tesla T4",
+        "cpu": "x",
+        "cores": 2,
+        "source": "b",
+        "commit": "c",
+        "packages": {"torch": "2.9.0", "triton": "3.5.0"},
+    }
     env |= {"threads": 2, "cpu_capability": "AVX2"}
     common = {"run": "2026-12-01T00:00:00", "env": env}
     stale = common | {"env": env | {"source": "a"}}
@@ -125,7 +156,14 @@ def test_a_gpu_by_hand(tmp_path: Path) -> None:
         common | {"target": "checks", "check": "solver_step", "ok": False, "error": 2e-3, "allowed": 1e-5},
         common | {"target": "checks", "check": "loops", "absent": "no graphs"},
         common
-        | {"target": "parity", "part": "parity: ops", "passed": 7, "skipped": 2, "failures": ["a::b: assert 1 == 2"], "seconds": 3.0},
+        | {
+            "target": "parity",
+            "part": "parity: ops",
+            "passed": 7,
+            "skipped": 2,
+            "failures": ["a::b: assert 1 == 2"],
+            "seconds": 3.0,
+        },
         common
         | {
             "target": "launches",
@@ -153,12 +191,21 @@ def test_a_gpu_by_hand(tmp_path: Path) -> None:
             "parity": {"ok": True, "error": 2e-4, "against": "reference"},
             "speedup": {"over": "diffusers", "factor": 1.0 / seconds} if batch == 1 else None,
         }
-        what = {"target": "sampling", "preset": "paper", "steps": 50, "batch": batch, "provider": provider, "dtype": dtype}
+        what = {
+            "target": "sampling",
+            "preset": "paper",
+            "steps": 50,
+            "batch": batch,
+            "provider": provider,
+            "dtype": dtype,
+        }
         rows.append(common | what | timed | per | held)
     for row in rows:
         path = tmp_path / "results" / "tesla-t4" / f"{row['target']}.jsonl"
         append(path, [row])
-    (tmp_path / "README.md").write_text("<!-- gpus: results -->\n<!-- end gpus -->\n<!-- gpu: results -->\n<!-- end gpu -->\n")
+    (tmp_path / "README.md").write_text(
+        "<!-- gpus: results -->\n<!-- end gpus -->\n<!-- gpu: results -->\n<!-- end gpu -->\n"
+    )
     text = render(tmp_path / "README.md")
     assert "| Tesla T4 | 1 of 3 | 7 of 8 | -, 100 (10.00×) | -, 128 | torch 2.9.0, triton 3.5.0, 2026-12-01 |" in text
     assert "## Tesla T4\n\nChecks: 1 passed, 1 skipped, 2 failed.\n\n- FAIL diffuse: RuntimeError: boom\n\n" in text

@@ -96,7 +96,13 @@ def test_what_is_wrong_failed_gone_or_new() -> None:
     assert compare([good], [])[0].verdict == "GONE"
     assert compare([], [good])[0].verdict == "NEW"
     assert not compare([plain | {"absent": "x"}], [plain | {"absent": "x"}])
-    assert [bad([Verdict(v, "", "", "", None)]) for v in ("WRONG", "GONE", "NEW", "SAME", "AMBIGUOUS")] == [True, True, False, False, False]
+    assert [bad([Verdict(v, "", "", "", None)]) for v in ("WRONG", "GONE", "NEW", "SAME", "AMBIGUOUS")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_the_last_run_counts() -> None:
@@ -109,7 +115,10 @@ def test_the_last_run_counts() -> None:
 def test_few_or_disturbed_samples_decide_nothing() -> None:
     assert judge(row([1.0] * 5), row([2.0] * 11))[:2] == ("AMBIGUOUS", "n below 6")
     throttled = row(around(2, 0.01), remarks=["spread 12%", "throttled: the clock fell to 60% of its start"])
-    assert judge(row(around(1, 0.01)), throttled)[:2] == ("AMBIGUOUS", "now: throttled: the clock fell to 60% of its start")
+    assert judge(row(around(1, 0.01)), throttled)[:2] == (
+        "AMBIGUOUS",
+        "now: throttled: the clock fell to 60% of its start",
+    )
     assert judge(row(around(1, 0.01)), row(around(2, 0.01), remarks=["spread 12%"])).verdict == "SLOW"
 
 

@@ -27,12 +27,24 @@ def pipeline() -> Pipeline:
     torch.manual_seed(0)
     p = preset("template")
     vae = VAEConfig(
-        sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=2.0
+        sample_size=16,
+        latent_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=2.0,
     )
     unet = UNetConfig(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 128), layers_per_block=1, attention_resolutions=(4,),
-        norm_num_groups=4, time_embed_dim=32, time_embedding_type=p.unet.time_embedding_type,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 128),
+        layers_per_block=1,
+        attention_resolutions=(4,),
+        norm_num_groups=4,
+        time_embed_dim=32,
+        time_embedding_type=p.unet.time_embedding_type,
+    )
     made = Pipeline(AutoencoderKL(vae).eval(), UNet2D(unet).eval(), p.scheduler)
     for parameter in (*made.unet.parameters(), *made.vae.parameters()):
         if parameter.dim() < 2:  # biases and norms that are not 0 and 1
@@ -70,7 +82,8 @@ def tiny() -> type[Tiny]:
 
 @pytest.fixture(scope="session")
 def exported(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder that `export` makes of the small pipeline, once for each set of arguments, also among parallel workers."""
+    """The folder that `export` makes of the small pipeline, once for each set of arguments, also among parallel
+    workers."""
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
 

@@ -106,18 +106,44 @@ def test_the_pipeline_with_other_weights_is_told_apart(folder: Path, pipeline: P
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("unet", lambda m: m.graph.node.append(onnx.helper.make_node("Nonsense", ["x"], ["y"])), "unet.onnx: not valid: "),
+        (
+            "unet",
+            lambda m: m.graph.node.append(onnx.helper.make_node("Nonsense", ["x"], ["y"])),
+            "unet.onnx: not valid: ",
+        ),
         ("unet", lambda m: setattr(m.opset_import[0], "version", 17), "unet.onnx: (not valid|got opsets)"),
-        ("unet", lambda m: m.graph.node.append(onnx.helper.make_node("Det", ["x"], ["det"])), "operators Det are not in the list of ort"),
-        ("step", lambda m: m.graph.node.append(onnx.helper.make_node("Shape", ["x"], ["s"])), "step.onnx: got Shape, allowed in a graph"),
-        ("sampler", lambda m: m.CopyFrom(onnx.helper.make_model(onnx.helper.make_graph(
-            [onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [onnx.helper.make_tensor_value_info("x", 1, [1])],
-            [onnx.helper.make_tensor_value_info("y", 1, [1])]), opset_imports=[onnx.helper.make_opsetid("", 18)])),
-         "sampler.onnx: allowed is exactly one Loop"),
-        ("vae_decoder", lambda m: setattr(m.graph.initializer[0], "data_location", onnx.TensorProto.EXTERNAL),
-         "vae_decoder.onnx: it refers to other files"),
+        (
+            "unet",
+            lambda m: m.graph.node.append(onnx.helper.make_node("Det", ["x"], ["det"])),
+            "operators Det are not in the list of ort",
+        ),
+        (
+            "step",
+            lambda m: m.graph.node.append(onnx.helper.make_node("Shape", ["x"], ["s"])),
+            "step.onnx: got Shape, allowed in a graph",
+        ),
+        (
+            "sampler",
+            lambda m: m.CopyFrom(
+                onnx.helper.make_model(
+                    onnx.helper.make_graph(
+                        [onnx.helper.make_node("Identity", ["x"], ["y"])],
+                        "g",
+                        [onnx.helper.make_tensor_value_info("x", 1, [1])],
+                        [onnx.helper.make_tensor_value_info("y", 1, [1])],
+                    ),
+                    opset_imports=[onnx.helper.make_opsetid("", 18)],
+                )
+            ),
+            "sampler.onnx: allowed is exactly one Loop",
+        ),
+        (
+            "vae_decoder",
+            lambda m: setattr(m.graph.initializer[0], "data_location", onnx.TensorProto.EXTERNAL),
+            "vae_decoder.onnx: it refers to other files",
+        ),
     ],
-)  # fmt: skip
+)
 def test_graphs_with_a_fault(folder: Path, name: str, change: Any, message: str) -> None:
     failures = check(rewritten(folder, name, change))["failures"]
     assert re.search(message, " | ".join(failures))
@@ -134,7 +160,9 @@ def test_step_with_an_axis_without_a_size_is_found(folder: Path) -> None:
     def nameless(model: onnx.ModelProto) -> None:
         model.graph.input[0].type.tensor_type.shape.dim[0].Clear()
 
-    assert "step.onnx: got a free axis, allowed are fixed shapes" in check(rewritten(folder, "step", nameless))["failures"]
+    assert (
+        "step.onnx: got a free axis, allowed are fixed shapes" in check(rewritten(folder, "step", nameless))["failures"]
+    )
 
 
 def test_external_weights_are_found_inside_a_loop_and_never_run(folder: Path) -> None:
@@ -190,14 +218,18 @@ def test_the_known_limit_of_single_precision_is_a_remark(exported: Exported) -> 
         ('print(\'{"built": false, "why": "parse fail: DFT"}\')', "parse fail: DFT"),
     ],
 )
-def test_a_builder_that_crashes_hangs_or_refuses(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, why: str) -> None:
+def test_a_builder_that_crashes_hangs_or_refuses(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, why: str
+) -> None:
     (tmp_path / "builder.py").write_text(script)
     monkeypatch.setattr(module, "BUILDER", tmp_path / "builder.py")
     monkeypatch.setattr(module, "BUILD_SECONDS", 1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     export(tiny(), tmp_path / "o", target="tensorrt", dtype="fp16", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))
     failures = check(tmp_path / "o")["failures"]
-    assert [f"{name}.onnx: TensorRT-RTX cannot build it for SM75: {why}" for name in ("unet", "sampler", "step")] == failures
+    assert [
+        f"{name}.onnx: TensorRT-RTX cannot build it for SM75: {why}" for name in ("unet", "sampler", "step")
+    ] == failures
 
 
 def test_the_known_limit_excuses_sm75_alone(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

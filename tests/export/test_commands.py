@@ -40,7 +40,10 @@ def test_check_says_what_it_found(run: Any, exported: Exported) -> None:
     assert (code, err) == (0, "")
     assert re.search(r"unet.onnx: bytes \d+, operators \d+, norms (\d+), fused_norms \1\n", out)
     assert "error against example.npz" in out
-    assert out.splitlines()[-1] == f"OK: {folder}; what unet, vae_encoder, vae_decoder make was compared with nothing: that needs PIPELINE"
+    assert (
+        out.splitlines()[-1]
+        == f"OK: {folder}; what unet, vae_encoder, vae_decoder make was compared with nothing: that needs PIPELINE"
+    )
     code, out, _ = run("export", "--check", folder, "--json")
     assert code == 0
     assert json.loads(out)["failures"] == []
@@ -58,7 +61,9 @@ def test_check_fails_with_a_line_for_each_fault(run: Any, exported: Exported, tm
     assert all(line.startswith("FAILED ") and "sha256" in line for line in err.splitlines())
 
 
-def test_with_the_pipeline_every_graph_is_compared(run: Any, exported: Exported, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_with_the_pipeline_every_graph_is_compared(
+    run: Any, exported: Exported, pipeline: Pipeline, tmp_path: Path
+) -> None:
     pipeline.save(tmp_path / "p")
     folder = exported(target="ort")
     code, out, _ = run("export", tmp_path / "p", "--check", folder)
@@ -68,30 +73,49 @@ def test_with_the_pipeline_every_graph_is_compared(run: Any, exported: Exported,
 
 def test_a_diffusers_folder_is_exported(run: Any, tmp_path: Path) -> None:
     unet = diffusers.UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
     diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler()).save_pretrained(tmp_path / "p")
     code, out, _ = run("export", tmp_path / "p", "-o", tmp_path / "o", "--steps", "3", "--licence", "CC0-1.0", "--json")
     assert code == 0
     assert json.loads(out)["licence"] == "CC0-1.0"
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["example.npz", "manifest.json", "sampler.onnx", "step.onnx", "unet.onnx"]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
+        "example.npz",
+        "manifest.json",
+        "sampler.onnx",
+        "step.onnx",
+        "unet.onnx",
+    ]
     assert run("export", "--check", tmp_path / "o")[0] == 0
 
 
 def test_the_readmes_lines_run_without_torch(exported: Exported, pipeline: Pipeline, tmp_path: Path) -> None:
-    code = next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "onnxruntime" in block)
+    code = next(
+        block
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+        if "onnxruntime" in block
+    )
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     venv.create(tmp_path / "venv", with_pip=False)
     site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
-    for package in ("onnxruntime", "numpy", "flatbuffers", "protobuf", "packaging"):  # what pip would put there, already downloaded
+    # what pip would put there, already downloaded
+    for package in ("onnxruntime", "numpy", "flatbuffers", "protobuf", "packaging"):
         for file in importlib.metadata.files(package) or []:
             top = file.parts[0]
             if top != ".." and not (site / top).exists():
                 (site / top).symlink_to(Path(str(importlib.metadata.distribution(package).locate_file(top))))
     (tmp_path / "onnx").symlink_to(exported(target="ort"))
     python = tmp_path / "venv" / "bin" / "python"
-    assert subprocess.run([python, "-c", "import torch"], capture_output=True, check=False, cwd=tmp_path).returncode == 1
+    assert (
+        subprocess.run([python, "-c", "import torch"], capture_output=True, check=False, cwd=tmp_path).returncode == 1
+    )
     program = code + "\nnp.save('images.npy', images)\n"
     done = subprocess.run([python, "-I", "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

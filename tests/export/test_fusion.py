@@ -70,7 +70,9 @@ def test_a_foreign_form_is_exported_whether_it_fuses_or_not(model: type[nn.Modul
         assert 0 <= entry["fused_norms"] <= entry["norms"]
     report = check(tmp_path / "o")
     assert report["failures"] == []
-    assert len(report["remarks"]) == sum(g["fused_norms"] < g["norms"] for g in (manifest["graphs"][n] for n in ("unet", "step")))
+    assert len(report["remarks"]) == sum(
+        g["fused_norms"] < g["norms"] for g in (manifest["graphs"][n] for n in ("unet", "step"))
+    )
     assert capfd.readouterr().out == ""
 
 

@@ -24,13 +24,22 @@ from torch import Tensor, nn
 from sbldm_fast import AutoencoderKL, DDIMScheduler, FastSampler, Pipeline
 from sbldm_fast.data import prepare
 
-FILES = ["example.npz", "manifest.json", "sampler.onnx", "step.onnx", "unet.onnx", "vae_decoder.onnx", "vae_encoder.onnx"]
+FILES = [
+    "example.npz",
+    "manifest.json",
+    "sampler.onnx",
+    "step.onnx",
+    "unet.onnx",
+    "vae_decoder.onnx",
+    "vae_encoder.onnx",
+]
 Exported = Callable[..., Path]
 
 
 def run(path: Path, **given: Any) -> list[np.ndarray]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(None, {k: v.numpy() if isinstance(v, Tensor) else v for k, v in given.items()})  # type: ignore[no-any-return]
+    arrays = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in given.items()}
+    return session.run(None, arrays)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(("target", "opset"), [("ort", 18), ("tensorrt", 21)])
@@ -136,7 +145,13 @@ def test_half_precision_lives_in_the_graph(exported: Exported) -> None:
             assert before.attribute[0].i == single
     for value in (*model.graph.input, *model.graph.output):
         assert value.type.tensor_type.elem_type in (single, onnx.TensorProto.INT64)
-    body = next(a.g for n in onnx.load(folder / "sampler.onnx").graph.node if n.op_type == "Loop" for a in n.attribute if a.name == "body")
+    body = next(
+        a.g
+        for n in onnx.load(folder / "sampler.onnx").graph.node
+        if n.op_type == "Loop"
+        for a in n.attribute
+        if a.name == "body"
+    )
     types = {t.name: t.data_type for t in body.initializer}
     assert {types[n.input[1]] for n in body.node if n.op_type == "GroupNormalization"} == {single}
     parity = json.loads((folder / "manifest.json").read_text())["graphs"]["unet"]["parity"]
@@ -146,15 +161,36 @@ def test_half_precision_lives_in_the_graph(exported: Exported) -> None:
 def foreign(kind: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     if kind == "diffusers":
-        return diffusers.UNet2DModel(
-            sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16,), norm_num_groups=4,
-            attention_head_dim=8, down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",),
-        ), diffusers.DDIMScheduler()  # fmt: skip
-    conditioned = {"with_conditioning": True, "cross_attention_dim": 8, "transformer_num_layers": 1} if kind == "monai conditioned" else {}
+        return (
+            diffusers.UNet2DModel(
+                sample_size=8,
+                in_channels=3,
+                out_channels=3,
+                layers_per_block=1,
+                block_out_channels=(16,),
+                norm_num_groups=4,
+                attention_head_dim=8,
+                down_block_types=("AttnDownBlock2D",),
+                up_block_types=("AttnUpBlock2D",),
+            ),
+            diffusers.DDIMScheduler(),
+        )
+    conditioned = (
+        {"with_conditioning": True, "cross_attention_dim": 8, "transformer_num_layers": 1}
+        if kind == "monai conditioned"
+        else {}
+    )
     model = DiffusionModelUNet(
-        spatial_dims=2, in_channels=3, out_channels=3, num_res_blocks=1, channels=(16,), attention_levels=(True,),
-        norm_num_groups=4, num_head_channels=8, **conditioned,
-    )  # fmt: skip
+        spatial_dims=2,
+        in_channels=3,
+        out_channels=3,
+        num_res_blocks=1,
+        channels=(16,),
+        attention_levels=(True,),
+        norm_num_groups=4,
+        num_head_channels=8,
+        **conditioned,
+    )
     for parameter in model.parameters():
         if not parameter.any():  # MONAI's last convolutions start at zero
             nn.init.normal_(parameter, std=0.05)
@@ -181,7 +217,9 @@ def test_a_graph_that_overflows_in_half_precision_is_refused(tiny: Any, tmp_path
     model = tiny()
     nn.init.constant_(model.conv_out.weight, 3e4)
     export(model, tmp_path / "fp32", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))
-    with pytest.raises(ValueError, match=r"unet.onnx: NaN or infinity in fp16, first out of module model.conv_out; allowed .* is fp32"):
+    with pytest.raises(
+        ValueError, match=r"unet.onnx: NaN or infinity in fp16, first out of module model.conv_out; allowed .* is fp32"
+    ):
         export(model, tmp_path / "fp16", dtype="fp16", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))
     assert [p.name for p in tmp_path.iterdir()] == ["fp32"]
 
@@ -208,7 +246,9 @@ def test_a_graph_that_differs_is_refused(tiny: Any, tmp_path: Path, monkeypatch:
         ({"shape": (4, 8, 8)}, "shape: got .* allowed with a pipeline is None"),
     ],
 )
-def test_bad_arguments_are_named_and_leave_nothing(pipeline: Pipeline, tmp_path: Path, arguments: Any, message: str) -> None:
+def test_bad_arguments_are_named_and_leave_nothing(
+    pipeline: Pipeline, tmp_path: Path, arguments: Any, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         export(pipeline, tmp_path / "o", **arguments)
     assert list(tmp_path.iterdir()) == []
@@ -223,8 +263,12 @@ def test_bad_sources_are_named(tiny: Any, tmp_path: Path, pipeline: Pipeline) ->
         export(tiny(), tmp_path / "o", scheduler=DDIMScheduler(), shape=(4, 8, 8))
     vae = replace(pipeline.vae.config, norm_num_groups=1)
     with pytest.raises(ValueError, match="target: got 'tensorrt' for a norm of one group"):
-        export(Pipeline(AutoencoderKL(vae), pipeline.unet, pipeline.scheduler.config), tmp_path / "o", target="tensorrt")
-    with pytest.raises(ValueError, match="target: got 'tensorrt' for a norm of one group, which TensorRT takes for an instance norm"):
+        export(
+            Pipeline(AutoencoderKL(vae), pipeline.unet, pipeline.scheduler.config), tmp_path / "o", target="tensorrt"
+        )
+    with pytest.raises(
+        ValueError, match="target: got 'tensorrt' for a norm of one group, which TensorRT takes for an instance norm"
+    ):
         export(tiny(num_groups=1), tmp_path / "o", target="tensorrt", scheduler=DDIMScheduler(), shape=(3, 8, 8))
     with pytest.raises(ValueError, match="dtype: got int8 for a model without convolutions of 128 channels or more"):
         export(tiny(), tmp_path / "o", dtype="int8", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))

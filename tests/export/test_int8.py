@@ -17,8 +17,12 @@ def test_wide_convolutions_are_int8_and_the_images_stay(exported: Callable[..., 
     folder = exported(dtype="int8", batch=2)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert {name: entry["dtype"] for name, entry in manifest["graphs"].items()} == {
-        "unet": "int8", "step": "int8", "sampler": "fp32", "vae_encoder": "fp32", "vae_decoder": "fp32",
-    }  # fmt: skip
+        "unet": "int8",
+        "step": "int8",
+        "sampler": "fp32",
+        "vae_encoder": "fp32",
+        "vae_decoder": "fp32",
+    }
     for name in ("unet", "step"):
         graph = onnx.load(folder / f"{name}.onnx").graph
         made, constant = {o: n for n in graph.node for o in n.output}, {t.name: t for t in graph.initializer}

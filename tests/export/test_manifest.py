@@ -24,7 +24,8 @@ WRONG = (GONE, None, "x", [], -1, 10**30, 1e308, float("nan"))
 
 @pytest.fixture(scope="module")
 def sound(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a solver with history and noise and of a model with conditioning: a manifest with everything in it."""
+    """A folder of a solver with history and noise and of a model with conditioning: a manifest with everything in
+    it."""
     out = tmp_path_factory.mktemp("sound") / "o"
     scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
     export(tiny(), out, scheduler=scheduler, steps=3, shape=(3, 8, 8), cond=torch.randn(2, 5), batch=2)
@@ -37,10 +38,13 @@ def folder(sound: Path, tmp_path: Path) -> Path:
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value, and of every mapping and list, in a manifest; of a list's values the first stands for all."""
+    """The path of every value, and of every mapping and list, in a manifest; of a list's values the first stands for
+    all."""
     if path:
         yield path
-    for key, each in value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ():
+    for key, each in (
+        value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    ):
         yield from leaves(each, (*path, key))
 
 
@@ -57,11 +61,16 @@ def changed(manifest: dict[str, Any], path: tuple[Any, ...], value: object) -> d
 
 
 def test_every_value_may_be_anything(folder: Path) -> None:
-    """Whatever stands in a manifest, it is refused by a ValueError that names the file, or sampling and checking work."""
+    """Whatever stands in a manifest, it is refused by a ValueError that names the file, or sampling and checking
+    work."""
     file, ran, refused = folder / "manifest.json", 0, list[str]()
     manifest = json.loads(file.read_text())
     for path in leaves(manifest):
-        unread = path[0] in ("notice", "licence", "versions", "model") or path[-1] in ("range", "bytes") or path[:1] == ("example",)
+        unread = (
+            path[0] in ("notice", "licence", "versions", "model")
+            or path[-1] in ("range", "bytes")
+            or path[:1] == ("example",)
+        )
         for value in WRONG[:1] if unread else WRONG:
             file.write_text(json.dumps(changed(manifest, path, value)))
             try:
@@ -84,14 +93,34 @@ def test_every_value_may_be_anything(folder: Path) -> None:
         (("target",), "coreml", "target: got 'coreml', allowed is one of ort, tensorrt"),
         (("opset",), "18", "opset: got '18', allowed is a whole number"),
         (("latent_shape", 0), -3, r"latent_shape: got \[-3, 8, 8\], allowed is \[C, H, W\]"),
-        (("graphs", "step", "inputs", "x", "dtype"), GONE, r"graphs\.step\.inputs: got .*allowed is dtype and shape by name"),
-        (("graphs", "step", "inputs", "x"), GONE, r"graphs\.step\.inputs: got .*allowed is .*x, as solver and cond say"),
-        (("graphs", "step", "parity", "allowed"), float("nan"), r"graphs\.step\.parity: got .*allowed is error and allowed"),
-        (("graphs", "sampler", "inputs", "x", "dtype"), "float64", r"graphs\.sampler\.inputs\.x\.dtype: got 'float64', allowed is float32"),
+        (
+            ("graphs", "step", "inputs", "x", "dtype"),
+            GONE,
+            r"graphs\.step\.inputs: got .*allowed is dtype and shape by name",
+        ),
+        (
+            ("graphs", "step", "inputs", "x"),
+            GONE,
+            r"graphs\.step\.inputs: got .*allowed is .*x, as solver and cond say",
+        ),
+        (
+            ("graphs", "step", "parity", "allowed"),
+            float("nan"),
+            r"graphs\.step\.parity: got .*allowed is error and allowed",
+        ),
+        (
+            ("graphs", "sampler", "inputs", "x", "dtype"),
+            "float64",
+            r"graphs\.sampler\.inputs\.x\.dtype: got 'float64', allowed is float32",
+        ),
         (("cond", ""), [6], r"graphs\.unet\.inputs\.cond\.shape: got \['batch', 5\], allowed is \['batch', 6\]"),
-        (("solver", "timesteps"), [900.5, 500.0, 1.0], r"graphs\.unet\.inputs\.t\.dtype: got 'int64', allowed is float32, as solver says"),
+        (
+            ("solver", "timesteps"),
+            [900.5, 500.0, 1.0],
+            r"graphs\.unet\.inputs\.t\.dtype: got 'int64', allowed is float32, as solver says",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_file_and_the_key_are_named(folder: Path, path: tuple[Any, ...], value: object, says: str) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(changed(manifest, path, value)))

@@ -49,12 +49,16 @@ def test_a_loop_of_steps_is_the_samplers_loop(name: str, tiny: Any) -> None:
     model, solver = tiny().eval(), Solver.of(table)
     expected = FastSampler(model, table, shape=(3, 6, 6), mode="eager")(2, seed=5)
     seeds = torch.tensor([[5, 0], [5, 1]])
-    given = {"x": draw(seeds, (3, 6, 6), torch.device("cpu")) * table.init_noise_sigma, "index": torch.zeros(1, dtype=torch.int64)}
+    given = {
+        "x": draw(seeds, (3, 6, 6), torch.device("cpu")) * table.init_noise_sigma,
+        "index": torch.zeros(1, dtype=torch.int64),
+    }
     given |= table_inputs(table)
     if solver.stochastic:
         given["noise"] = torch.stack([draw(seeds, (3, 6, 6), torch.device("cpu"), i + 1) for i in range(solver.steps)])
     if solver.history:
-        given["history"] = torch.full((solver.history, 2, 2, 3, 6, 6), 7.0)  # not read before it is written: its coefficients are 0
+        # not read before it is written: its coefficients are 0
+        given["history"] = torch.full((solver.history, 2, 2, 3, 6, 6), 7.0)
         assert not table.rows[0, 6:].any()
     step = StepGraph(UNetGraph(model, torch.float32), solver)
     with torch.no_grad():
@@ -66,7 +70,9 @@ def test_a_loop_of_steps_is_the_samplers_loop(name: str, tiny: Any) -> None:
 
 def test_structure_is_read_off_the_table() -> None:
     assert Solver.of(SolverTable.from_scheduler(SCHEDULERS["ddim"](), 5)) == Solver(5, 0, False, False, False, None)
-    assert Solver.of(SolverTable.from_scheduler(SCHEDULERS["ddim clipped"](), 5)) == Solver(5, 0, False, False, True, 1.0)
+    assert Solver.of(SolverTable.from_scheduler(SCHEDULERS["ddim clipped"](), 5)) == Solver(
+        5, 0, False, False, True, 1.0
+    )
     assert Solver.of(SolverTable.from_scheduler(SCHEDULERS["ddpm"](), 5)).stochastic
     assert Solver.of(SolverTable.from_scheduler(SCHEDULERS["euler"](), 5)).scaled
     assert Solver.of(SolverTable.from_scheduler(SCHEDULERS["dpm"](), 5)).history == 1
@@ -104,7 +110,9 @@ def test_attention_with_a_mask(boolean: bool) -> None:
     given = mask if boolean else torch.randn(5, 5)
     expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given, scale=0.3)
     with Float32Islands():
-        torch.testing.assert_close(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given, scale=0.3), expected)
+        torch.testing.assert_close(
+            nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given, scale=0.3), expected
+        )
 
 
 def test_attention_however_it_is_called() -> None:
@@ -129,14 +137,18 @@ def test_autoencoder_graphs_are_the_pipelines(pipeline: Pipeline) -> None:
         torch.testing.assert_close(out["mean"], posterior.mean * 2)
         # sampling from the scaled posterior is scaling a sample of the posterior
         torch.testing.assert_close((out["logvar"] / 2).exp(), (posterior.logvar / 2).exp() * 2)
-        torch.testing.assert_close(DecoderGraph(pipeline.vae, torch.float32)({"z": out["mean"]})["image"], pipeline.decode(out["mean"]))
+        torch.testing.assert_close(
+            DecoderGraph(pipeline.vae, torch.float32)({"z": out["mean"]})["image"], pipeline.decode(out["mean"])
+        )
 
 
 def test_the_last_stage_of_the_decoder_is_float32(pipeline: Pipeline) -> None:
     graph = DecoderGraph(pipeline.vae, torch.float16)
     assert isinstance(graph.first[-1], nn.ConvTranspose2d)
     assert {p.dtype for p in graph.last.parameters()} == {torch.float32}
-    assert {m.weight.dtype for m in graph.first.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)} == {torch.float16}
+    assert {m.weight.dtype for m in graph.first.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)} == {
+        torch.float16
+    }
 
 
 def test_norms_are_counted_as_often_as_they_run() -> None:
@@ -160,7 +172,9 @@ def test_the_first_module_that_is_not_finite_is_named() -> None:
 
 
 def test_a_norm_that_also_gives_the_sum_is_named_too() -> None:
-    vae = AutoencoderKL(VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)).eval()
+    vae = AutoencoderKL(
+        VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)
+    ).eval()
     vae.decoder[2].norm1.bias.data[0] = float("nan")
     with torch.no_grad():
         assert first_not_finite(vae, lambda: vae.decode(torch.ones(1, 4, 8, 8))) == "decoder.2.norm1"

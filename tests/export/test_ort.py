@@ -23,9 +23,13 @@ MODES = ("step", "sampler")
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "call", [{"n": 1}, {"n": 3, "seed": 7}, {"seed": [4, 4, 9], "n": 3}, {"indices": [5, 2], "seed": 1}, {"n": 5, "seed": 2}], ids=str
+    "call",
+    [{"n": 1}, {"n": 3, "seed": 7}, {"seed": [4, 4, 9], "n": 3}, {"indices": [5, 2], "seed": 1}, {"n": 5, "seed": 2}],
+    ids=str,
 )
-def test_the_same_call_gives_the_same_images(exported: Exported, pipeline: Pipeline, mode: str, call: dict[str, Any]) -> None:
+def test_the_same_call_gives_the_same_images(
+    exported: Exported, pipeline: Pipeline, mode: str, call: dict[str, Any]
+) -> None:
     expected = pipeline.sampler(4, "eager")(**call)
     got = ORTSampler(exported(target="ort"), mode=mode)(**call)
     assert got.dtype == np.float32
@@ -52,7 +56,9 @@ def test_noise_comes_as_an_array_or_a_tensor(exported: Exported, pipeline: Pipel
 def test_a_callback_sees_every_step(exported: Exported, pipeline: Pipeline) -> None:
     seen: list[tuple[int, float, np.ndarray]] = []
     ORTSampler(exported(target="ort"))(1, seed=3, callback=lambda i, t, x: seen.append((i, t, x)))
-    expected = FastSampler(pipeline.unet, pipeline.scheduler, shape=pipeline.latent_shape, steps=4, mode="eager").trajectory(1, seed=3)
+    expected = FastSampler(
+        pipeline.unet, pipeline.scheduler, shape=pipeline.latent_shape, steps=4, mode="eager"
+    ).trajectory(1, seed=3)
     assert [i for i, _, _ in seen] == [0, 1, 2, 3]
     assert [t for _, t, _ in seen] == pipeline.sampler(4, "eager").timesteps
     for x, want in zip((x for _, _, x in seen), expected, strict=True):
@@ -83,7 +89,13 @@ def test_a_buffer_takes_no_foreign_bytes(tiny: Any, tmp_path: Path, pipeline: Pi
     for mode in MODES:
         sampler = ORTSampler(tmp_path / "o", mode=mode)
         expected = sampler(2, cond=cond)
-        for other in (cond.double(), cond.half(), cond.numpy(), cond.numpy().astype(np.float64), cond.clone().requires_grad_()):
+        for other in (
+            cond.double(),
+            cond.half(),
+            cond.numpy(),
+            cond.numpy().astype(np.float64),
+            cond.clone().requires_grad_(),
+        ):
             assert np.abs(sampler(2, cond=other) - expected).max() <= 2e-3  # half precision rounds
         np.testing.assert_array_equal(sampler(2, cond=cond), expected)
         with pytest.raises(ValueError, match="guidance_scale: got a value without cond"):
@@ -107,7 +119,9 @@ def test_one_step_is_enough(tiny: Any, tmp_path: Path, pipeline: Pipeline) -> No
     export(model, tmp_path / "o", scheduler=pipeline.scheduler, steps=1, shape=(3, 8, 8))
     expected = FastSampler(model, pipeline.scheduler, shape=(3, 8, 8), steps=1, mode="eager")(2, seed=4)
     for mode in MODES:
-        assert np.abs(ORTSampler(tmp_path / "o", mode=mode)(2, seed=4) - expected.numpy()).max() <= 1e-4 * float(expected.abs().max())
+        assert np.abs(ORTSampler(tmp_path / "o", mode=mode)(2, seed=4) - expected.numpy()).max() <= 1e-4 * float(
+            expected.abs().max()
+        )
 
 
 def test_bad_calls_are_named(exported: Exported) -> None:
@@ -128,7 +142,9 @@ def test_bad_calls_are_named(exported: Exported) -> None:
         ORTSampler(folder, providers=["CUDAExecutionProvider"])
     with pytest.raises(ValueError, match="providers: got none, allowed is one or more"):
         ORTSampler(folder, providers=[])
-    with pytest.raises(ValueError, match="cuda_graph: got True for CPUExecutionProvider and 'step', allowed is CUDAExecutionProvider"):
+    with pytest.raises(
+        ValueError, match="cuda_graph: got True for CPUExecutionProvider and 'step', allowed is CUDAExecutionProvider"
+    ):
         ORTSampler(folder, cuda_graph=True)
     with pytest.raises(ValueError, match="fuse: got True for CPUExecutionProvider"):
         ORTSampler(folder, fuse=True)
@@ -189,7 +205,9 @@ def test_threads_are_pytorchs(exported: Exported, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="ONNX Runtime without CUDA")
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="ONNX Runtime without CUDA"
+)
 @pytest.mark.parametrize("options", [{}, {"cuda_graph": True}, {"fuse": True}, {"mode": "sampler"}], ids=str)
 def test_cuda_makes_the_same_images(exported: Exported, pipeline: Pipeline, options: dict[str, Any]) -> None:
     sampler = ORTSampler(exported(target="ort", scheduler="sde", batch=2), **options)

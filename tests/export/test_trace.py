@@ -38,7 +38,9 @@ class Branching(nn.Module):
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unet: operator aten.special_bessel_j0.default in module model.block.1 .* has no ONNX form"):
+    with pytest.raises(
+        ValueError, match=r"unet: operator aten.special_bessel_j0.default in module model.block.1 .* has no ONNX form"
+    ):
         export(NoForm(), tmp_path / "o", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))
     with pytest.raises(ValueError, match=r"torch.export cannot trace StepGraph: .*data-dependent"):
         export(Branching(), tmp_path / "o", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))
@@ -60,9 +62,14 @@ def test_free_axes_are_named_also_where_two_are_one() -> None:
             return {"sum": given["a"] + given["b"], "all": torch.cat([given["a"], given["c"]], dim=1)}
 
     given = {"a": torch.ones(2, 3), "b": torch.ones(2, 3), "c": torch.ones(2, 4)}
-    data = onnx_bytes("g", Graph(Both(), given, {"a": {0: "batch"}, "b": {0: "batch"}, "c": {0: "batch", 1: "length"}}), 18)
+    data = onnx_bytes(
+        "g", Graph(Both(), given, {"a": {0: "batch"}, "b": {0: "batch"}, "c": {0: "batch", 1: "length"}}), 18
+    )
     graph = onnx.load_model_from_string(data).graph
-    shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)}
+    shapes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*graph.input, *graph.output)
+    }
     assert shapes["a"] == shapes["b"] == shapes["sum"] == ["batch", 3]
     assert shapes["c"] == ["batch", "length"]
     assert shapes["all"] == ["batch", "length + 3"]

@@ -1,4 +1,5 @@
-"""The one oracle of the campaign: what must hold whatever is read, tried in a forked process that may hang, crash or fill the memory."""
+"""The one oracle of the campaign: what must hold whatever is read, tried in a forked process that may hang, crash or
+fill the memory."""
 
 from __future__ import annotations
 
@@ -30,15 +31,32 @@ SECONDS = 20
 MEMORY = 2**30  # bytes beyond what the process has
 LONGEST = 2000  # characters of a message
 NAN, INF, ABSENT = float("nan"), float("inf"), object()
-VALUES: dict[str, Any] = {"minus-1": -1, "0": 0, "10^18": 10**18, "true": True, "text": "ZZ", "nested": [[8, 8]], "NaN": NAN,
-"Infinity": INF,
-                          "10^400": 10**400, "null": None, "mapping": {"a": 1}, "absent": ABSENT, "1e308": 1e308, "nulls": [None] * 2,
-                          "10^18s": [10**18] * 2, "long": "Z" * 10**5, "path": "../../mine.txt"}  # fmt: skip
+VALUES: dict[str, Any] = {
+    "minus-1": -1,
+    "0": 0,
+    "10^18": 10**18,
+    "true": True,
+    "text": "ZZ",
+    "nested": [[8, 8]],
+    "NaN": NAN,
+    "Infinity": INF,
+    "10^400": 10**400,
+    "null": None,
+    "mapping": {"a": 1},
+    "absent": ABSENT,
+    "1e308": 1e308,
+    "nulls": [None] * 2,
+    "10^18s": [10**18] * 2,
+    "long": "Z" * 10**5,
+    "path": "../../mine.txt",
+}
 Lie = bytes | Callable[[Path], object]
 NO_FILES: dict[str, Lie] = {
-    "missing": Path.unlink, "folder": lambda p: (p.unlink(), p.mkdir()), "fifo": lambda p: (p.unlink(), os.mkfifo(p)),
+    "missing": Path.unlink,
+    "folder": lambda p: (p.unlink(), p.mkdir()),
+    "fifo": lambda p: (p.unlink(), os.mkfifo(p)),
     "zero": lambda p: (p.unlink(), p.symlink_to("/dev/zero")),
-}  # fmt: skip
+}
 
 
 class Runs:
@@ -57,7 +75,11 @@ def lies(paths: str) -> list[Any]:
     """Places in a JSON file and what stands there instead; by night every value, else one of them in turn."""
     names, places = list(VALUES), paths.split()
     turns = [names if NIGHTLY else [names[i % len(names)]] for i in range(len(places))]
-    return [pytest.param(p, VALUES[n], id=f"{p.replace('/', '.')}-{n}") for p, turn in zip(places, turns, strict=True) for n in turn]
+    return [
+        pytest.param(p, VALUES[n], id=f"{p.replace('/', '.')}-{n}")
+        for p, turn in zip(places, turns, strict=True)
+        for n in turn
+    ]
 
 
 def replaced(content: Any, path: str, value: Any) -> Any:
@@ -79,7 +101,8 @@ def change(file: Path, path: str, value: Any) -> None:
 
 
 class Outcome(NamedTuple):
-    """How a call ended: `works`, `refused` (ValueError, OSError, exit code 1 or 2), or else what broke; with its text and the output."""
+    """How a call ended: `works`, `refused` (ValueError, OSError, exit code 1 or 2), or else what broke; with its text
+    and the output."""
 
     how: str
     text: str
@@ -90,7 +113,8 @@ def _child(call: Callable[[], Any], said: Path, tell: Connection) -> None:
     out = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115, PTH123
+    sys.stdin = Path(os.devnull).open()  # noqa: SIM115
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     logging.getLogger().handlers[:] = []  # pytest's; without one, warnings of loggers go to stderr
     gc.disable()  # it would touch, and so copy, all that the parent has
     torch.set_num_threads(1)  # the pool of the parent is not there
@@ -103,7 +127,13 @@ def _child(call: Callable[[], Any], said: Path, tell: Connection) -> None:
         try:
             call()
         except SystemExit as stop:
-            how, text = ("refused", stop.code) if isinstance(stop.code, str) else ("refused", "") if stop.code in (1, 2) else (how, text)
+            how, text = (
+                ("refused", stop.code)
+                if isinstance(stop.code, str)
+                else ("refused", "")
+                if stop.code in (1, 2)
+                else (how, text)
+            )
         except (ValueError, OSError, FloatingPointError) as error:
             how, text = "refused", str(error) or f"no text in {type(error).__name__}"
         except BaseException as error:
@@ -165,7 +195,8 @@ Oracle = Callable[..., Outcome]
 
 @pytest.fixture
 def holds(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    """Try a call that may write to `tmp_path / "out"` alone. `must`: `work`, `refuse`, or either, where an input is odd but no lie."""
+    """Try a call that may write to `tmp_path / "out"` alone. `must`: `work`, `refuse`, or either, where an input is odd
+    but no lie."""
 
     def check(call: Callable[[], Any], must: str = "") -> Outcome:
         (tmp_path / "mine.txt").write_text("of the user")
@@ -182,7 +213,9 @@ def holds(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
             "header text was written": any(SECRET.encode() in p.read_bytes() for p in written),
             "something unfinished is left over": any(re.fullmatch(r"\..*\.(part|old)", p.name) for p in written),
             "a traceback was printed": "Traceback" in said,
-            "memory was all that stopped it": re.search("MemoryError|[Uu]nable to allocate|can't allocate|not enough memory", text + said),
+            "memory was all that stopped it": re.search(
+                "MemoryError|[Uu]nable to allocate|can't allocate|not enough memory", text + said
+            ),
             "a refusal without a reason": how == "refused" and text.strip() == "sbldm-fast:",
             f"a message of {len(text)} characters": len(text) > LONGEST,
             f"a message of {len(text.splitlines())} lines": how == "refused" and len(text.splitlines()) > 1,
@@ -200,11 +233,19 @@ def holds(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder of few weights, to be copied."""
-    vae = VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+    vae = VAEConfig(
+        sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4
+    )
     unet = UNetConfig(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, attention_resolutions=(4,),
-        norm_num_groups=4, time_embed_dim=16,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        attention_resolutions=(4,),
+        norm_num_groups=4,
+        time_embed_dim=16,
+    )
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("tiny") / "pipeline"
     Pipeline(AutoencoderKL(vae), UNet2D(unet), preset("demo").scheduler).save(path)

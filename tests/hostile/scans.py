@@ -52,7 +52,9 @@ def nifti_files() -> Iterator[tuple[str, str, bytes, str]]:
     packed = gzip.compress(whole, mtime=0)
     yield "sound", "a.nii", whole, "work"
     yield "gz-sound", "a.nii.gz", packed, "work"
-    for at in range(0, len(whole), 997) if NIGHTLY else (0, 1, 100, 347, 348, 352, 400, len(whole) // 2, len(whole) - 1):
+    for at in (
+        range(0, len(whole), 997) if NIGHTLY else (0, 1, 100, 347, 348, 352, 400, len(whole) // 2, len(whole) - 1)
+    ):
         yield f"cut-{at}", "a.nii", whole[:at], "refuse"
     for at in range(0, len(packed), 397) if NIGHTLY else (0, 5, 10, len(packed) // 2, len(packed) - 8, len(packed) - 1):
         yield f"gz-cut-{at}", "a.nii.gz", packed[:at], "refuse"
@@ -79,16 +81,37 @@ def nifti_files() -> Iterator[tuple[str, str, bytes, str]]:
         **{f"offset-{v}": {"vox_offset": v} for v in (NAN, INF, -1, 0, 351.5, 1e9, 3e38)},
         **{f"slope-{v}": {"scl_slope": v} for v in (NAN, INF, 0, -1, 3e38, 1e-45)},
         **{f"inter-{v}": {"scl_inter": v, "scl_slope": 1} for v in (NAN, INF, 3e38)},
-        "affine-nan": {"srow_x": [NAN] * 4}, "affine-inf": {"srow_x": [INF] * 4}, "affine-zero": {"srow_x": [0] * 4},
-        "affine-singular": {"srow_x": [4, 0, 0, 0], "srow_y": [4, 0, 0, 0]}, "affine-huge": {"srow_x": [3e38, 0, 0, 0]},
+        "affine-nan": {"srow_x": [NAN] * 4},
+        "affine-inf": {"srow_x": [INF] * 4},
+        "affine-zero": {"srow_x": [0] * 4},
+        "affine-singular": {"srow_x": [4, 0, 0, 0], "srow_y": [4, 0, 0, 0]},
+        "affine-huge": {"srow_x": [3e38, 0, 0, 0]},
         "affine-tiny": {"srow_x": [2e-3, 0, 0, 0], "srow_y": [0, 2e-3, 0, 0], "srow_z": [0, 0, 2e-3, 0]},
-        "affine-far": {"srow_z": [0, 0, 8, 3e38]}, "oblique-thin": oblique,
-        "no-codes": {"qform_code": 0, "sform_code": 0}, "pixdim-nan": {"pixdim": NAN, "sform_code": 0, "qform_code": 1},
-        "units": {"xyzt_units": 255}, "metres": {"xyzt_units": 1}, "header-size": {"sizeof_hdr": 540}, "magic": {"magic": b"n+2"},
-    }  # fmt: skip
-    either = ("dim0-5", "dim0-7", "slope", "inter-3e+38", "inter-nan", "units", "affine-far", "offset-0", "offset-nan", "offset-351.5",
-    "offset--1",
-              "header-size", "dim1-1", "datatype-1024")  # fmt: skip
+        "affine-far": {"srow_z": [0, 0, 8, 3e38]},
+        "oblique-thin": oblique,
+        "no-codes": {"qform_code": 0, "sform_code": 0},
+        "pixdim-nan": {"pixdim": NAN, "sform_code": 0, "qform_code": 1},
+        "units": {"xyzt_units": 255},
+        "metres": {"xyzt_units": 1},
+        "header-size": {"sizeof_hdr": 540},
+        "magic": {"magic": b"n+2"},
+    }
+    either = (
+        "dim0-5",
+        "dim0-7",
+        "slope",
+        "inter-3e+38",
+        "inter-nan",
+        "units",
+        "affine-far",
+        "offset-0",
+        "offset-nan",
+        "offset-351.5",
+        "offset--1",
+        "header-size",
+        "dim1-1",
+        "datatype-1024",
+    )
     for name, fields in lies.items():
         yield name, "a.nii", nifti(**fields), "" if name.startswith(either) else "refuse"
     for name, value in (("nan", NAN), ("inf", INF), ("-inf", -INF)):
@@ -114,7 +137,11 @@ def dicom(k: int, sound: bool = True, person: int = 0, **values: Any) -> FileDat
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.4"
     meta.MediaStorageSOPInstanceUID = f"1.2.3.{k}"
     ds = FileDataset("", Dataset(), file_meta=meta, preamble=b"\0" * 128)
-    ds.SOPClassUID, ds.SOPInstanceUID, ds.SeriesInstanceUID = meta.MediaStorageSOPClassUID, f"1.2.{person}.{k}", f"1.2.{person}"
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.SeriesInstanceUID = (
+        meta.MediaStorageSOPClassUID,
+        f"1.2.{person}.{k}",
+        f"1.2.{person}",
+    )
     for name in (
         "PatientID",
         "PatientName",
@@ -128,7 +155,12 @@ def dicom(k: int, sound: bool = True, person: int = 0, **values: Any) -> FileDat
     if sound:
         ds.PatientID = f"{SECRET}-{person}"
     else:
-        ds.SOPInstanceUID, ds.SeriesInstanceUID, ds.StudyDate, ds.AcquisitionTime = f"{SECRET}.{k}", f"1.{SECRET}", SECRET, SECRET
+        ds.SOPInstanceUID, ds.SeriesInstanceUID, ds.StudyDate, ds.AcquisitionTime = (
+            f"{SECRET}.{k}",
+            f"1.{SECRET}",
+            SECRET,
+            SECRET,
+        )
         ds.PatientBirthDate = ds.StudyTime = SECRET
         ds.add_new(0x00091010, "LO", SECRET)
     ds.ImageOrientationPatient, ds.PixelSpacing, ds.SliceThickness = [1, 0, 0, 0, 1, 0], [4, 4], 8
@@ -152,36 +184,62 @@ def stored(ds: FileDataset) -> bytes:
 
 # of every slice; what must hold; then what makes no sense of itself, but is no reason to refuse the scan
 DICOM_LIES: dict[str, tuple[dict[str, Any], str]] = {
-    "sound": ({}, "work"), "text-everywhere": ({"sound": False}, "work"), "charset": ({"SpecificCharacterSet": SECRET}, ""),
-    **{f"{tag}-text": ({tag: [WRITABLE] * n}, "refuse")
-       for tag, n in (("ImageOrientationPatient", 6), ("ImagePositionPatient", 3), ("PixelSpacing", 2), ("NumberOfFrames", 1),
-       ("RescaleSlope", 1))},
-    **{f"{tag}-text": ({tag: WRITABLE}, "")
-       for tag in ("SliceThickness", "EchoTime", "AcquisitionNumber", "InstanceNumber", "TriggerTime")},
-    **{f"position-{v}": ({"ImagePositionPatient": [0, 0, str(v)]}, "refuse") for v in (1e300, -1e300, "NaN", "Infinity", "1e999")},
-    "position-short": ({"ImagePositionPatient": [0, 0]}, "refuse"), "position-none": ({"ImagePositionPatient": None}, "refuse"),
+    "sound": ({}, "work"),
+    "text-everywhere": ({"sound": False}, "work"),
+    "charset": ({"SpecificCharacterSet": SECRET}, ""),
+    **{
+        f"{tag}-text": ({tag: [WRITABLE] * n}, "refuse")
+        for tag, n in (
+            ("ImageOrientationPatient", 6),
+            ("ImagePositionPatient", 3),
+            ("PixelSpacing", 2),
+            ("NumberOfFrames", 1),
+            ("RescaleSlope", 1),
+        )
+    },
+    **{
+        f"{tag}-text": ({tag: WRITABLE}, "")
+        for tag in ("SliceThickness", "EchoTime", "AcquisitionNumber", "InstanceNumber", "TriggerTime")
+    },
+    **{
+        f"position-{v}": ({"ImagePositionPatient": [0, 0, str(v)]}, "refuse")
+        for v in (1e300, -1e300, "NaN", "Infinity", "1e999")
+    },
+    "position-short": ({"ImagePositionPatient": [0, 0]}, "refuse"),
+    "position-none": ({"ImagePositionPatient": None}, "refuse"),
     **{f"spacing-{v}": ({"PixelSpacing": [str(v)] * 2}, "refuse") for v in (0, -4, 1e-300, 1e300, "NaN")},
     "orientation-zero": ({"ImageOrientationPatient": [0] * 6}, "refuse"),
     "orientation-1e200": ({"ImageOrientationPatient": ["1e200"] * 6}, "refuse"),
-    **{f"rows-{n}": ({"Rows": n}, "refuse") for n in (0, 1, 65535)}, "columns-0": ({"Columns": 0}, "refuse"),
-    **{f"bits-{n}": ({"BitsAllocated": n}, "refuse") for n in (0, 1, 12, 32, 64, 65535)}, "bits-8": ({"BitsAllocated": 8}, "refuse"),
-    "bits-stored": ({"BitsStored": 60}, ""), "sign-7": ({"PixelRepresentation": 7}, ""), "samples-3": ({"SamplesPerPixel": 3}, "refuse"),
-    **{f"frames-{n}": ({"NumberOfFrames": n}, "refuse") for n in (10**9,)}, **{f"frames-{n}": ({"NumberOfFrames": n}, "") for n in (0, -1)},
-    "pixels-long": ({"PixelData": b"\1" * 40000}, "refuse"), "pixels-short": ({"PixelData": b"\1" * 100}, "refuse"),
-    "pixels-none": ({"PixelData": None}, "refuse"), "pixels-empty": ({"PixelData": b""}, "refuse"),
+    **{f"rows-{n}": ({"Rows": n}, "refuse") for n in (0, 1, 65535)},
+    "columns-0": ({"Columns": 0}, "refuse"),
+    **{f"bits-{n}": ({"BitsAllocated": n}, "refuse") for n in (0, 1, 12, 32, 64, 65535)},
+    "bits-8": ({"BitsAllocated": 8}, "refuse"),
+    "bits-stored": ({"BitsStored": 60}, ""),
+    "sign-7": ({"PixelRepresentation": 7}, ""),
+    "samples-3": ({"SamplesPerPixel": 3}, "refuse"),
+    **{f"frames-{n}": ({"NumberOfFrames": n}, "refuse") for n in (10**9,)},
+    **{f"frames-{n}": ({"NumberOfFrames": n}, "") for n in (0, -1)},
+    "pixels-long": ({"PixelData": b"\1" * 40000}, "refuse"),
+    "pixels-short": ({"PixelData": b"\1" * 100}, "refuse"),
+    "pixels-none": ({"PixelData": None}, "refuse"),
+    "pixels-empty": ({"PixelData": b""}, "refuse"),
     "mosaic": ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]}, "refuse"),
     "palette": ({"PhotometricInterpretation": "PALETTE COLOR"}, "refuse"),
     "monochrome1": ({"PhotometricInterpretation": "MONOCHROME1"}, "work"),
-    "photometric-text": ({"PhotometricInterpretation": SECRET}, "refuse"), "nobody": ({"PatientID": None}, "work"),
+    "photometric-text": ({"PhotometricInterpretation": SECRET}, "refuse"),
+    "nobody": ({"PatientID": None}, "work"),
     "patient-long": ({"PatientID": SECRET * 10000}, ""),
     **{f"slope-{v}": ({"RescaleSlope": str(v)}, "refuse") for v in ("NaN", "1e308", 0)},
-}  # fmt: skip
+}
 
 
 def dicom_bytes() -> Iterator[tuple[str, bytes]]:
-    """Files that take the place of slice 2 of a sound series: the others have a gap then, or it is read; nothing else."""
+    """Files that take the place of slice 2 of a sound series: the others have a gap then, or it is read; nothing
+    else."""
     whole = stored(dicom(2, sound=False))
-    for at in range(0, len(whole), 61) if NIGHTLY else (0, 100, 131, 132, 140, 300, 600, len(whole) // 2, len(whole) - 1):
+    for at in (
+        range(0, len(whole), 61) if NIGHTLY else (0, 100, 131, 132, 140, 300, 600, len(whole) // 2, len(whole) - 1)
+    ):
         yield f"cut-{at}", whole[:at]
     for seed in range(2 * FLIPS):
         random, flipped = np.random.default_rng(seed), bytearray(whole)
@@ -193,9 +251,14 @@ def dicom_bytes() -> Iterator[tuple[str, bytes]]:
     pixels = whole.index(struct.pack("<HH", 0x7FE0, 0x10))
     yield "pixels-of-4-GB", whole[: pixels + 8] + struct.pack("<I", 2**32 - 2) + whole[pixels + 12 :]
     yield "pixels-undefined", whole[: pixels + 8] + struct.pack("<I", 2**32 - 1) + whole[pixels + 12 :]
-    for name, uid in (("jpeg", "1.2.840.10008.1.2.4.50"), ("jpeg2000", "1.2.840.10008.1.2.4.90"), ("rle", "1.2.840.10008.1.2.5"),
-                      ("deflated", "1.2.840.10008.1.2.1.99"), ("big-endian", "1.2.840.10008.1.2.2"), ("syntax-text",
-                      f"{SECRET:22}")):  # fmt: skip
+    for name, uid in (
+        ("jpeg", "1.2.840.10008.1.2.4.50"),
+        ("jpeg2000", "1.2.840.10008.1.2.4.90"),
+        ("rle", "1.2.840.10008.1.2.5"),
+        ("deflated", "1.2.840.10008.1.2.1.99"),
+        ("big-endian", "1.2.840.10008.1.2.2"),
+        ("syntax-text", f"{SECRET:22}"),
+    ):
         length = len(uid) + len(uid) % 2
         old = struct.pack("<HH", 2, 16) + b"UI" + struct.pack("<H", 20) + b"1.2.840.10008.1.2.1\0"
         yield name, whole.replace(old, old[:6] + struct.pack("<H", length) + uid.encode().ljust(length, b"\0"))
@@ -206,7 +269,9 @@ def dicom_bytes() -> Iterator[tuple[str, bytes]]:
 
 
 def png(mode: str = "L", size: tuple[int, int] = (64, 64), kind: str = "PNG", **options: Any) -> bytes:
-    image = Image.fromarray((np.hypot(*(np.mgrid[: size[1], : size[0]] - 32)) * 4).clip(0, 255).astype(np.uint8)).convert(mode)
+    image = Image.fromarray(
+        (np.hypot(*(np.mgrid[: size[1], : size[0]] - 32)) * 4).clip(0, 255).astype(np.uint8)
+    ).convert(mode)
     text = PngImagePlugin.PngInfo()
     text.add_text("Comment", SECRET)
     buffer = io.BytesIO()
@@ -250,7 +315,10 @@ def picture_files() -> Iterator[tuple[str, bytes, str]]:
         yield f"tiff-{name}", buffer.getvalue(), "refuse"
     yield (
         "postscript",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(RAN) (w) file closefile\nshowpage\n%%EOF\n",
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(RAN) (w) file"
+            b" closefile\nshowpage\n%%EOF\n"
+        ),
         "refuse",
     )
     yield "svg", b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>", "refuse"

@@ -21,32 +21,100 @@ from .scans import nifti
 SAMPLE = "sample {p} -n 1 --steps 2 --mode eager --json"
 PREPARE = "prepare {scan} --workers 1 --json"
 LINES = {"png": SAMPLE, "npy": f"{SAMPLE} --format npy", "nifti": f"{SAMPLE} --format nifti", "prepare": PREPARE}
-NUMBERS = {"minus-1": "-1", "0": "0", "10^400": "9" * 400, "10^20": "9" * 20, "arabic": "٣", "squared": "²", "nan": "nan", "1e3": "1e3"}
-OPTIONS = {"--seed": SAMPLE, "-n": SAMPLE, "--steps": SAMPLE, "--batch": SAMPLE, "--eta": SAMPLE, "--every": PREPARE, "--volume": PREPARE,
-           "--workers": PREPARE, "--seed ": PREPARE}  # fmt: skip
+NUMBERS = {
+    "minus-1": "-1",
+    "0": "0",
+    "10^400": "9" * 400,
+    "10^20": "9" * 20,
+    "arabic": "٣",
+    "squared": "²",
+    "nan": "nan",
+    "1e3": "1e3",
+}
+OPTIONS = {
+    "--seed": SAMPLE,
+    "-n": SAMPLE,
+    "--steps": SAMPLE,
+    "--batch": SAMPLE,
+    "--eta": SAMPLE,
+    "--every": PREPARE,
+    "--volume": PREPARE,
+    "--workers": PREPARE,
+    "--seed ": PREPARE,
+}
 # what is added to a command line (an option given twice takes its last value), or the whole of one
 TYPED = {
-    **{f"{line[:6].strip()}{option.strip()}-{name}": f"{line} -o {{out}} {option.strip()} {number}" for option, line in OPTIONS.items()
-       for name, number in NUMBERS.items() if NIGHTLY or name in ("minus-1", "10^400", "arabic")},
-    **{f"sample-{text}": f"{SAMPLE} -o {{out}} {text}"
-       for text in ("--mode graph+", "--mode ../x", "--scheduler os.system", "--format exe", "--pickle")},
-    **{f"prepare-{text}": f"{PREPARE} -o {{out}} {text}"
-       for text in ("--subject (", "--subject x", "--covariates /", "--covariates {scan}", "--covariates nowhere", "--covariates {empty}")},
-    **{f"prepare-{source[:20]}": f"prepare {source} --workers 1 --json -o {{out}}"
-       for source in ("{empty}", "nowhere", "synthetic:0", "synthetic:x", f"synthetic:{10**30}", "/dev/null", "{mine}/x")},
-    **{f"{name}-to-{where}": f"{LINES[name]} -o {where}" for name in ("png", "prepare")
-       for where in ("{mine}", "{mine}/x", "/dev/null/x", "/proc/x")},
-    **{line: line for line in ("sample nowhere -o {out}", "sample {empty} -o {out}", "sample {mine} -o {out}", "export nowhere -o {out}",
-       "export {p} --steps 0 -o {out}", "export {p} --batch -1 -o {out}", "export --check nowhere", "export --check {mine}",
-       "export --check {p}", "evaluate {p} --data nowhere -o {out}", "evaluate {p} --data {p} -o {out}", "report nowhere -o {out}/r",
-       "report {mine} -o {out}/r", "report {scan} -o {out}/r", "bench --compare {mine} {scan}", "bench --compare nowhere nowhere",
-       "bench sampling --steps ²", "bench kernels --dtype ZZ -o {out}/b", "bench sampling --preset ../x -o {out}/b",
-       "bench kernels --op __class__ -o {out}/b", "bench sampling --seconds nan -o {out}/b", "train {out} --data nowhere",
-       "train {out} --data {p}", "rm -rf {mine}")},
+    **{
+        f"{line[:6].strip()}{option.strip()}-{name}": f"{line} -o {{out}} {option.strip()} {number}"
+        for option, line in OPTIONS.items()
+        for name, number in NUMBERS.items()
+        if NIGHTLY or name in ("minus-1", "10^400", "arabic")
+    },
+    **{
+        f"sample-{text}": f"{SAMPLE} -o {{out}} {text}"
+        for text in ("--mode graph+", "--mode ../x", "--scheduler os.system", "--format exe", "--pickle")
+    },
+    **{
+        f"prepare-{text}": f"{PREPARE} -o {{out}} {text}"
+        for text in (
+            "--subject (",
+            "--subject x",
+            "--covariates /",
+            "--covariates {scan}",
+            "--covariates nowhere",
+            "--covariates {empty}",
+        )
+    },
+    **{
+        f"prepare-{source[:20]}": f"prepare {source} --workers 1 --json -o {{out}}"
+        for source in (
+            "{empty}",
+            "nowhere",
+            "synthetic:0",
+            "synthetic:x",
+            f"synthetic:{10**30}",
+            "/dev/null",
+            "{mine}/x",
+        )
+    },
+    **{
+        f"{name}-to-{where}": f"{LINES[name]} -o {where}"
+        for name in ("png", "prepare")
+        for where in ("{mine}", "{mine}/x", "/dev/null/x", "/proc/x")
+    },
+    **{
+        line: line
+        for line in (
+            "sample nowhere -o {out}",
+            "sample {empty} -o {out}",
+            "sample {mine} -o {out}",
+            "export nowhere -o {out}",
+            "export {p} --steps 0 -o {out}",
+            "export {p} --batch -1 -o {out}",
+            "export --check nowhere",
+            "export --check {mine}",
+            "export --check {p}",
+            "evaluate {p} --data nowhere -o {out}",
+            "evaluate {p} --data {p} -o {out}",
+            "report nowhere -o {out}/r",
+            "report {mine} -o {out}/r",
+            "report {scan} -o {out}/r",
+            "bench --compare {mine} {scan}",
+            "bench --compare nowhere nowhere",
+            "bench sampling --steps ²",
+            "bench kernels --dtype ZZ -o {out}/b",
+            "bench sampling --preset ../x -o {out}/b",
+            "bench kernels --op __class__ -o {out}/b",
+            "bench sampling --seconds nan -o {out}/b",
+            "train {out} --data nowhere",
+            "train {out} --data {p}",
+            "rm -rf {mine}",
+        )
+    },
     "export-batch-10^30": f"export {{p}} --batch {10**30} -o {{out}}",
     "bench-batch-10^20": f"bench sampling --quick --batch {10**20} -o {{out}}/b",
     "bench-steps-10^20": f"bench sampling --quick --steps {10**20} -o {{out}}/b",
-}  # fmt: skip
+}
 
 
 Typed = Callable[[str], Callable[[], None]]
@@ -54,10 +122,17 @@ Typed = Callable[[str], Callable[[], None]]
 
 @pytest.fixture
 def typed(tmp_path: Path, tiny_pipeline: Path) -> Typed:
-    """The call of a command line: `{scan}` a sound one, `{p}` a pipeline, `{mine}` a file of the user's, `{out}` where to write."""
+    """The call of a command line: `{scan}` a sound one, `{p}` a pipeline, `{mine}` a file of the user's, `{out}` where
+    to write."""
     (tmp_path / "scan.nii").write_bytes(nifti())
     shutil.copytree(tiny_pipeline, tmp_path / "p")
-    known = {"scan": tmp_path / "scan.nii", "p": tmp_path / "p", "mine": tmp_path / "mine.txt", "out": tmp_path / "out", "empty": ""}
+    known = {
+        "scan": tmp_path / "scan.nii",
+        "p": tmp_path / "p",
+        "mine": tmp_path / "mine.txt",
+        "out": tmp_path / "out",
+        "empty": "",
+    }
     return lambda line: command(*(word.format(**known) for word in line.split()))
 
 
@@ -67,7 +142,9 @@ def test_typed(holds: Oracle, typed: Typed, case: str) -> None:
     holds(typed(TYPED[case]), "" if sound and not case.startswith(("export", "bench")) else "refuse")
 
 
-@pytest.mark.parametrize("name", ["grid.png", "images.npy", "images.nii.gz", "parts", "manifest.json", "slices.npy", "notes.txt"])
+@pytest.mark.parametrize(
+    "name", ["grid.png", "images.npy", "images.nii.gz", "parts", "manifest.json", "slices.npy", "notes.txt"]
+)
 @pytest.mark.parametrize("line", LINES)
 def test_file_of_the_user(holds: Oracle, tmp_path: Path, typed: Typed, line: str, name: str) -> None:
     """A file in the output folder that no run made is as it was."""
@@ -93,7 +170,9 @@ def killed(call: Callable[[], object], folder: Path, at: int, by: signal.Signals
     taken = [0]
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in STEPS and any(isinstance(a, str | os.PathLike) and str(a).startswith(str(folder)) for a in arguments):
+        if event in STEPS and any(
+            isinstance(a, str | os.PathLike) and str(a).startswith(str(folder)) for a in arguments
+        ):
             if event == "open" and not (len(arguments) > 2 and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
                 return
             taken[0] += 1
@@ -109,7 +188,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 KILLS = (
-    [(at, by) for at in range(1, 60) for by in (signal.SIGKILL, signal.SIGTERM)] if NIGHTLY else [(3, signal.SIGKILL), (9, signal.SIGTERM)]
+    [(at, by) for at in range(1, 60) for by in (signal.SIGKILL, signal.SIGTERM)]
+    if NIGHTLY
+    else [(3, signal.SIGKILL), (9, signal.SIGTERM)]
 )
 
 

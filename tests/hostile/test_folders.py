@@ -1,4 +1,5 @@
-"""What the library wrote and somebody changed since: training data, checkpoints, exported graphs, tables, rows; and CSV files."""
+"""What the library wrote and somebody changed since: training data, checkpoints, exported graphs, tables, rows; and CSV
+files."""
 
 from __future__ import annotations
 
@@ -43,8 +44,15 @@ ROWS = Path(__file__).parents[2] / "benchmarks" / "results" / "amd-epyc-2-cores"
 def data(tmp_path: Path) -> Path:
     """A prepared folder of six slices."""
     array = np.random.default_rng(0).uniform(-1, 1, (6, 128, 128)).astype(np.float16)
-    rows = [{"source": f"s/{i}", "subject": f"s/{i}", "split": split, "sha256": hashlib.sha256(array[i].tobytes()).hexdigest()}
-            for i, split in enumerate(["train"] * 4 + ["val", "test"])]  # fmt: skip
+    rows = [
+        {
+            "source": f"s/{i}",
+            "subject": f"s/{i}",
+            "split": split,
+            "sha256": hashlib.sha256(array[i].tobytes()).hexdigest(),
+        }
+        for i, split in enumerate(["train"] * 4 + ["val", "test"])
+    ]
     (tmp_path / "d").mkdir()
     np.save(tmp_path / "d" / "slices.npy", array)
     (tmp_path / "d" / "manifest.json").write_text(json.dumps({"format": 2, "slices": rows}))
@@ -58,14 +66,22 @@ def looked_at(folder: Path) -> None:
         assert slices[torch.arange(len(slices))].isfinite().all()
 
 
-@pytest.mark.parametrize(("path", "value"), lies("format slices slices/0 slices/0/split slices/0/subject slices/0/sha256 slices/0/source"))
+@pytest.mark.parametrize(
+    ("path", "value"), lies("format slices slices/0 slices/0/split slices/0/subject slices/0/sha256 slices/0/source")
+)
 def test_prepared(holds: Oracle, data: Path, path: str, value: Any) -> None:
     change(data / "manifest.json", path, value)
     holds(partial(looked_at, data))
 
 
 def npy(header: str, version: int = 1) -> bytes:
-    return b"\x93NUMPY" + bytes([version, 0]) + len(header).to_bytes(2 * version, "little") + header.encode() + bytes(196608)
+    return (
+        b"\x93NUMPY"
+        + bytes([version, 0])
+        + len(header).to_bytes(2 * version, "little")
+        + header.encode()
+        + bytes(196608)
+    )
 
 
 def saved(write: Any, array: Any) -> bytes:
@@ -75,17 +91,39 @@ def saved(write: Any, array: Any) -> bytes:
 
 
 ARRAYS: dict[str, Lie] = NO_FILES | {
-    "empty": b"", "npz": saved(np.savez, np.zeros((6, 128, 128), np.float16)),
-    "objects": saved(np.save, np.array([Runs()] * 6, dtype=object)), "pickle": pickle.dumps(Runs()), "no-zip": b"PK\3\4" + bytes(99),
-    "version-9": npy("", 9), "4-GB-header": npy(" ", 2)[:8] + b"\xf0" * 999,
-    "header-code": npy("{'descr': __import__('os').system('touch RAN'), 'fortran_order': False, 'shape': (6, 128, 128)}\n"),
-    "header-deep": npy("(" * 9000 + "\n"), "header-lists": npy("[" * 60000), "header-empty": npy(""), "header-nul": npy("\0" * 64),
-    **{f"shape-{name}": npy(f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({n}, 128, 128)}}\n")
-       for name, n in {"minus-1": -1, "0": 0, "7": 7, "2^62": 2**62, "10^400": 10**400, "1.5": 1.5, "text": "'a'"}.items()},
-    **{f"descr-{n}": npy(f"{{'descr': {n}, 'fortran_order': False, 'shape': (6, 128, 128)}}\n")
-       for n in ("'O'", "'|V0'", "[('a','O')]", "5")},
-    "cut": lambda p: p.write_bytes(p.read_bytes()[:-1]), "nan": saved(np.save, np.full((6, 128, 128), np.nan, np.float16)),
-}  # fmt: skip
+    "empty": b"",
+    "npz": saved(np.savez, np.zeros((6, 128, 128), np.float16)),
+    "objects": saved(np.save, np.array([Runs()] * 6, dtype=object)),
+    "pickle": pickle.dumps(Runs()),
+    "no-zip": b"PK\3\4" + bytes(99),
+    "version-9": npy("", 9),
+    "4-GB-header": npy(" ", 2)[:8] + b"\xf0" * 999,
+    "header-code": npy(
+        "{'descr': __import__('os').system('touch RAN'), 'fortran_order': False, 'shape': (6, 128, 128)}\n"
+    ),
+    "header-deep": npy("(" * 9000 + "\n"),
+    "header-lists": npy("[" * 60000),
+    "header-empty": npy(""),
+    "header-nul": npy("\0" * 64),
+    **{
+        f"shape-{name}": npy(f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({n}, 128, 128)}}\n")
+        for name, n in {
+            "minus-1": -1,
+            "0": 0,
+            "7": 7,
+            "2^62": 2**62,
+            "10^400": 10**400,
+            "1.5": 1.5,
+            "text": "'a'",
+        }.items()
+    },
+    **{
+        f"descr-{n}": npy(f"{{'descr': {n}, 'fortran_order': False, 'shape': (6, 128, 128)}}\n")
+        for n in ("'O'", "'|V0'", "[('a','O')]", "5")
+    },
+    "cut": lambda p: p.write_bytes(p.read_bytes()[:-1]),
+    "nan": saved(np.save, np.full((6, 128, 128), np.nan, np.float16)),
+}
 
 
 @pytest.mark.parametrize("case", ARRAYS)
@@ -100,7 +138,15 @@ def trained(folder: Path) -> None:
     def loss_of(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return model(torch.ones(len(index), 2)).square().mean(), {}
 
-    train(nn.Linear(2, 1), loss_of, 8, Optimisation(2, 4, 1e-3, ema_decay=0.9, amp="off"), folder, name="line", progress=False)
+    train(
+        nn.Linear(2, 1),
+        loss_of,
+        8,
+        Optimisation(2, 4, 1e-3, ema_decay=0.9, amp="off"),
+        folder,
+        name="line",
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -118,18 +164,42 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 LAST = "checkpoint-line-00000002"
-CUT: dict[str, Lie] = {"empty": b"", "cut": lambda p: p.write_bytes(p.read_bytes()[:-1]), "pickle": pickle.dumps(Runs())}
+CUT: dict[str, Lie] = {
+    "empty": b"",
+    "cut": lambda p: p.write_bytes(p.read_bytes()[:-1]),
+    "pickle": pickle.dumps(Runs()),
+}
 CHECKPOINT: dict[str, tuple[str, Lie]] = {
     **{f"state-{name}": (f"{LAST}/state.json", lie) for name, lie in JSON.items()},
-    **{f"{n}-{how}": (f"{LAST}/{n}.safetensors", lie) for n in ("model", "ema", "optimizer") for how, lie in CUT.items()},
-    **{f"moments-{new}": (f"{LAST}/optimizer.safetensors", lambda p, new=new: p.write_bytes(p.read_bytes().replace(b"0.step",
-       new.encode()))) for new in ("9.step", "-.step", "x.step", "0.stop", "0-step")},
-    **{f"log-{name}": ("log.jsonl", lie)
-       for name, lie in (NO_FILES | {"garbage": b"\xff\0garbage\n", "list": b"[]\n", "empty-row": b"{}\n",
-       "deep": b"[" * 10**5 + b"\n"}).items()},
-    **{name: ("checkpoint-line-99999999", lie)
-       for name, lie in {"file": b"", "folder": Path.mkdir, "link": lambda p: p.symlink_to("nowhere")}.items()},
-}  # fmt: skip
+    **{
+        f"{n}-{how}": (f"{LAST}/{n}.safetensors", lie)
+        for n in ("model", "ema", "optimizer")
+        for how, lie in CUT.items()
+    },
+    **{
+        f"moments-{new}": (
+            f"{LAST}/optimizer.safetensors",
+            lambda p, new=new: p.write_bytes(p.read_bytes().replace(b"0.step", new.encode())),
+        )
+        for new in ("9.step", "-.step", "x.step", "0.stop", "0-step")
+    },
+    **{
+        f"log-{name}": ("log.jsonl", lie)
+        for name, lie in (
+            NO_FILES
+            | {
+                "garbage": b"\xff\0garbage\n",
+                "list": b"[]\n",
+                "empty-row": b"{}\n",
+                "deep": b"[" * 10**5 + b"\n",
+            }
+        ).items()
+    },
+    **{
+        name: ("checkpoint-line-99999999", lie)
+        for name, lie in {"file": b"", "folder": Path.mkdir, "link": lambda p: p.symlink_to("nowhere")}.items()
+    },
+}
 
 
 @pytest.mark.parametrize("case", CHECKPOINT)
@@ -216,8 +286,13 @@ GRAPH = [
         "/parity/allowed",
     ],
 ]
-MANIFEST = " ".join(["format target opset dtype model latent_shape latent_shape/0 cond decodes graphs example example/sha256 solver",
-                     *(f"solver/{k}" for k in TABLE), *(f"graphs/{g}{k}" for g in ("step", "sampler") for k in GRAPH)])  # fmt: skip
+MANIFEST = " ".join(
+    [
+        "format target opset dtype model latent_shape latent_shape/0 cond decodes graphs example example/sha256 solver",
+        *(f"solver/{k}" for k in TABLE),
+        *(f"graphs/{g}{k}" for g in ("step", "sampler") for k in GRAPH),
+    ]
+)
 
 
 @pytest.mark.parametrize(("path", "value"), lies(MANIFEST))
@@ -238,12 +313,23 @@ def elsewhere(path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-GRAPH_LIES: dict[str, Lie] = NO_FILES | CUT | {
-    "sampler": lambda p: p.write_bytes(p.with_name("sampler.onnx").read_bytes()), "external": elsewhere, "zeros": bytes(2000),
-    "text": b"ZZ" * 500, "ones": b"\xff" * 2000,
-    **{f"flip-{i}": lambda p, i=i: p.write_bytes(bytes(b ^ (k == 31 * i % 2000) << i % 8 for k, b in enumerate(p.read_bytes())))
-       for i in range(300 if NIGHTLY else 8)},
-}  # fmt: skip
+GRAPH_LIES: dict[str, Lie] = (
+    NO_FILES
+    | CUT
+    | {
+        "sampler": lambda p: p.write_bytes(p.with_name("sampler.onnx").read_bytes()),
+        "external": elsewhere,
+        "zeros": bytes(2000),
+        "text": b"ZZ" * 500,
+        "ones": b"\xff" * 2000,
+        **{
+            f"flip-{i}": lambda p, i=i: p.write_bytes(
+                bytes(b ^ (k == 31 * i % 2000) << i % 8 for k, b in enumerate(p.read_bytes()))
+            )
+            for i in range(300 if NIGHTLY else 8)
+        },
+    }
+)
 
 
 @pytest.mark.parametrize("signed", [False, True], ids=["changed", "signed"])
@@ -252,7 +338,11 @@ def test_graph(holds: Oracle, graphs: Path, case: str, signed: bool) -> None:
     """A graph that is not the one of the manifest, and one whose checksum was changed too."""
     lay(graphs / "step.onnx", GRAPH_LIES[case])
     if signed and case not in NO_FILES:
-        change(graphs / "manifest.json", "graphs/step/sha256", hashlib.sha256((graphs / "step.onnx").read_bytes()).hexdigest())
+        change(
+            graphs / "manifest.json",
+            "graphs/step/sha256",
+            hashlib.sha256((graphs / "step.onnx").read_bytes()).hexdigest(),
+        )
     holds(partial(run_graphs, graphs), "" if signed and "flip" in case else "refuse")
 
 
@@ -269,7 +359,10 @@ def test_table(holds: Oracle, tmp_path: Path, path: str, value: Any) -> None:
     holds(sampled)
 
 
-FIELDS = "target run env env/gpu env/cpu env/cores env/threads env/packages provider preset batch steps dtype median_s raw_s raw_s/0"
+FIELDS = (
+    "target run env env/gpu env/cpu env/cores env/threads env/packages provider preset batch steps dtype median_s raw_s"
+    " raw_s/0"
+)
 
 
 @pytest.mark.parametrize(("path", "value"), lies(FIELDS))
@@ -291,13 +384,22 @@ def test_rows(holds: Oracle, tmp_path: Path, path: str, value: Any) -> None:
 
 
 CSV: dict[str, Lie] = NO_FILES | {
-    "formula": b'id,age\n=cmd|\'/C calc\'!A0,"=HYPERLINK(""http://x"")"\n', "nul": b"id,age\n\0,\0\n", "empty": b"",
-    "one-line": b"id,age\n", "columns-10^6": b"id" + b",a" * 10**6 + b"\n1" + b",1" * 10**6 + b"\n",
-    "twice": b"id,age\nsub-01,1\nsub-01,2\n", "column-twice": b"id,age,age\nsub-01,1,2\n", "ragged": b"id,age\nsub-01\n",
-    "field-200k": b"id,age\nsub-01," + b"9" * 200_000 + b"\n", "digits-5000": b"id,age\n" + b"9" * 5000 + b",1\n",
-    "quote": b'id,age\n"sub-01,1\n', "utf-16": "id,age\n1,1\n".encode("utf-16"), "latin-1": b"id,age\nsub-01,\xe9\n",
-    "escape": b"id,age\n\x1b[2Jsub-01,1,2\n", "other-digits": "id,age\n٣,1\n²,1\n".encode(),
-}  # fmt: skip
+    "formula": b'id,age\n=cmd|\'/C calc\'!A0,"=HYPERLINK(""http://x"")"\n',
+    "nul": b"id,age\n\0,\0\n",
+    "empty": b"",
+    "one-line": b"id,age\n",
+    "columns-10^6": b"id" + b",a" * 10**6 + b"\n1" + b",1" * 10**6 + b"\n",
+    "twice": b"id,age\nsub-01,1\nsub-01,2\n",
+    "column-twice": b"id,age,age\nsub-01,1,2\n",
+    "ragged": b"id,age\nsub-01\n",
+    "field-200k": b"id,age\nsub-01," + b"9" * 200_000 + b"\n",
+    "digits-5000": b"id,age\n" + b"9" * 5000 + b",1\n",
+    "quote": b'id,age\n"sub-01,1\n',
+    "utf-16": "id,age\n1,1\n".encode("utf-16"),
+    "latin-1": b"id,age\nsub-01,\xe9\n",
+    "escape": b"id,age\n\x1b[2Jsub-01,1,2\n",
+    "other-digits": "id,age\n٣,1\n²,1\n".encode(),
+}
 
 
 @pytest.mark.parametrize("case", CSV)

@@ -1,4 +1,5 @@
-"""Histories: a sampler is used, its model and scheduler changed, used again in another way; each answer is that of a new sampler."""
+"""Histories: a sampler is used, its model and scheduler changed, used again in another way; each answer is that of a
+new sampler."""
 
 from __future__ import annotations
 
@@ -16,8 +17,18 @@ from torch import Tensor, nn
 from sbldm_fast import DDIMScheduler, DDPMScheduler, FastSampler, UNet2D, UNetConfig
 
 SHAPE = (2, 4, 4)
-UNET = UNetConfig(sample_size=4, in_channels=2, out_channels=2, block_out_channels=(8, 8), layers_per_block=1, attention_resolutions=(2,),
-                  attention_head_dim=4, norm_num_groups=4, time_embed_dim=8, dropout=0.5)  # fmt: skip
+UNET = UNetConfig(
+    sample_size=4,
+    in_channels=2,
+    out_channels=2,
+    block_out_channels=(8, 8),
+    layers_per_block=1,
+    attention_resolutions=(2,),
+    attention_head_dim=4,
+    norm_num_groups=4,
+    time_embed_dim=8,
+    dropout=0.5,
+)
 HISTORIES, LENGTH = (1000, 12) if os.environ.get("SBLDM_FAST_FUZZ") == "nightly" else (12, 8)
 loop = importlib.import_module("sbldm_fast.sampling.loop")
 sampler_module = importlib.import_module("sbldm_fast.sampling.sampler")
@@ -26,12 +37,19 @@ sampler_module = importlib.import_module("sbldm_fast.sampling.sampler")
 class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm, self.drop, self.gain = nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Dropout(0.5), 1.0
+        self.conv, self.norm, self.drop, self.gain = (
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.GroupNorm(2, 4),
+            nn.Dropout(0.5),
+            1.0,
+        )
         self.out = nn.Conv2d(4, 2, 1)
         self.register_buffer("shift", torch.tensor(0.1), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        out: Tensor = self.gain * self.out(self.drop(nn.functional.silu(self.norm(self.conv(x))))) + self.shift + t / 9000
+        out: Tensor = (
+            self.gain * self.out(self.drop(nn.functional.silu(self.norm(self.conv(x))))) + self.shift + t / 9000
+        )
         return out
 
 
@@ -43,7 +61,9 @@ def _step(model: nn.Module, fused: bool) -> None:
 
 
 def _replace(model: nn.Module) -> None:
-    name, module = random.choice([(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and "." not in n])
+    name, module = random.choice(
+        [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and "." not in n]
+    )
     setattr(model, name, copy.deepcopy(module))
     _scale(getattr(model, name))
 
@@ -78,7 +98,7 @@ CHANGES: dict[str, Callable[[nn.Module, Any], object]] = {
     "buffer": lambda model, s: _register(model),
     "number": lambda model, s: setattr(model, "gain", random.uniform(0.5, 2)),
     "training": lambda model, s: model.train(random.random() < 0.5),
-    "layout": lambda model, s: model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]  # torch has it, its stub has not
+    "layout": lambda model, s: model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
     "schedule": lambda model, s: setattr(s, "alphas_cumprod", s.alphas_cumprod * random.uniform(0.9, 1)),
     "timesteps": lambda model, s: s.set_timesteps(random.randint(1, 50)),
     "nothing": lambda model, s: None,
@@ -103,7 +123,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(loop, "capture", record)
     real = sampler_module.parse_mode
-    monkeypatch.setattr(sampler_module, "parse_mode", lambda mode, device: (mode, None) if "graph" in mode else real(mode, device))
+    monkeypatch.setattr(
+        sampler_module, "parse_mode", lambda mode, device: (mode, None) if "graph" in mode else real(mode, device)
+    )
 
 
 @pytest.mark.parametrize("number", range(HISTORIES))
@@ -116,9 +138,11 @@ def test_every_answer_is_that_of_a_new_sampler(number: int, recorded: None) -> N
         nn.init.normal_(model.row_offsets, std=0.1)  # type: ignore[arg-type]  # a parameter
     sched: Any = random.choice([DDIMScheduler, DDPMScheduler])(clip_sample=random.random() < 0.3)
     settings: dict[str, Any] = {
-        "mode": random.choice(["eager", "eager", "step-graph", "loop-graph"]), "dtype": random.choice([None, None, torch.bfloat16]),
-        "fuse": not ours and random.random() < 0.3, "decode": random.choice([None, torch.tanh]),
-    }  # fmt: skip
+        "mode": random.choice(["eager", "eager", "step-graph", "loop-graph"]),
+        "dtype": random.choice([None, None, torch.bfloat16]),
+        "fuse": not ours and random.random() < 0.3,
+        "decode": random.choice([None, torch.tanh]),
+    }
     changes = [c for c in CHANGES if ours is False or c not in ("number", "module")]
 
     def make() -> FastSampler:
@@ -131,5 +155,7 @@ def test_every_answer_is_that_of_a_new_sampler(number: int, recorded: None) -> N
         CHANGES[change](model, sched)
         training = [m.training for m in model.modules()]
         got, expected = USES[use](sampler), USES[use](make())
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=lambda text: f"{settings}, {history}: {text}")
+        torch.testing.assert_close(
+            got, expected, rtol=1e-5, atol=1e-5, msg=lambda text: f"{settings}, {history}: {text}"
+        )
         assert [m.training for m in model.modules()] == training, history

@@ -1,4 +1,5 @@
-"""A pipeline folder from anywhere: it samples, or one sentence says what is wrong with it; no code runs, no memory is taken on its word."""
+"""A pipeline folder from anywhere: it samples, or one sentence says what is wrong with it; no code runs, no memory is
+taken on its word."""
 
 from __future__ import annotations
 
@@ -23,8 +24,11 @@ from sbldm_fast.models.weights import WEIGHTS
 
 from .conftest import ABSENT, NIGHTLY, NO_FILES, VALUES, Lie, Oracle, Runs, change, lay
 
-FILES = {"unet": ("unet/config.json", UNetConfig()), "vae": ("vae/config.json", VAEConfig()),
-         "scheduler": ("scheduler/scheduler_config.json", SchedulerConfig())}  # fmt: skip
+FILES = {
+    "unet": ("unet/config.json", UNetConfig()),
+    "vae": ("vae/config.json", VAEConfig()),
+    "scheduler": ("scheduler/scheduler_config.json", SchedulerConfig()),
+}
 
 
 @pytest.fixture
@@ -46,9 +50,15 @@ def config_lies() -> Iterator[Any]:
         for i, (key, sound) in enumerate(asdict(config).items()):
             kinds = {bool: bool, float: (int, float), tuple: list}.get(type(sound), type(sound))
             everything = list(VALUES.items())
-            turn = everything if NIGHTLY or isinstance(sound, tuple) else [everything[(4 * i + j) % 9] for j in range(4)]
+            turn = (
+                everything if NIGHTLY or isinstance(sound, tuple) else [everything[(4 * i + j) % 9] for j in range(4)]
+            )
             for name, value in turn:
-                other = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool) or name in ("NaN", "Infinity")
+                other = (
+                    not isinstance(value, kinds)
+                    or (isinstance(value, bool) and kinds is not bool)
+                    or name in ("NaN", "Infinity")
+                )
                 must = "refuse" if other and sound is not None and value is not ABSENT else ""
                 yield pytest.param(file, key, value, must, id=f"{file}-{key}-{name}")
 
@@ -60,11 +70,22 @@ def test_config(holds: Oracle, folder: Path, file: str, key: str, value: Any, mu
 
 
 JSON: dict[str, Lie] = NO_FILES | {
-    "empty": b"", "list": b"[]", "null": b"null", "object": b"{}", "cut": b'{"sample_size": ', "utf-16": '{"a": 1}'.encode("utf-16"),
-    "no-utf-8": b'{"a": "\xff"}', "deep-lists": b'{"_a": ' + b"[" * 10**5, "deep-objects": b'{"a":' * 10**5, "spaces": b" " * 10**7,
-    "5000-digits": b'{"sample_size": ' + b"9" * 5000 + b"}", "surrogate": b'{"\\ud800": 1}', "control": b'{"\\u001b[2J": 1}',
-    "dunder": b'{"__class__": 1, "__init__": {}, "_a": 1}', "unknown": b'{"os.system": "touch RAN"}',
-}  # fmt: skip
+    "empty": b"",
+    "list": b"[]",
+    "null": b"null",
+    "object": b"{}",
+    "cut": b'{"sample_size": ',
+    "utf-16": '{"a": 1}'.encode("utf-16"),
+    "no-utf-8": b'{"a": "\xff"}',
+    "deep-lists": b'{"_a": ' + b"[" * 10**5,
+    "deep-objects": b'{"a":' * 10**5,
+    "spaces": b" " * 10**7,
+    "5000-digits": b'{"sample_size": ' + b"9" * 5000 + b"}",
+    "surrogate": b'{"\\ud800": 1}',
+    "control": b'{"\\u001b[2J": 1}',
+    "dunder": b'{"__class__": 1, "__init__": {}, "_a": 1}',
+    "unknown": b'{"os.system": "touch RAN"}',
+}
 
 
 @pytest.mark.parametrize("file", FILES if NIGHTLY else ["unet"])
@@ -87,7 +108,9 @@ def first(**values: Any) -> Lie:
         whole = path.read_bytes()
         n = struct.unpack("<Q", whole[:8])[0]
         entries = json.loads(whole[8 : 8 + n])
-        min((e for k, e in entries.items() if k != "__metadata__"), key=lambda e: int(e["data_offsets"][0])).update(values)
+        min((e for k, e in entries.items() if k != "__metadata__"), key=lambda e: int(e["data_offsets"][0])).update(
+            values
+        )
         path.write_bytes(header(entries, body=whole[8 + n :]))
 
     return write
@@ -102,22 +125,47 @@ def cast(kind: torch.dtype) -> Lie:
 
 
 WEIGHT_LIES: dict[str, tuple[Lie, str]] = {
-    **{name: (lie, "refuse") for name, lie in (NO_FILES | {"empty": b"", "zeros": bytes(4096), "json": b"{}",
-       "pickle": pickle.dumps(Runs()), "hdf5": b"\x89HDF\r\n\x1a\n" + bytes(100), "torch-save": lambda p: torch.save({"a": Runs()},
-       str(p)), "beside": lambda p: (p.unlink(), torch.save(Runs(), p.with_suffix(".bin"))),
-       "cut": lambda p: p.write_bytes(p.read_bytes()[:-1]), "nan": tensors(lambda s: {k: v * torch.nan
-       for k, v in s.items()}), "one-less": tensors(lambda s: dict(list(s.items())[1:])),
-       "one-more": tensors(lambda s: s | {"\x1b[2Jevil": torch.ones(1)}), "header-spaces": header(b"{" + b" " * 10**7 + b"}"),
-       "header-deep": header(b'{"a":' * 10**5), "header-list": header(b"[]")}).items()},
+    **{
+        name: (lie, "refuse")
+        for name, lie in (
+            NO_FILES
+            | {
+                "empty": b"",
+                "zeros": bytes(4096),
+                "json": b"{}",
+                "pickle": pickle.dumps(Runs()),
+                "hdf5": b"\x89HDF\r\n\x1a\n" + bytes(100),
+                "torch-save": lambda p: torch.save({"a": Runs()}, str(p)),
+                "beside": lambda p: (p.unlink(), torch.save(Runs(), p.with_suffix(".bin"))),
+                "cut": lambda p: p.write_bytes(p.read_bytes()[:-1]),
+                "nan": tensors(lambda s: {k: v * torch.nan for k, v in s.items()}),
+                "one-less": tensors(lambda s: dict(list(s.items())[1:])),
+                "one-more": tensors(lambda s: s | {"\x1b[2Jevil": torch.ones(1)}),
+                "header-spaces": header(b"{" + b" " * 10**7 + b"}"),
+                "header-deep": header(b'{"a":' * 10**5),
+                "header-list": header(b"[]"),
+            }
+        ).items()
+    },
     **{f"header-{n}": (header({}, n), "refuse") for n in (3, 2**20, 2**63 - 1, 2**63, 2**64 - 1)},
-    **{f"offsets-{a}-{b}": (first(data_offsets=[a, b]), "refuse") for a, b in ((0, 10**6), (4, 0), (0, 2**62), (-4, 0), (8, 300))},
+    **{
+        f"offsets-{a}-{b}": (first(data_offsets=[a, b]), "refuse")
+        for a, b in ((0, 10**6), (4, 0), (0, 2**62), (-4, 0), (8, 300))
+    },
     **{f"shape-{'x'.join(map(str, v))}": (first(shape=v), "refuse") for v in ([], [0], [-1], [2**62, 4], [1] * 100)},
     **{f"dtype-{v}": (first(dtype=v), "refuse") for v in ("F64", "F16", "I32", "BOOL", "F4", "object", 5)},
     **{f"all-{str(k)[6:]}": (cast(k), "refuse") for k in (torch.int64, torch.uint8, torch.bool, torch.complex64)},
     **{f"all-{str(k)[6:]}": (cast(k), "") for k in (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn)},
-    **{f"flip-{i}": (lambda p, i=i: p.write_bytes(bytes(b ^ (k == 37 * i % 4000) << i % 8 for k, b in enumerate(p.read_bytes()))), "")
-       for i in range(500 if NIGHTLY else 6)},
-}  # fmt: skip
+    **{
+        f"flip-{i}": (
+            lambda p, i=i: p.write_bytes(
+                bytes(b ^ (k == 37 * i % 4000) << i % 8 for k, b in enumerate(p.read_bytes()))
+            ),
+            "",
+        )
+        for i in range(500 if NIGHTLY else 6)
+    },
+}
 
 
 @pytest.mark.parametrize("case", WEIGHT_LIES)

@@ -66,7 +66,11 @@ def test_dicom_padding(holds: Oracle, tmp_path: Path) -> None:
         plain = dicom(k)
         pixels = np.frombuffer(plain.PixelData, np.uint16).astype(np.int16)
         pixels = np.where(pixels < 100, -32768, pixels).astype(np.int16)
-        put(tmp_path, f"{k}.dcm", stored(dicom(k, PixelData=pixels.tobytes(), PixelRepresentation=1, PixelPaddingValue=-32768)))
+        put(
+            tmp_path,
+            f"{k}.dcm",
+            stored(dicom(k, PixelData=pixels.tobytes(), PixelRepresentation=1, PixelPaddingValue=-32768)),
+        )
 
     def contrast() -> None:
         read(tmp_path)
@@ -110,7 +114,10 @@ def nested(path: Path) -> None:
 PLACES: dict[str, tuple[str, Callable[[Path], object]]] = {
     **{f"fifo{end or '-bare'}": (f"x{end}", os.mkfifo) for end in ("", ".nii", ".nii.gz", ".dcm", ".png", ".zip")},
     "socket": ("x.nii", bound),
-    **{f"zero{end or '-bare'}": (f"x{end}", lambda p: p.symlink_to("/dev/zero")) for end in ("", ".nii", ".nii.gz", ".dcm", ".png")},
+    **{
+        f"zero{end or '-bare'}": (f"x{end}", lambda p: p.symlink_to("/dev/zero"))
+        for end in ("", ".nii", ".nii.gz", ".dcm", ".png")
+    },
     "link-nowhere": ("x.nii", lambda p: p.symlink_to("nowhere")),
     "link-to-itself": ("x.nii", lambda p: p.symlink_to(p.name)),
     "loop": ("x", lambda p: p.symlink_to("..", target_is_directory=True)),
@@ -129,15 +136,25 @@ def test_place(holds: Oracle, tmp_path: Path, case: str) -> None:
     try:
         holds(partial(read, tmp_path), "work")
     finally:
-        subprocess.run(["rm", "-rf", tmp_path / "in" / name], check=True)  # pytest's own way to clear up would not reach the end of `deep`
+        # pytest's own way to clear up would not reach the end of `deep`
+        subprocess.run(["rm", "-rf", tmp_path / "in" / name], check=True)
 
 
 NAMES = {
-    "newline": b"a\nb.nii", "escape": b"a\x1b]0;b\x07\x1b[2J.nii", "no-utf-8": b"a\xff\xfe.nii", "long": b"a" * 251 + b".nii",
-    "dash": b"-o.nii", "dots": b"...nii.nii", "space": b" .nii", "percent": b"%s{0}%(x)d.nii",
-    "markup": b"<script>alert(1)</script>"[:8] + b".nii", "bidi": "a\u202egnp.nii".encode(), "digits": b"9" * 200 + b".nii",
-    "bare": b".nii", "quote": b"a'\"`$(touch RAN).nii",
-}  # fmt: skip
+    "newline": b"a\nb.nii",
+    "escape": b"a\x1b]0;b\x07\x1b[2J.nii",
+    "no-utf-8": b"a\xff\xfe.nii",
+    "long": b"a" * 251 + b".nii",
+    "dash": b"-o.nii",
+    "dots": b"...nii.nii",
+    "space": b" .nii",
+    "percent": b"%s{0}%(x)d.nii",
+    "markup": b"<script>alert(1)</script>"[:8] + b".nii",
+    "bidi": "a\u202egnp.nii".encode(),
+    "digits": b"9" * 200 + b".nii",
+    "bare": b".nii",
+    "quote": b"a'\"`$(touch RAN).nii",
+}
 
 
 @pytest.mark.parametrize("sound", [True, False], ids=["sound", "broken"])

@@ -7,15 +7,28 @@ from typing import Any
 
 import pytest
 import torch
-from sbldm_fast.kernels import backend, ddim_step, diffuse, frequency_loss, group_norm_silu, philox_normal, solver_step, spectral_mse
+from sbldm_fast.kernels import (
+    backend,
+    ddim_step,
+    diffuse,
+    frequency_loss,
+    group_norm_silu,
+    philox_normal,
+    solver_step,
+    spectral_mse,
+)
 
 OPS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "group_norm_silu": lambda x, m: group_norm_silu(x, 2, residual=m),
     "ddim_step": lambda x, m: ddim_step(x, m, 0.5, 0.6),
-    "solver_step": lambda x, m: solver_step(x, m, torch.ones(1, 6, device=x.device), torch.zeros(2, dtype=torch.int32, device=x.device)),
+    "solver_step": lambda x, m: solver_step(
+        x, m, torch.ones(1, 6, device=x.device), torch.zeros(2, dtype=torch.int32, device=x.device)
+    ),
     "frequency_loss": lambda x, m: frequency_loss(x, m, high_weight=0.5),
     "spectral_mse": spectral_mse,
-    "diffuse": lambda x, _: diffuse(x, torch.zeros(2, dtype=torch.int64, device=x.device), torch.tensor([0.5], device=x.device), 1),
+    "diffuse": lambda x, _: diffuse(
+        x, torch.zeros(2, dtype=torch.int64, device=x.device), torch.tensor([0.5], device=x.device), 1
+    ),
     "philox_normal": lambda x, _: philox_normal(x.shape, 1, device=x.device),
 }
 

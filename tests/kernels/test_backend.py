@@ -42,7 +42,10 @@ def test_unknown_name() -> None:
 
 def test_triton_raises_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with backend("triton"), pytest.raises(ValueError, match="backend='triton' cannot run on cpu: Triton has no cpu target"):
+    with (
+        backend("triton"),
+        pytest.raises(ValueError, match="backend='triton' cannot run on cpu: Triton has no cpu target"),
+    ):
         group_norm_silu(X, 2)
 
 

@@ -1,4 +1,5 @@
-"""What only a GPU can show of every op: captured in a CUDA graph, on a side stream, on a second device, the same bits each time."""
+"""What only a GPU can show of every op: captured in a CUDA graph, on a side stream, on a second device, the same bits
+each time."""
 
 from __future__ import annotations
 
@@ -7,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from sbldm_fast.kernels import backend, ddim_step, diffuse, frequency_loss, group_norm_silu, philox_normal, solver_step, spectral_mse
+from sbldm_fast.kernels import (
+    backend,
+    ddim_step,
+    diffuse,
+    frequency_loss,
+    group_norm_silu,
+    philox_normal,
+    solver_step,
+    spectral_mse,
+)
 from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -27,7 +37,11 @@ def _train(device: torch.device, side: int) -> Callable[[], tuple[Tensor, ...]]:
 
 def _solve(device: torch.device) -> Callable[[], Tensor]:
     x, table = torch.randn(2, 8, 16, 16, device=device), torch.randn(1, 10, device=device)
-    m, counter, w = torch.randn(4, 8, 16, 16, device=device), torch.zeros(2, dtype=torch.int32, device=device), torch.ones(1, device=device)
+    m, counter, w = (
+        torch.randn(4, 8, 16, 16, device=device),
+        torch.zeros(2, dtype=torch.int32, device=device),
+        torch.ones(1, device=device),
+    )
     history, seeds = torch.zeros(2, 2, *x.shape, device=device), torch.tensor([[1, 0], [1, 1]], device=device)
 
     def step() -> Tensor:
@@ -55,7 +69,11 @@ def _diffuse(device: torch.device) -> Callable[[], tuple[Tensor, Tensor]]:
 
 
 def _ddim(device: torch.device) -> Callable[[], Tensor]:
-    x, m, bars = torch.randn(2, 8, 16, 16, device=device), torch.randn(2, 8, 16, 16, device=device), torch.tensor([0.5, 0.6], device=device)
+    x, m, bars = (
+        torch.randn(2, 8, 16, 16, device=device),
+        torch.randn(2, 8, 16, 16, device=device),
+        torch.tensor([0.5, 0.6], device=device),
+    )
     return lambda: ddim_step(x, m, bars[0], bars[1])
 
 
@@ -101,7 +119,11 @@ def test_a_captured_graph_replays_the_same_bits(op: str) -> None:
 
 def test_a_captured_step_walks_down_its_table() -> None:
     """One captured step, thousands of programs, six replays: the counter is advanced by the kernel alone."""
-    x, m, table = torch.randn(4000, 8, 16, 16, device="cuda"), torch.randn(4000, 8, 16, 16, device="cuda"), torch.randn(7, 6, device="cuda")
+    x, m, table = (
+        torch.randn(4000, 8, 16, 16, device="cuda"),
+        torch.randn(4000, 8, 16, 16, device="cuda"),
+        torch.randn(7, 6, device="cuda"),
+    )
     counter = torch.zeros(2, dtype=torch.int32, device="cuda")
     with backend("triton"):
         solver_step(x, m, table, counter)

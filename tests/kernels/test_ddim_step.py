@@ -16,7 +16,9 @@ from torch import Tensor
 A, A_PREV = 0.36, 0.64
 
 
-def stepped(x: Tensor, m: Tensor, a: Any, b: Any, eta: float, z: Tensor | None, kind: str, clip: float | None) -> Tensor:
+def stepped(
+    x: Tensor, m: Tensor, a: Any, b: Any, eta: float, z: Tensor | None, kind: str, clip: float | None
+) -> Tensor:
     """The formula, in whatever dtype the tensors have."""
     if kind == "epsilon":
         x0, e = (x - (1 - a) ** 0.5 * m) / a**0.5, m
@@ -35,7 +37,9 @@ def stepped(x: Tensor, m: Tensor, a: Any, b: Any, eta: float, z: Tensor | None, 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
-def test_parity(kind: str, eta: float, clip: float | None, dtype: torch.dtype, device: torch.device, three_way: Any) -> None:
+def test_parity(
+    kind: str, eta: float, clip: float | None, dtype: torch.dtype, device: torch.device, three_way: Any
+) -> None:
     x, m, z = torch.randn(3, 2, 3, 5, 7).to(device, dtype)
     with backend("triton"):
         ours = ddim_step(x, m, A, A_PREV, eta=eta, noise=z, prediction_type=kind, clip_range=clip)
@@ -128,14 +132,20 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 X = torch.randn(2, 3, 4, 4)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"x": X.double()}, "x: got torch.float64"),
-    "shape": ({"model_output": X[:1]}, r"model_output: got torch.float32 \(1, 3, 4, 4\) on cpu, allowed is the like of x"),
+    "shape": (
+        {"model_output": X[:1]},
+        r"model_output: got torch.float32 \(1, 3, 4, 4\) on cpu, allowed is the like of x",
+    ),
     "mixed dtypes": ({"model_output": X.half()}, "model_output: got torch.float16"),
     "alpha_bar": ({"alpha_bar": torch.ones(3)}, r"alpha_bar: got shape \(3,\), allowed is \(\) or \(1,\) or \(2,\)"),
     "device": ({"model_output": X.to("meta")}, "model_output: got .* on meta"),
     "device of alpha": ({"alpha_bar": torch.ones((), device="meta")}, "alpha_bar: got device meta"),
     "eta": ({"eta": 1.5}, "eta: got 1.5, allowed is 0 to 1"),
     "no noise": ({"eta": 0.5}, "noise: got None"),
-    "prediction": ({"prediction_type": "score"}, "prediction_type: got 'score', allowed are epsilon, sample, v_prediction"),
+    "prediction": (
+        {"prediction_type": "score"},
+        "prediction_type: got 'score', allowed are epsilon, sample, v_prediction",
+    ),
     "clip": ({"clip_range": -1.0}, "clip_range: got -1.0, allowed is > 0 or None"),
 }
 

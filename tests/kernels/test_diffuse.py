@@ -36,10 +36,19 @@ def test_formula(name: str, kind: str) -> None:
 @pytest.mark.usefixtures("on_device")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.integers(1, 5), st.integers(1, 3), st.integers(1, 17), st.integers(1, 17), st.sampled_from(KINDS), st.sampled_from([0.0, 0.25, 1.0]),
-    st.integers(0, 2**63 - 1), st.integers(0, 1000), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-)  # fmt: skip
-def test_both_backends_agree(N: int, C: int, H: int, W: int, kind: str, p: float, seed: int, stream: int, dtype: torch.dtype) -> None:
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(1, 17),
+    st.integers(1, 17),
+    st.sampled_from(KINDS),
+    st.sampled_from([0.0, 0.25, 1.0]),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 1000),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_both_backends_agree(
+    N: int, C: int, H: int, W: int, kind: str, p: float, seed: int, stream: int, dtype: torch.dtype
+) -> None:
     z0, t = torch.randn(N, C, H, W).to(dtype), torch.randint(100, (N,))
     out = []
     for name in ("torch", "triton"):
@@ -54,7 +63,9 @@ def boxes(name: str, p: float, N: int = 400, side: int = 8) -> Tensor:
     """Where sample n shows its neighbour: with a = 1 and z0 = n, z_t is z0."""
     z0 = torch.arange(float(N))[:, None, None, None].expand(N, 2, side, side).contiguous()
     with backend(name):
-        z_t, target = diffuse(z0, torch.zeros(N, dtype=torch.int64), torch.ones(1), 3, prediction_type="sample", cutmix_prob=p)
+        z_t, target = diffuse(
+            z0, torch.zeros(N, dtype=torch.int64), torch.ones(1), 3, prediction_type="sample", cutmix_prob=p
+        )
     assert torch.equal(z_t, target)
     assert torch.equal(z_t[:, 0], z_t[:, 1])
     moved = z_t[:, 0] != z0[:, 0]
@@ -116,7 +127,9 @@ def test_a_timestep_off_the_table_is_nan(name: str) -> None:
 def test_seed_and_stream_may_live_on_the_device(name: str) -> None:
     z0, t = torch.randn(2, 1, 3, 3), torch.tensor([3, 4])
     with backend(name):
-        assert torch.equal(diffuse(z0, t, bars(), torch.tensor(7), stream=torch.tensor([2]))[0], diffuse(z0, t, bars(), 7, stream=2)[0])
+        assert torch.equal(
+            diffuse(z0, t, bars(), torch.tensor(7), stream=torch.tensor([2]))[0], diffuse(z0, t, bars(), 7, stream=2)[0]
+        )
 
 
 @BOTH
@@ -137,7 +150,11 @@ def test_every_element_is_written(device: torch.device) -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    z0, t, key = torch.randn(2, 2, 3, 3, device=device), torch.tensor([1, 2], device=device), torch.tensor([5, 0], device=device)
+    z0, t, key = (
+        torch.randn(2, 2, 3, 3, device=device),
+        torch.tensor([1, 2], device=device),
+        torch.tensor([5, 0], device=device),
+    )
     for kind in KINDS:
         torch.library.opcheck(torch.ops.sbldm_fast.diffuse.default, (z0, t, bars().to(device), key, 0, kind, 2**21))
 

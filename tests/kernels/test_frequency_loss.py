@@ -35,14 +35,25 @@ def run(loss: Any, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor
     return out.detach(), *(leaf.grad for leaf in leaves)
 
 
-SHAPES = [(2, 8, 16, 16), (1, 4, 32, 32), (2, 3, 5, 7), (1, 1, 1, 1), (1, 2, 1, 9), (1, 2, 40, 33), (1, 1, 64, 64), (1, 1, 33, 2)]
+SHAPES = [
+    (2, 8, 16, 16),
+    (1, 4, 32, 32),
+    (2, 3, 5, 7),
+    (1, 1, 1, 1),
+    (1, 2, 1, 9),
+    (1, 2, 40, 33),
+    (1, 1, 64, 64),
+    (1, 1, 33, 2),
+]
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 0.1), (1.0, 0.0), (0.0, 3.0)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_parity(shape: tuple[int, ...], weights: tuple[float, float], dtype: torch.dtype, device: torch.device, three_way: Any) -> None:
+def test_parity(
+    shape: tuple[int, ...], weights: tuple[float, float], dtype: torch.dtype, device: torch.device, three_way: Any
+) -> None:
     pred, target = (torch.randn(2, *shape) + 3).to(device, dtype)
     with backend("triton"):
         ours = run(lambda p, t: frequency_loss(p, t, low_weight=weights[0], high_weight=weights[1]), pred, target)
@@ -54,10 +65,17 @@ def test_parity(shape: tuple[int, ...], weights: tuple[float, float], dtype: tor
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    N=st.integers(1, 2), C=st.integers(1, 3), H=st.integers(1, 36), W=st.integers(1, 36), cutoff=st.floats(0, 0.75),
-    last=st.booleans(), view=st.booleans(),
-)  # fmt: skip
-def test_any_shape_layout_and_cutoff(N: int, C: int, H: int, W: int, cutoff: float, last: bool, view: bool, three_way: Any) -> None:
+    N=st.integers(1, 2),
+    C=st.integers(1, 3),
+    H=st.integers(1, 36),
+    W=st.integers(1, 36),
+    cutoff=st.floats(0, 0.75),
+    last=st.booleans(),
+    view=st.booleans(),
+)
+def test_any_shape_layout_and_cutoff(
+    N: int, C: int, H: int, W: int, cutoff: float, last: bool, view: bool, three_way: Any
+) -> None:
     pred, target = torch.randn(2, N, C, H, W)
     pred = pred.contiguous(memory_format=torch.channels_last) if last else pred
     target = target.repeat_interleave(2, 3)[..., ::2] if view else target
@@ -80,17 +98,22 @@ def test_equal_weights_are_the_mean_squared_error(name: str, side: int) -> None:
 
 @BOTH
 @pytest.mark.parametrize(
-    ("mode", "is_low"), [((0, 0), True), ((0, 4), True), ((4, 1), False), ((3, 2), True), ((0, 8), False), ((12, 0), True)]
+    ("mode", "is_low"),
+    [((0, 0), True), ((0, 4), True), ((4, 1), False), ((3, 2), True), ((0, 8), False), ((12, 0), True)],
 )
 def test_known_answer(name: str, mode: tuple[int, int], is_low: bool) -> None:
-    # one cosine wave of 16 pixels, frequencies mode/16: mode 4 is 1/4, on the cutoff; 12 is -1/4; (4, 1) lies beyond. Its mean square is
-    # 1/2, or 1 where the wave is its own mirror
+    # one cosine wave of 16 pixels, frequencies mode/16: mode 4 is 1/4, on the cutoff; 12 is -1/4; (4, 1) lies beyond.
+    # Its mean square is 1/2, or 1 where the wave is its own mirror
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     wave = torch.cos(2 * torch.pi * (mode[0] * y + mode[1] * x) / 16)[None, None]
     power = 1.0 if mode in ((0, 0), (0, 8)) else 0.5
     with backend(name):
-        loss, low, high = frequency_loss(wave, torch.zeros_like(wave), low_weight=2.0, high_weight=3.0, return_means=True)
-    torch.testing.assert_close(torch.stack([low, high]), torch.tensor([power, 0.0] if is_low else [0.0, power]), rtol=1e-5, atol=1e-6)
+        loss, low, high = frequency_loss(
+            wave, torch.zeros_like(wave), low_weight=2.0, high_weight=3.0, return_means=True
+        )
+    torch.testing.assert_close(
+        torch.stack([low, high]), torch.tensor([power, 0.0] if is_low else [0.0, power]), rtol=1e-5, atol=1e-6
+    )
     torch.testing.assert_close(loss, torch.tensor(power * (2.0 if is_low else 3.0)), rtol=1e-5, atol=1e-5)
 
 

@@ -29,7 +29,9 @@ from sbldm_fast.kernels import (
 from sbldm_fast.kernels.ddim_step import PREDICTION_TYPES
 from torch import Tensor
 
-norm, backward_of_norm = (importlib.import_module(f"sbldm_fast.kernels.group_norm_silu{part}") for part in ("", "_backward"))
+norm, backward_of_norm = (
+    importlib.import_module(f"sbldm_fast.kernels.group_norm_silu{part}") for part in ("", "_backward")
+)
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 SEEDS = st.integers(0, 2**32)
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -62,7 +64,9 @@ def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str, value: str, 
     return LAYOUTS[layout](x)
 
 
-def with_gradients(run: Any, tensors: dict[str, Tensor], dtype: torch.dtype | None, *upstream: Tensor) -> dict[str, Tensor]:
+def with_gradients(
+    run: Any, tensors: dict[str, Tensor], dtype: torch.dtype | None, *upstream: Tensor
+) -> dict[str, Tensor]:
     leaves = {k: (t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_() for k, t in tensors.items()}
     outputs = run(**leaves)
     torch.autograd.backward(outputs, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
@@ -72,23 +76,56 @@ def with_gradients(run: Any, tensors: dict[str, Tensor], dtype: torch.dtype | No
 
 @pytest.mark.usefixtures("on_device")
 @given(
-    N=st.integers(0, 3), groups=st.integers(1, 6), per_group=st.integers(1, 6), H=st.integers(1, 12), W=st.integers(1, 12), dtype=DTYPES,
-    layout=layouts, value=values, bad=bad_values, layout_of_dy=layouts, silu=st.booleans(), tile=st.sampled_from([128, 8192]),
-    split=st.sampled_from([64, 256]), seed=SEEDS,
-    given_too=st.sets(st.sampled_from(["weight", "bias", "scale", "shift", "conv_bias", "residual"])), half_weights=st.booleans(),
+    N=st.integers(0, 3),
+    groups=st.integers(1, 6),
+    per_group=st.integers(1, 6),
+    H=st.integers(1, 12),
+    W=st.integers(1, 12),
+    dtype=DTYPES,
+    layout=layouts,
+    value=values,
+    bad=bad_values,
+    layout_of_dy=layouts,
+    silu=st.booleans(),
+    tile=st.sampled_from([128, 8192]),
+    split=st.sampled_from([64, 256]),
+    seed=SEEDS,
+    given_too=st.sets(st.sampled_from(["weight", "bias", "scale", "shift", "conv_bias", "residual"])),
+    half_weights=st.booleans(),
     one_row=st.booleans(),
-)  # fmt: skip
+)
 def test_group_norm_silu(
-    N: int, groups: int, per_group: int, H: int, W: int, dtype: torch.dtype, layout: str, value: str, bad: float | None, layout_of_dy: str,
-    silu: bool, tile: int, split: int, seed: int, given_too: set[str], half_weights: bool, one_row: bool, three_way: Any,
-) -> None:  # fmt: skip
+    N: int,
+    groups: int,
+    per_group: int,
+    H: int,
+    W: int,
+    dtype: torch.dtype,
+    layout: str,
+    value: str,
+    bad: float | None,
+    layout_of_dy: str,
+    silu: bool,
+    tile: int,
+    split: int,
+    seed: int,
+    given_too: set[str],
+    half_weights: bool,
+    one_row: bool,
+    three_way: Any,
+) -> None:
     torch.manual_seed(seed)
     C = groups * per_group
     shape = (N, C, H, W)
     x = tensor(shape, dtype, layout, value if N else "normal", bad if N else None)
     of_weights = dtype if half_weights else torch.float32
-    others = {"weight": torch.randn(C), "bias": torch.randn(C), "scale": torch.randn(N, C), "shift": torch.randn(N, C),
-              "conv_bias": torch.randn(C)}  # fmt: skip
+    others = {
+        "weight": torch.randn(C),
+        "bias": torch.randn(C),
+        "scale": torch.randn(N, C),
+        "shift": torch.randn(N, C),
+        "conv_bias": torch.randn(C),
+    }
     tensors = {"x": x} | {k: t.to(of_weights) for k, t in others.items() if k in given_too}
     if "residual" in given_too:
         tensors["residual"] = tensor(shape, dtype, layout_of_dy, "normal")
@@ -98,7 +135,7 @@ def test_group_norm_silu(
     upstream = (dy, dh) if "residual" in given_too else (dy,)
 
     def ours(x: Tensor, **rest: Tensor) -> tuple[Tensor, ...]:
-        out: Any = group_norm_silu(x, groups, **rest, activation="silu" if silu else "none")  # type: ignore[call-overload]  # by options
+        out: Any = group_norm_silu(x, groups, **rest, activation="silu" if silu else "none")  # type: ignore[call-overload]
         return out if "residual" in rest else (out,)
 
     def theirs(x: Tensor, **rest: Tensor) -> tuple[Tensor, ...]:
@@ -123,21 +160,42 @@ def test_group_norm_silu(
         _group_tiles.plan.cache_clear()
         found = with_gradients(ours, tensors, None, *upstream)
     _group_tiles.plan.cache_clear()
-    same, exact = with_gradients(theirs, tensors, None, *upstream), with_gradients(theirs, tensors, torch.float64, *upstream)
+    same, exact = (
+        with_gradients(theirs, tensors, None, *upstream),
+        with_gradients(theirs, tensors, torch.float64, *upstream),
+    )
     for name, got in found.items():
         three_way(got, same[name], exact[name], gradient=name.startswith("d"))
 
 
 @pytest.mark.usefixtures("on_device")
 @given(
-    N=st.integers(0, 3), rest=st.lists(st.integers(1, 9), max_size=3), dtype=DTYPES, value=values, bad=bad_values,
-    a=st.floats(1e-4, 0.9999), up=st.floats(0, 1), eta=st.floats(0, 1),
-    kind=st.sampled_from(PREDICTION_TYPES), clip=st.sampled_from([None, 1.0]), seed=SEEDS,
-)  # fmt: skip
+    N=st.integers(0, 3),
+    rest=st.lists(st.integers(1, 9), max_size=3),
+    dtype=DTYPES,
+    value=values,
+    bad=bad_values,
+    a=st.floats(1e-4, 0.9999),
+    up=st.floats(0, 1),
+    eta=st.floats(0, 1),
+    kind=st.sampled_from(PREDICTION_TYPES),
+    clip=st.sampled_from([None, 1.0]),
+    seed=SEEDS,
+)
 def test_ddim_step(
-    N: int, rest: list[int], dtype: torch.dtype, value: str, bad: float | None, a: float, up: float, eta: float, kind: str,
-    clip: float | None, seed: int, three_way: Any,
-) -> None:  # fmt: skip
+    N: int,
+    rest: list[int],
+    dtype: torch.dtype,
+    value: str,
+    bad: float | None,
+    a: float,
+    up: float,
+    eta: float,
+    kind: str,
+    clip: float | None,
+    seed: int,
+    three_way: Any,
+) -> None:
     torch.manual_seed(seed)
     b = a + (1 - a) * up
     shape = (N, *rest)
@@ -171,14 +229,36 @@ def test_ddim_step(
 
 @pytest.mark.usefixtures("on_device")
 @given(
-    N=st.integers(0, 3), numel=st.integers(1, 5000), K=st.integers(0, 3), dtype=DTYPES, dtype_of_m=DTYPES, guided=st.booleans(),
-    noisy=st.booleans(), watched=st.booleans(), frozen=st.booleans(), clip=st.sampled_from([None, 0.5]), value=values,
-    bad=bad_values, seed=SEEDS,
-)  # fmt: skip
+    N=st.integers(0, 3),
+    numel=st.integers(1, 5000),
+    K=st.integers(0, 3),
+    dtype=DTYPES,
+    dtype_of_m=DTYPES,
+    guided=st.booleans(),
+    noisy=st.booleans(),
+    watched=st.booleans(),
+    frozen=st.booleans(),
+    clip=st.sampled_from([None, 0.5]),
+    value=values,
+    bad=bad_values,
+    seed=SEEDS,
+)
 def test_solver_step(
-    N: int, numel: int, K: int, dtype: torch.dtype, dtype_of_m: torch.dtype, guided: bool, noisy: bool, watched: bool, frozen: bool,
-    clip: float | None, value: str, bad: float | None, seed: int, three_way: Any,
-) -> None:  # fmt: skip
+    N: int,
+    numel: int,
+    K: int,
+    dtype: torch.dtype,
+    dtype_of_m: torch.dtype,
+    guided: bool,
+    noisy: bool,
+    watched: bool,
+    frozen: bool,
+    clip: float | None,
+    value: str,
+    bad: float | None,
+    seed: int,
+    three_way: Any,
+) -> None:
     torch.manual_seed(seed)
     table = torch.randn(2, 6 + 2 * K)
     table[:, 6:] *= torch.rand(2 * K) < 0.7
@@ -189,7 +269,9 @@ def test_solver_step(
     w, stop, seeds = torch.rand(N) * 5, torch.rand(N) < 0.5, torch.randint(2**40, (N, 2)) % torch.tensor([2**40, 1000])
     history, before = torch.randn(K, 2, N, numel).to(dtype), torch.randn(N, numel).to(dtype)
     row, past = table[1], history.clone()
-    z = torch.cat([torch.empty(0, numel), *(philox_normal((1, numel), int(s), first_index=int(i), stream=2) for s, i in seeds)])
+    z = torch.cat(
+        [torch.empty(0, numel), *(philox_normal((1, numel), int(s), first_index=int(i), stream=2) for s, i in seeds)]
+    )
 
     def formula(kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         v, u = x.to(kind), m[:N].to(kind)
@@ -210,9 +292,18 @@ def test_solver_step(
     counter, x0, sums = torch.tensor([1, 0], dtype=torch.int32), before.clone(), torch.full((N, 2), torch.nan)
     with backend("triton"):
         y = solver_step(
-            x, m, table, counter, guidance_scale=w if guided else None, history=history if K else None, seeds=seeds if noisy else None,
-            frozen=stop if frozen else None, x0=x0 if watched else None, statistics=sums if watched else None, clip_range=clip,
-        )  # fmt: skip
+            x,
+            m,
+            table,
+            counter,
+            guidance_scale=w if guided else None,
+            history=history if K else None,
+            seeds=seeds if noisy else None,
+            frozen=stop if frozen else None,
+            x0=x0 if watched else None,
+            statistics=sums if watched else None,
+            clip_range=clip,
+        )
     assert counter.tolist() == [2, 0]
     if N == 0:
         return
@@ -232,14 +323,39 @@ def test_solver_step(
 @pytest.mark.parametrize("op", ["frequency_loss", "spectral_mse"])
 @pytest.mark.usefixtures("on_device")
 @given(
-    N=st.integers(0, 2), C=st.integers(1, 3), H=st.integers(1, 40), W=st.integers(1, 40), dtypes=st.tuples(DTYPES, DTYPES),
-    of_pred=layouts, of_target=layouts, value=values, bad=bad_values, cutoff=st.floats(0, 1), low=st.floats(0, 4), high=st.floats(0, 4),
-    norm=st.sampled_from(["backward", "ortho", "forward"]), seed=SEEDS,
-)  # fmt: skip
+    N=st.integers(0, 2),
+    C=st.integers(1, 3),
+    H=st.integers(1, 40),
+    W=st.integers(1, 40),
+    dtypes=st.tuples(DTYPES, DTYPES),
+    of_pred=layouts,
+    of_target=layouts,
+    value=values,
+    bad=bad_values,
+    cutoff=st.floats(0, 1),
+    low=st.floats(0, 4),
+    high=st.floats(0, 4),
+    norm=st.sampled_from(["backward", "ortho", "forward"]),
+    seed=SEEDS,
+)
 def test_losses(
-    op: str, N: int, C: int, H: int, W: int, dtypes: tuple[torch.dtype, torch.dtype], of_pred: str, of_target: str, value: str,
-    bad: float | None, cutoff: float, low: float, high: float, norm: str, seed: int, three_way: Any,
-) -> None:  # fmt: skip
+    op: str,
+    N: int,
+    C: int,
+    H: int,
+    W: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    of_pred: str,
+    of_target: str,
+    value: str,
+    bad: float | None,
+    cutoff: float,
+    low: float,
+    high: float,
+    norm: str,
+    seed: int,
+    three_way: Any,
+) -> None:
     torch.manual_seed(seed)
     shape = (N, C, H, W)
     tensors = {
@@ -256,7 +372,9 @@ def test_losses(
         kind = torch.float64 if pred.dtype == torch.float64 else torch.float32
         if not pred.numel():
             return ((pred.to(kind) - target.to(kind)).mean(),)
-        power = torch.fft.fft2(pred.to(kind) - target.to(kind), norm=norm if op == "spectral_mse" else "ortho").abs() ** 2
+        power = (
+            torch.fft.fft2(pred.to(kind) - target.to(kind), norm=norm if op == "spectral_mse" else "ortho").abs() ** 2
+        )
         f = [torch.fft.fftfreq(n, dtype=torch.float64) for n in (H, W)]
         mask = (f[0][:, None] ** 2 + f[1] ** 2).sqrt() <= cutoff
         return ((power if op == "spectral_mse" else torch.where(mask, low, high) * power).mean(),)
@@ -273,8 +391,12 @@ def test_losses(
     if not tensors["pred"].numel():
         assert found["out0"].isnan()
         return
-    # what cancels in a part without weight was there before: the terms are as large as the error under the larger weight
-    e, weight = (tensors["pred"].double() - tensors["target"].double()).abs(), max(low, high) if op == "frequency_loss" else 1.0
+    # what cancels in a part without weight was there before: the terms are as large as the error under the larger
+    # weight
+    e, weight = (
+        (tensors["pred"].double() - tensors["target"].double()).abs(),
+        max(low, high) if op == "frequency_loss" else 1.0,
+    )
     for name, got in found.items():
         unit = float((e**2).mean() if name == "out0" else 2 * e.max() / e.numel()) * weight
         three_way(got, same[name], exact[name], gradient=True, unit=unit)
@@ -282,15 +404,28 @@ def test_losses(
 
 @pytest.mark.usefixtures("on_device")
 @given(
-    shape=st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)), dtype=DTYPES, value=values,
+    shape=st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)),
+    dtype=DTYPES,
+    value=values,
     bad=bad_values,
-    kind=st.sampled_from(PREDICTION_TYPES), p=st.floats(0, 1), seed=st.integers(0, 2**63 - 1), stream=st.integers(0, 2**31 - 1),
+    kind=st.sampled_from(PREDICTION_TYPES),
+    p=st.floats(0, 1),
+    seed=st.integers(0, 2**63 - 1),
+    stream=st.integers(0, 2**31 - 1),
     first=st.integers(0, 2**30),
-)  # fmt: skip
+)
 def test_diffuse_and_philox_normal(
-    shape: tuple[int, ...], dtype: torch.dtype, value: str, bad: float | None, kind: str, p: float, seed: int, stream: int, first: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    value: str,
+    bad: float | None,
+    kind: str,
+    p: float,
+    seed: int,
+    stream: int,
+    first: int,
     three_way: Any,
-) -> None:  # fmt: skip
+) -> None:
     torch.manual_seed(seed)
     z0, t, bars = VALUES[value](torch.randn(shape), dtype).to(dtype), torch.randint(50, shape[:1]), torch.rand(50)
     if bad is not None and z0.numel():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ Problem = tuple[Tensor, int, dict[str, Tensor | None]]
 
 def formula(
     x: Tensor, groups: int, weight: Any, bias: Any, scale: Any, shift: Any, conv_bias: Any, residual: Any, silu: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The formula in PyTorch operators, in whatever dtype the tensors have: y and h."""
     h = x if conv_bias is None else x + conv_bias[:, None, None]
     h = h if residual is None else h + residual
@@ -44,17 +45,25 @@ def formula(
     return (F.silu(y) if silu else y), h
 
 
-def problem(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, mean: float = 0.0, channels_last: bool = False) -> Problem:
+def problem(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, mean: float = 0.0, channels_last: bool = False
+) -> Problem:
     N, C, H, W, groups = shape
     x, residual = (torch.randn(2, N, C, H, W) + mean).to(device, dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     weight, bias, conv_bias = torch.randn(3, C).to(device, dtype)
     scale, shift = torch.randn(2, N, C).to(device, dtype)
-    return x, groups, {"weight": weight, "bias": bias, "scale": scale, "shift": shift, "conv_bias": conv_bias, "residual": residual}
+    return (
+        x,
+        groups,
+        {"weight": weight, "bias": bias, "scale": scale, "shift": shift, "conv_bias": conv_bias, "residual": residual},
+    )
 
 
-def gradients(run: Any, tensors: dict[str, Tensor | None], dtype: torch.dtype, dy: Tensor, dh: Tensor) -> dict[str, Tensor]:
+def gradients(
+    run: Any, tensors: dict[str, Tensor | None], dtype: torch.dtype, dy: Tensor, dh: Tensor
+) -> dict[str, Tensor]:
     """y, h and the gradient of every tensor, computed in `dtype`."""
     leaves = {k: None if t is None else t.detach().to(dtype).requires_grad_() for k, t in tensors.items()}
     y, h = run(**leaves)
@@ -90,7 +99,9 @@ def compare(x: Tensor, groups: int, others: dict[str, Tensor | None], silu: bool
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_parity(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, device: torch.device, three_way: Any) -> None:
+def test_parity(
+    shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, device: torch.device, three_way: Any
+) -> None:
     x, *rest = problem(shape, dtype, device, channels_last=channels_last)
     y = compare(x, *rest, True, three_way)
     assert y.stride() == x.stride()
@@ -98,7 +109,8 @@ def test_parity(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype,
 
 @pytest.mark.parametrize("mean", [10.0, 100.0])
 @pytest.mark.parametrize(
-    "given", [(), ("weight", "bias"), ("scale", "shift"), ("weight", "residual"), ("shift",), ("bias", "scale"), ("conv_bias",)]
+    "given",
+    [(), ("weight", "bias"), ("scale", "shift"), ("weight", "residual"), ("shift",), ("bias", "scale"), ("conv_bias",)],
 )
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("shape", [(2, 32, 8, 8, 8), (1, 4, 96, 90, 2)])
@@ -128,7 +140,8 @@ def test_views_are_read_in_place(view: str, device: torch.device, three_way: Any
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_gradients_may_lie_in_another_way(view: str, device: torch.device, three_way: Any) -> None:
-    """To rounding: where dy lies otherwise, Triton spreads the pixels over threads otherwise, and sums in another order."""
+    """To rounding: where dy lies otherwise, Triton spreads the pixels over threads otherwise, and sums in another
+    order."""
     x, groups, others = problem((3, 12, 6, 5, 4), torch.float32, device)
     dy = VIEWS[view](torch.randn_like(x))
     assert dy.stride() != x.stride()
@@ -144,19 +157,24 @@ def test_gradients_may_lie_in_another_way(view: str, device: torch.device, three
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 6, 6, 4), (2, 4, 12, 12, 4), (1, 4, 96, 90, 2)])
-def test_a_large_bias_costs_no_digits_where_a_tile_is_not_full(shape: tuple[int, ...], device: torch.device, three_way: Any) -> None:
+def test_a_large_bias_costs_no_digits_where_a_tile_is_not_full(
+    shape: tuple[int, ...], device: torch.device, three_way: Any
+) -> None:
     x, groups, others = problem(shape, torch.float32, device)
     bias = 10 + torch.rand(shape[1], device=device)
     compare(0.01 * x, groups, dict.fromkeys(others) | {"conv_bias": bias}, True, three_way)
     with backend("triton"):
-        ours, of_the_sum = group_norm_silu(0.01 * x, groups, conv_bias=bias), group_norm_silu(0.01 * x + bias[:, None, None], groups)
+        ours, of_the_sum = (
+            group_norm_silu(0.01 * x, groups, conv_bias=bias),
+            group_norm_silu(0.01 * x + bias[:, None, None], groups),
+        )
     assert (ours - of_the_sum).abs().max() < 2e-6
 
 
 def test_a_bias_that_asks_for_no_gradient_costs_none(device: torch.device) -> None:
     x, groups, others = problem((2, 8, 4, 4, 2), torch.float32, device)
     for asks in (False, True):
-        bias = others["conv_bias"].detach().requires_grad_(asks)  # type: ignore[union-attr]  # it is there
+        bias = others["conv_bias"].detach().requires_grad_(asks)  # type: ignore[union-attr]
         with backend("triton"):
             y = group_norm_silu(x.detach().requires_grad_(), groups, conv_bias=bias)
         with Ops() as ops:
@@ -179,7 +197,9 @@ class Ops(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8, 4), (1, 4, 96, 90, 2)])
-def test_a_bias_before_the_norm_is_not_written_where_nobody_asks(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def test_a_bias_before_the_norm_is_not_written_where_nobody_asks(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
     """Without gradient y alone leaves the kernel, and is to the bit what comes beside the sum."""
     x, groups, others = problem(shape, dtype, device)
     given = {k: others[k] for k in ("weight", "bias", "conv_bias")}
@@ -188,9 +208,9 @@ def test_a_bias_before_the_norm_is_not_written_where_nobody_asks(shape: tuple[in
         alone = group_norm_silu(x, groups, **given)
         without = torch.ops.sbldm_fast.group_norm_silu(
             x, given["conv_bias"], None, groups, None, None, 1e-5, None, None, True, False
-        )  # fmt: skip
+        )
     assert torch.equal(y, alone)
-    assert torch.equal(h, (x.float() + others["conv_bias"].float()[:, None, None]).to(dtype))  # type: ignore[union-attr]  # it is there
+    assert torch.equal(h, (x.float() + others["conv_bias"].float()[:, None, None]).to(dtype))  # type: ignore[union-attr]
     assert without[1].numel() == 0
 
 
@@ -205,9 +225,11 @@ def test_one_row_of_scale_and_shift_serves_the_batch(device: torch.device) -> No
     x, groups, others = problem((3, 8, 4, 4, 2), torch.float32, device)
     out = []
     for shared in (True, False):
-        rows = {k: others[k][:1].clone().requires_grad_() for k in ("scale", "shift")}  # type: ignore[index]  # they are there
+        rows = {k: others[k][:1].clone().requires_grad_() for k in ("scale", "shift")}  # type: ignore[index]
         with backend("triton"):
-            y = group_norm_silu(x, groups, **{k: r if shared else r.expand(3, -1).contiguous() for k, r in rows.items()})
+            y = group_norm_silu(
+                x, groups, **{k: r if shared else r.expand(3, -1).contiguous() for k, r in rows.items()}
+            )
         y.square().sum().backward()
         out.append((y, rows["scale"].grad, rows["shift"].grad))
     assert torch.equal(out[0][0], out[1][0])
@@ -261,7 +283,9 @@ def test_known_gradient(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_one_launch_and_two_agree(channels_last: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch, three_way: Any) -> None:
+def test_one_launch_and_two_agree(
+    channels_last: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch, three_way: Any
+) -> None:
     x, groups, others = problem((2, 12, 16, 15, 2), torch.float32, device, 10.0, channels_last)
     assert _group_tiles.plan(x.shape, groups, channels_last, 4, 8192)[0][3] == 1
     whole = compare(x, groups, others, True, three_way)
@@ -288,7 +312,9 @@ def test_same_bits_from_run_to_run(device: torch.device) -> None:
     leaves = {"x": x, **others}
     dy = torch.randn_like(x)
     with backend("triton"):
-        runs = [gradients(lambda x, **o: group_norm_silu(x, groups, **o), leaves, torch.float32, dy, dy) for _ in range(3)]
+        runs = [
+            gradients(lambda x, **o: group_norm_silu(x, groups, **o), leaves, torch.float32, dy, dy) for _ in range(3)
+        ]
     for name, first in runs[0].items():
         assert all(torch.equal(first, other[name]) for other in runs[1:])
 
@@ -316,7 +342,8 @@ def test_backward_reference_is_the_derivative(device: torch.device) -> None:
     x, groups, others = problem((2, 6, 4, 3, 3), torch.float64, torch.device("cpu"))
     dy, dh = torch.randn(2, *x.shape, dtype=torch.float64)
     for silu in (False, True):
-        expected = gradients(lambda **t: formula(groups=groups, silu=silu, **t), {"x": x, **others}, torch.float64, dy, dh)  # noqa: B023  # called at once
+        of = partial(formula, groups=groups, silu=silu)
+        expected = gradients(of, {"x": x, **others}, torch.float64, dy, dh)
         h = expected["h"].reshape(2, groups, -1)
         stats = torch.stack([h.mean(-1), 1 / (h.var(-1, correction=0) + 1e-5).sqrt()], 1)
         affine = [others[k] for k in ("weight", "bias", "scale", "shift")]
@@ -334,7 +361,9 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(op, (last, None, None, groups, None, None, 1e-5, None, None, False, False))
     _, h, stats = (t.detach() for t in op(x, conv_bias, residual, groups, w, b, 1e-5, scale, shift, True, True))
     backward = torch.ops.sbldm_fast.group_norm_silu_backward.default
-    torch.library.opcheck(backward, (torch.randn_like(h), None, h, stats, *(t.detach() for t in (w, b, scale, shift)), True))
+    torch.library.opcheck(
+        backward, (torch.randn_like(h), None, h, stats, *(t.detach() for t in (w, b, scale, shift)), True)
+    )
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])

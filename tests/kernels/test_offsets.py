@@ -1,4 +1,5 @@
-"""Tensors of more than 2^31 elements: the last program of each op, alone, on memory that is reserved and hardly touched.
+"""Tensors of more than 2^31 elements: the last program of each op, alone, on memory that is reserved and hardly
+touched.
 
 The programs before it would take the interpreter days; what differs in the last one is the arithmetic of its offsets.
 """
@@ -14,7 +15,9 @@ from sbldm_fast.kernels import backend, ddim_step, diffuse, frequency_loss, phil
 from sbldm_fast.kernels._backend import HAS_TRITON, interpreted
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(not (HAS_TRITON and interpreted()), reason="only the interpreter can run one program of a grid alone")
+pytestmark = pytest.mark.skipif(
+    not (HAS_TRITON and interpreted()), reason="only the interpreter can run one program of a grid alone"
+)
 N, SHAPE = 2**20 + 1, (8, 16, 16)  # 2^31 + 2048 elements, 4.3 GB of float16
 
 

@@ -41,7 +41,9 @@ def _words_kernel(out, counter, seed):
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
-def test_integer_stream_of_triton_is_random123s(counter: list[int], key: list[int], words: list[int], device: torch.device) -> None:
+def test_integer_stream_of_triton_is_random123s(
+    counter: list[int], key: list[int], words: list[int], device: torch.device
+) -> None:
     seed = np.array(key, dtype=np.uint32).view(np.int64)  # the kernel's seed is both words of the key
     out = torch.zeros(4, dtype=torch.uint32, device=device)
     counters = torch.tensor(counter, dtype=torch.uint32, device=device)
@@ -51,7 +53,9 @@ def test_integer_stream_of_triton_is_random123s(counter: list[int], key: list[in
 
 def test_first_normals_by_hand(device: torch.device) -> None:
     u = [((w >> 9) + 0.5) / 2**23 for w in KNOWN[0][2]]
-    expected = [math.sqrt(-2 * math.log(u[i])) * f(2 * math.pi * (u[i + 1] - 0.5)) for i in (0, 2) for f in (math.cos, math.sin)]
+    expected = [
+        math.sqrt(-2 * math.log(u[i])) * f(2 * math.pi * (u[i + 1] - 0.5)) for i in (0, 2) for f in (math.cos, math.sin)
+    ]
     for name in ("torch", "triton"):
         with backend(name):
             got = philox_normal((1, 4), 0, device=device)
@@ -86,7 +90,12 @@ def test_distribution() -> None:
     assert abs(float(z.var()) - 1) < 5 * math.sqrt(2 / n)
     assert abs(float((z**4).mean()) - 3) < 5 * math.sqrt(96 / n)
     # neighbours, samples and streams are uncorrelated
-    others = [z.roll(1, -1), z.roll(1, 0), philox_normal((16, 8, 32, 32), 1, stream=1).double(), philox_normal((16, 8, 32, 32), 2).double()]
+    others = [
+        z.roll(1, -1),
+        z.roll(1, 0),
+        philox_normal((16, 8, 32, 32), 1, stream=1).double(),
+        philox_normal((16, 8, 32, 32), 2).double(),
+    ]
     for other in others:
         assert abs(float((z * other).mean())) < 5 / math.sqrt(n)
 

@@ -25,7 +25,10 @@ def test_table_of_norms_is_what_the_presets_run() -> None:
 
     def record(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         assert isinstance(module, GroupNormSiLU)
-        x, terms = args[0], [name for key, name in (("conv_bias", "bias"), ("residual", "residual")) if given.get(key) is not None]
+        x, terms = (
+            args[0],
+            [name for key, name in (("conv_bias", "bias"), ("residual", "residual")) if given.get(key) is not None],
+        )
         words = ["time"] * (len(args) > 1 and args[1] is not None) + [module.activation, *terms]
         words += ["sum"] * bool(given.get("residual") is not None or (terms and given.get("return_sum")))
         seen.add((module.num_channels, module.num_groups, x.shape[2] * x.shape[3], " ".join(words)))
@@ -36,7 +39,10 @@ def test_table_of_norms_is_what_the_presets_run() -> None:
             if isinstance(m, GroupNormSiLU):
                 m.register_forward_pre_hook(record, with_kwargs=True)
         with torch.no_grad(), torch.device("meta"):
-            unet(torch.empty(1, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size), torch.zeros(1, dtype=torch.int64))
+            unet(
+                torch.empty(1, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size),
+                torch.zeros(1, dtype=torch.int64),
+            )
             vae.decode(vae.encode(torch.empty(1, 1, p.vae.sample_size, p.vae.sample_size)).mean)
     assert set(preflight.PRESET_NORMS) == seen
 
@@ -75,7 +81,9 @@ def test_reads_registers_loads_and_warps_from_the_binary() -> None:
 
 @TRITON
 def test_finds_float64_spills_narrow_loads_and_kernels_that_do_not_compile() -> None:
-    faults = run(PRELUDE + "print(json.dumps([p.compile_one(s, '', 75).fault for s in (double, spilling, narrow, broken)]))")
+    faults = run(
+        PRELUDE + "print(json.dumps([p.compile_one(s, '', 75).fault for s in (double, spilling, narrow, broken)]))"
+    )
     assert re.search(r"f64 [1-9]\d* > 0", faults[0])
     assert re.search(r"spilled [1-9]\d* > 0", faults[1])
     assert faults[2] == "load 4 < 16"
@@ -87,7 +95,9 @@ def test_finds_float64_spills_narrow_loads_and_kernels_that_do_not_compile() -> 
 def test_exit_status_is_1_where_a_budget_is_broken(kernel: str, status: int) -> None:
     code = f"p.specialisations = lambda dtype: [{kernel}]\nprint(json.dumps(p.main(['--sm', '75', '--worst'])))"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", PRELUDE + code], capture_output=True, text=True, env=env, cwd="/", check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code], capture_output=True, text=True, env=env, cwd="/", check=True
+    )
     assert done.stdout.splitlines()[-1] == str(status)
     assert ("FAIL" in done.stdout) == bool(status)
     assert f"2 kernels compiled for sm 75, {2 * status} failed; compiled, not run" in done.stderr
@@ -99,8 +109,10 @@ def test_what_is_compiled_is_what_is_launched() -> None:
         PRELUDE
         + """
 seen = p.specialisations(torch.float16)
-n = next(s for s in seen if s.kernel == "_group_norm_silu_kernel" and s.name == "64/32 HW=256 nhwc silu bias sum sample")
-print(json.dumps([sorted({s.kernel for s in seen}), n.signature, n.constants[tuple(n.signature).index("TILE"),], n.num_warps]))
+wanted = ("_group_norm_silu_kernel", "64/32 HW=256 nhwc silu bias sum sample")
+n = next(s for s in seen if (s.kernel, s.name) == wanted)
+tile = n.constants[tuple(n.signature).index("TILE"),]
+print(json.dumps([sorted({s.kernel for s in seen}), n.signature, tile, n.num_warps]))
 """
     )
     assert len(got[0]) == 14
@@ -115,7 +127,8 @@ print(json.dumps([sorted({s.kernel for s in seen}), n.signature, n.constants[tup
 
 @TRITON
 def test_odd_problems_compile_too() -> None:
-    """Sizes of one become constants, odd sizes and strides lose their divisibility: other code paths of the compiler."""
+    """Sizes of one become constants, odd sizes and strides lose their divisibility: other code paths of the
+    compiler."""
     faults = run(
         PRELUDE
         + """
@@ -141,7 +154,8 @@ print(json.dumps([p.compile_one(s, "fp16", 75).fault for s in p.unique(found)]))
 
 @TRITON
 def test_every_op_compiles_where_sizes_are_one() -> None:
-    """Triton makes a constant of an argument that is 1, and a constant has no method `to`: the interpreter does not show it."""
+    """Triton makes a constant of an argument that is 1, and a constant has no method `to`: the interpreter does not
+    show it."""
     faults = run(
         PRELUDE
         + """
@@ -153,15 +167,16 @@ for shape in ((1, 1, 1, 1), (1, 8, 16, 16), (1, 1, 40, 1), (1, 1, 1, 40)):
     x = new(*shape)
     calls |= {f"{name} {shape}": call for name, call in {
         "ddim": partial(p.ddim_step._launch, x, x, new(), new(), 1.0, x, "epsilon", 1.0),
-        "solver": partial(p.solver_step._launch, x, new(2, *shape[1:]), new(1, 8), new(2, dtype=i32), new(1), new(1, 2, *shape),
-                          new(1, 2, dtype=i64), new(1, dtype=torch.bool), x, new(1, 2), 1.0),
+        "solver": partial(p.solver_step._launch, x, new(2, *shape[1:]), new(1, 8), new(2, dtype=i32), new(1),
+                          new(1, 2, *shape), new(1, 2, dtype=i64), new(1, dtype=torch.bool), x, new(1, 2), 1.0),
         "frequency": partial(p.frequency_loss._launch, x, x, 1.0, 0.5, 0.25, True),
         "spectral": partial(p.spectral_mse._launch, x, x, 1.0, True),
         "diffuse": partial(p.diffuse._launch, x, new(1, dtype=i64), new(1), new(2, dtype=i64), 0, "epsilon", 2**21),
         "philox": partial(p.philox_normal._launch, new(1, dtype=i64), shape, 1, 1, torch.float32),
-        "norm": partial(p.group_norm_silu._launch, x, new(shape[1]), x, 1, new(shape[1]), new(shape[1]), 1e-5, new(1, shape[1]),
-                        new(1, shape[1]), True, True),
-        "gradient": partial(p.group_norm_silu_backward._launch, x, x, x, new(1, 2, 1), new(shape[1]), None, new(1, shape[1]), None, True),
+        "norm": partial(p.group_norm_silu._launch, x, new(shape[1]), x, 1, new(shape[1]), new(shape[1]), 1e-5,
+                        new(1, shape[1]), new(1, shape[1]), True, True),
+        "gradient": partial(p.group_norm_silu_backward._launch, x, x, x, new(1, 2, 1), new(shape[1]), None,
+                            new(1, shape[1]), None, True),
     }.items()}
 found = p.unique(s for name, call in calls.items() for s in p.recorded(name, False, call))
 print(json.dumps([f"{s.kernel} {s.name}: {p.compile_one(s, '', 75).fault}" for s in found]))
@@ -177,9 +192,16 @@ def report(**values: Any) -> preflight.Report:
 
 @pytest.mark.parametrize(
     ("values", "fault"),
-    [({}, ""), ({"spilled": 8}, "spilled 8 > 0"), ({"f64": 3}, "f64 3 > 0"), ({"shared": 49153}, "shared 49153 > 4096"),
-     ({"load": 8}, "load 8 < 16"), ({"registers": 65}, "registers 65 > 64"), ({"warps": 8, "f64": 1}, "f64 1 > 0, warps 8 < 32")],
-)  # fmt: skip
+    [
+        ({}, ""),
+        ({"spilled": 8}, "spilled 8 > 0"),
+        ({"f64": 3}, "f64 3 > 0"),
+        ({"shared": 49153}, "shared 49153 > 4096"),
+        ({"load": 8}, "load 8 < 16"),
+        ({"registers": 65}, "registers 65 > 64"),
+        ({"warps": 8, "f64": 1}, "f64 1 > 0, warps 8 < 32"),
+    ],
+)
 def test_budgets(values: dict[str, Any], fault: str) -> None:
     assert preflight._fault(report(**values), wide=True) == fault
 
@@ -191,10 +213,18 @@ def test_every_budget_is_that_of_a_kernel() -> None:
 
 @pytest.mark.parametrize(
     ("sm", "registers", "shared", "num_warps", "warps"),
-    [(75, 64, 0, 4, 32), (75, 65, 0, 4, 28), (75, 128, 0, 16, 16), (75, 32, 0, 1, 16), (80, 32, 0, 4, 64), (75, 32, 16384, 4, 16)],
+    [
+        (75, 64, 0, 4, 32),
+        (75, 65, 0, 4, 28),
+        (75, 128, 0, 16, 16),
+        (75, 32, 0, 1, 16),
+        (80, 32, 0, 4, 64),
+        (75, 32, 16384, 4, 16),
+    ],
 )
 def test_resident_warps_by_hand(sm: int, registers: int, shared: int, num_warps: int, warps: int) -> None:
-    # 65: 2,304 registers a warp, 9,216 a block of four, 7 blocks in 65,536; blocks of one warp end at 16 blocks; 16 KiB at 4 blocks
+    # 65: 2,304 registers a warp, 9,216 a block of four, 7 blocks in 65,536; blocks of one warp end at 16 blocks; 16 KiB
+    # at 4 blocks
     assert preflight._resident_warps(sm, registers, shared, num_warps) == warps
 
 

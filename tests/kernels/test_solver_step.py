@@ -50,7 +50,9 @@ def random_table(steps: int, K: int) -> Tensor:
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("K", [0, 1, 3])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 8, 16, 16), (2, 1, 50, 45)])
-def test_parity(shape: tuple[int, ...], K: int, clip: float | None, dtype: torch.dtype, device: torch.device, three_way: Any) -> None:
+def test_parity(
+    shape: tuple[int, ...], K: int, clip: float | None, dtype: torch.dtype, device: torch.device, three_way: Any
+) -> None:
     table = random_table(5, K)
     x = torch.randn(shape).to(device, dtype)
     outputs = torch.randn(5, *shape).to(device, dtype)
@@ -68,11 +70,26 @@ def test_parity(shape: tuple[int, ...], K: int, clip: float | None, dtype: torch
 @pytest.mark.usefixtures("on_device")
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.integers(1, 3), st.integers(1, 3000), st.integers(0, 3), st.booleans(), st.booleans(), st.booleans(), st.booleans(),
-    st.sampled_from([None, 0.5]), st.integers(0, 2**31),
-)  # fmt: skip
+    st.integers(1, 3),
+    st.integers(1, 3000),
+    st.integers(0, 3),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([None, 0.5]),
+    st.integers(0, 2**31),
+)
 def test_both_backends_agree_on_everything(
-    N: int, numel: int, K: int, guided: bool, noisy: bool, watched: bool, some_frozen: bool, clip: float | None, seed: int
+    N: int,
+    numel: int,
+    K: int,
+    guided: bool,
+    noisy: bool,
+    watched: bool,
+    some_frozen: bool,
+    clip: float | None,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     table, x, steps = random_table(3, K), torch.randn(N, numel), torch.randn(3, (1 + guided) * N, numel)
@@ -89,7 +106,15 @@ def test_both_backends_agree_on_everything(
         y, counter, trail = x, new_counter(), []
         with backend(name):
             for m in steps:
-                y = solver_step(y, m, table, counter, guidance_scale=torch.arange(N) + 0.5 if guided else None, clip_range=clip, **buffers)
+                y = solver_step(
+                    y,
+                    m,
+                    table,
+                    counter,
+                    guidance_scale=torch.arange(N) + 0.5 if guided else None,
+                    clip_range=clip,
+                    **buffers,
+                )
                 trail += [y, *(b.clone() for b in buffers.values() if b is not None)]
         runs.append([*trail, counter[0]])
     for a, b in zip(*runs, strict=True):
@@ -120,7 +145,8 @@ def test_a_run_of_ddim(name: str) -> None:
 @BOTH
 @pytest.mark.usefixtures("on_device")
 def test_known_answer(name: str) -> None:
-    # a = 0.36, a' = 0.64, as in ddim_step: x0 = (1 - 0.8 m) / 0.6; m = 0 + 2 (0.25 - 0) = 0.5 by guidance; x' = 0.8 x0 + 0.6 m = 1.1
+    # a = 0.36, a' = 0.64, as in ddim_step: x0 = (1 - 0.8 m) / 0.6; m = 0 + 2 (0.25 - 0) = 0.5 by guidance; x' = 0.8 x0
+    # + 0.6 m = 1.1
     table = torch.tensor([[1 / 0.6, -0.8 / 0.6, 0.8, 0.0, 0.0, 0.6]])
     x, x0, statistics = torch.ones(1, 4), torch.zeros(1, 4), torch.zeros(1, 2)
     m = torch.stack([torch.zeros(4), torch.full((4,), 0.25)])
@@ -140,7 +166,9 @@ def test_noise_is_that_of_philox_normal(name: str) -> None:
     with backend(name):
         drawn = [solver_step(x, x, table, counter, seeds=seeds) for _ in range(2)]
         for i in (0, 1):
-            expected = [philox_normal((1, 2, 3, 5), int(s), first_index=int(n), stream=i + 1) * (i + 1) for s, n in seeds]
+            expected = [
+                philox_normal((1, 2, 3, 5), int(s), first_index=int(n), stream=i + 1) * (i + 1) for s, n in seeds
+            ]
             assert torch.equal(drawn[i], torch.cat(expected))
 
 
@@ -180,7 +208,11 @@ def test_a_channels_last_output_is_read_in_place(name: str, guided: bool) -> Non
 
 
 def test_half_precision_output_with_a_float32_sample(device: torch.device) -> None:
-    table, x, m = torch.randn(1, 6, device=device), torch.randn(2, 7, device=device), torch.randn(2, 7, device=device).half()
+    table, x, m = (
+        torch.randn(1, 6, device=device),
+        torch.randn(2, 7, device=device),
+        torch.randn(2, 7, device=device).half(),
+    )
     with backend("triton"):
         got = [solver_step(x, v, table, new_counter(device)) for v in (m, m.float())]
     assert torch.equal(*got)
@@ -199,10 +231,17 @@ def test_batch_of_none(name: str) -> None:
 def test_opcheck(device: torch.device) -> None:
     x, m = torch.randn(2, 3, 4, device=device), torch.randn(4, 3, 4, device=device)
     op = torch.ops.sbldm_fast.solver_step.default
-    arguments = (torch.randn(5, 10, device=device), new_counter(device), torch.ones(1, device=device),
-                 torch.zeros(2, 2, *x.shape, device=device),
-                 torch.zeros(2, 2, dtype=torch.int64, device=device), torch.zeros(2, dtype=torch.bool, device=device),
-                 torch.zeros_like(x), torch.zeros(2, 2, device=device), 1.0)  # fmt: skip
+    arguments = (
+        torch.randn(5, 10, device=device),
+        new_counter(device),
+        torch.ones(1, device=device),
+        torch.zeros(2, 2, *x.shape, device=device),
+        torch.zeros(2, 2, dtype=torch.int64, device=device),
+        torch.zeros(2, dtype=torch.bool, device=device),
+        torch.zeros_like(x),
+        torch.zeros(2, 2, device=device),
+        1.0,
+    )
     torch.library.opcheck(op, (x, m, *arguments))
     torch.library.opcheck(op, (x, x.clone(), torch.randn(5, 6, device=device), new_counter(device), *[None] * 7))
 
@@ -226,7 +265,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "layout": ({"x": X.contiguous(memory_format=torch.channels_last)}, "x: got strides"),
     "output": ({"model_output": X[:1]}, r"model_output: got shape \(1, 3, 4, 4\), allowed is \(2, 3, 4, 4\)"),
     "guided output": ({"guidance_scale": 2.0}, r"model_output: got shape \(2, 3, 4, 4\), allowed is \(4, 3, 4, 4\)"),
-    "table": ({"table": torch.ones(1, 8)}, r"table: got torch.float32 \(1, 8\) on cpu, allowed is float32 \[steps, 6 \+ 2 \* 0\]"),
+    "table": (
+        {"table": torch.ones(1, 8)},
+        r"table: got torch.float32 \(1, 8\) on cpu, allowed is float32 \[steps, 6 \+ 2 \* 0\]",
+    ),
     "table dtype": ({"table": T.double()}, "table: got torch.float64"),
     "counter": ({"counter": torch.zeros(1, dtype=torch.int32)}, r"counter: got shape \(1,\), allowed is \(2,\)"),
     "counter dtype": ({"counter": torch.zeros(2)}, "counter: got torch.float32, allowed is torch.int32"),
@@ -235,8 +277,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "frozen": ({"frozen": torch.zeros(3, dtype=torch.bool)}, r"frozen: got shape \(3,\)"),
     "half a watch": ({"x0": X.clone()}, "statistics: got None, allowed are x0 and statistics together"),
     "device": ({"model_output": X.to("meta")}, "model_output: got device meta, allowed is that of x, cpu"),
-    "no history in a history": ({"table": torch.ones(1, 6), "history": torch.ones(0, 2, *X.shape)}, r"history: got shape .* with K >= 1"),
-    "strided guidance": ({"model_output": torch.cat([X, X]), "guidance_scale": torch.ones(4)[::2]}, "guidance_scale: got strides"),
+    "no history in a history": (
+        {"table": torch.ones(1, 6), "history": torch.ones(0, 2, *X.shape)},
+        r"history: got shape .* with K >= 1",
+    ),
+    "strided guidance": (
+        {"model_output": torch.cat([X, X]), "guidance_scale": torch.ones(4)[::2]},
+        "guidance_scale: got strides",
+    ),
     "strided mask": ({"frozen": torch.ones(4, dtype=torch.bool)[::2]}, "frozen: got strides"),
     "strided counter": ({"counter": torch.zeros(4, dtype=torch.int32)[::2]}, "counter: got strides"),
     "clip that is no number": ({"clip_range": float("nan")}, "clip_range: got nan"),

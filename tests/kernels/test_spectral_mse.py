@@ -46,15 +46,22 @@ def test_parity(shape: tuple[int, ...], dtype: torch.dtype, norm: str, device: t
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    N=st.integers(1, 3), C=st.integers(1, 3), H=st.integers(1, 20), W=st.integers(1, 20), last=st.booleans(), view=st.booleans()
-)  # fmt: skip
+    N=st.integers(1, 3),
+    C=st.integers(1, 3),
+    H=st.integers(1, 20),
+    W=st.integers(1, 20),
+    last=st.booleans(),
+    view=st.booleans(),
+)
 def test_any_shape_and_layout(N: int, C: int, H: int, W: int, last: bool, view: bool, three_way: Any) -> None:
     pred, target = torch.randn(2, N, C, H, W)
     pred = pred.contiguous(memory_format=torch.channels_last) if last else pred
     target = target.repeat_interleave(2, 2)[:, :, ::2] if view else target
     with backend("triton"):
         ours = run(spectral_mse, pred, target)
-    same, exact = (run(lambda p, t: literal(p, t, "backward"), pred.to(d), target.to(d)) for d in (torch.float32, torch.float64))
+    same, exact = (
+        run(lambda p, t: literal(p, t, "backward"), pred.to(d), target.to(d)) for d in (torch.float32, torch.float64)
+    )
     for a, b, c in zip(ours, same, exact, strict=True):
         three_way(a, b, c, gradient=True)
 
@@ -64,13 +71,19 @@ def test_known_answer(name: str) -> None:
     # e = 1 on a 2x4 image: the FFT is 8 at the origin and 0 elsewhere, |8|^2 / 8 elements = 8
     one, zero = torch.ones(1, 1, 2, 4), torch.zeros(1, 1, 2, 4)
     with backend(name):
-        assert [float(spectral_mse(one, zero, norm=norm)) for norm in ("backward", "ortho", "forward")] == [8.0, 1.0, 0.125]
+        assert [float(spectral_mse(one, zero, norm=norm)) for norm in ("backward", "ortho", "forward")] == [
+            8.0,
+            1.0,
+            0.125,
+        ]
 
 
 def test_reference_is_the_literal_transform() -> None:
     pred, target = torch.randn(2, 1, 2, 6, 5)
     for norm in ("backward", "ortho", "forward"):
-        torch.testing.assert_close(module.spectral_mse_reference(pred, target, norm), spectral_mse(pred, target, norm=norm))
+        torch.testing.assert_close(
+            module.spectral_mse_reference(pred, target, norm), spectral_mse(pred, target, norm=norm)
+        )
 
 
 def test_same_bits_from_run_to_run(device: torch.device) -> None:

@@ -43,7 +43,9 @@ def plain(x: Tensor, c: float) -> Tensor:
     return x * c
 
 
-def name_of(region: Callable[[Tensor, float], Tensor], c: float, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> str:
+def name_of(
+    region: Callable[[Tensor, float], Tensor], c: float, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> str:
     """The name under which a step with a constant inside a region would be kept."""
     names: list[str] = []
     kept = ahead._digest
@@ -60,13 +62,17 @@ def name_of(region: Callable[[Tensor, float], Tensor], c: float, monkeypatch: py
 
 
 @pytest.mark.parametrize("region", [plain, inside_autocast, inside_grad, inside_a_branch])
-def test_a_constant_in_any_region_is_part_of_the_name(region: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_constant_in_any_region_is_part_of_the_name(
+    region: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = name_of(region, 0.1, monkeypatch)
     assert name_of(region, 0.1, monkeypatch) == first
     assert name_of(region, 0.9, monkeypatch) != first
 
 
-def test_settings_build_threads_and_processor_are_part_of_the_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_build_threads_and_processor_are_part_of_the_name(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch._inductor import config
 
     names = {name_of(plain, 0.1, monkeypatch), name_of(plain, 0.1, monkeypatch, mode="max-autotune")}
@@ -114,7 +120,9 @@ def test_a_folder_that_others_may_write_to_is_refused_aloud(mode: int, cache: Pa
     cache.chmod(mode)
     model = nn.Conv2d(2, 2, 1)
     sampler = FastSampler(lambda x, t: model(x), DDIMScheduler(), shape=(2, 3, 3), steps=2, mode="compile")
-    with pytest.raises(ValueError, match=r"SBLDM_FAST_CACHE: .*cache can be written by others, allowed is a folder that only its user"):
+    with pytest.raises(
+        ValueError, match=r"SBLDM_FAST_CACHE: .*cache can be written by others, allowed is a folder that only its user"
+    ):
         sampler(1)
     assert not list(cache.iterdir())
     chosen, why = modes.choose(torch.device("cpu"), 1000, 50)
@@ -156,7 +164,9 @@ def test_what_somebody_else_owns_is_not_loaded(cache: Path) -> None:
         ahead.cache_folder()
 
 
-def test_inductor_keeps_its_files_below_the_cache_and_gives_the_setting_back(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_keeps_its_files_below_the_cache_and_gives_the_setting_back(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
     with ahead.private_caches(torch.device("cpu")):
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache / "inductor")
@@ -183,7 +193,9 @@ except ValueError as error:
     environment = {"PATH": str(tmp_path / "bin"), "SBLDM_FAST_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     first, second = done.stdout.splitlines()
-    assert first.startswith("2 samples of 2 steps would win the minute of compiling back, but mode: compiling on a CPU needs a C++")
+    assert first.startswith(
+        "2 samples of 2 steps would win the minute of compiling back, but mode: compiling on a CPU needs a C++"
+    )
     assert first.endswith(" eager")
     assert second.startswith("mode: compiling on a CPU needs a C++ compiler, and none was found")
 
@@ -196,7 +208,9 @@ def test_only_packages_make_room_and_never_the_new_one(cache: Path, monkeypatch:
         path.write_bytes(b"")
         os.utime(path, (2**32, 2**32 + i))  # the clock was set back since
     monkeypatch.setattr(
-        torch._inductor, "aoti_compile_and_package", lambda program, package_path, **_: Path(package_path).touch() or package_path
+        torch._inductor,
+        "aoti_compile_and_package",
+        lambda program, package_path, **_: Path(package_path).touch() or package_path,
     )
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: path)
     made, found = ahead.compiled_ahead(lambda x: x + 1, None, (torch.ones(2),), "default")
@@ -207,19 +221,25 @@ def test_only_packages_make_room_and_never_the_new_one(cache: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("empty", ["SBLDM_FAST_CACHE", "XDG_CACHE_HOME"])
-def test_an_empty_setting_is_none_and_a_tilde_is_the_home(empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_setting_is_none_and_a_tilde_is_the_home(
+    empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("SBLDM_FAST_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv(empty, "")
     before = os.umask(0o002)
     try:
-        assert ahead.cache_folder() == tmp_path / ".cache" / "sbldm_fast", "and what is made above it is the user's alone"
+        assert ahead.cache_folder() == tmp_path / ".cache" / "sbldm_fast", (
+            "and what is made above it is the user's alone"
+        )
     finally:
         os.umask(before)
     monkeypatch.setenv("SBLDM_FAST_CACHE", "~/c")
     assert ahead.cache_folder() == tmp_path / "c"
-    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
     assert ahead.cache_folder() == tmp_path / "c", "a home is asked for where it is needed"
     monkeypatch.delenv("SBLDM_FAST_CACHE")
     with pytest.raises(ahead.Unavailable, match="no folder can be made: Could not determine home"):

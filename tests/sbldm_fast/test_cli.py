@@ -47,8 +47,25 @@ def test_prepare_train_sample_end_to_end(run: Any, tmp_path: Path) -> None:
     code, out, _ = run("prepare", "synthetic:3", "-o", tmp_path / "d", "--every", "10", "--json")
     assert code == 0
     assert json.loads(out)["subjects"] == 3
-    whole = ("train", tmp_path / "r", "--data", tmp_path / "d", "--preset", "demo", "--steps", "2", "--batch", "2",
-             "--vae-batch", "2", "--views", "1", "--amp", "off", "--json")  # fmt: skip
+    whole = (
+        "train",
+        tmp_path / "r",
+        "--data",
+        tmp_path / "d",
+        "--preset",
+        "demo",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--vae-batch",
+        "2",
+        "--views",
+        "1",
+        "--amp",
+        "off",
+        "--json",
+    )
     code, out, _ = run(*whole)
     assert code == 0
     done = json.loads(out)
@@ -67,7 +84,13 @@ def test_prepare_train_sample_end_to_end(run: Any, tmp_path: Path) -> None:
     assert code == 0
     assert json.loads(out)["notice"] == NOTICE
     assert "mode eager: " in err
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["000000.png", "000001.png", "000002.png", "grid.png", "sample.json"]
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "000002.png",
+        "grid.png",
+        "sample.json",
+    ]
     with Image.open(tmp_path / "s" / "000002.png") as image:
         assert image.size == (128, 128)
 
@@ -82,7 +105,9 @@ def test_doctor(run: Any) -> None:
         choose(torch.device("cpu"), a["images"], a["steps"]) for a in report["auto"]
     ]
     for auto in report["auto"]:
-        assert f"{auto['images']} images of {auto['steps']} steps: {auto['mode']} ({auto['reason']})" in run("doctor")[1]
+        assert (
+            f"{auto['images']} images of {auto['steps']} steps: {auto['mode']} ({auto['reason']})" in run("doctor")[1]
+        )
 
 
 def test_the_command_line_says_what_it_does_and_its_version(run: Any) -> None:
@@ -108,7 +133,9 @@ def test_verdicts_are_named_in_the_help(run: Any) -> None:
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_a_place_without_a_name_is_refused(arguments: list[str], run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_without_a_name_is_refused(
+    arguments: list[str], run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`-o "$UNSET"` would be the current folder."""
     monkeypatch.chdir(tmp_path)
     code, _, err = run(*arguments, "-o", "")
@@ -129,10 +156,19 @@ def test_a_batch_that_no_graph_can_have_is_refused(batch: str, run: Any, tmp_pat
 
 @pytest.mark.parametrize(
     "wrong",
-    [("--steps", "1001"), ("--steps", "9" * 30), ("--eta", "nan"), ("--eta", "inf"), ("--eta", "-1"), ("--eta", "1e400")],
+    [
+        ("--steps", "1001"),
+        ("--steps", "9" * 30),
+        ("--eta", "nan"),
+        ("--eta", "inf"),
+        ("--eta", "-1"),
+        ("--eta", "1e400"),
+    ],
     ids=" ".join,
 )
-def test_steps_and_eta_are_refused_before_a_graph_is_made(wrong: tuple[str, str], run: Any, folder: Path, tmp_path: Path) -> None:
+def test_steps_and_eta_are_refused_before_a_graph_is_made(
+    wrong: tuple[str, str], run: Any, folder: Path, tmp_path: Path
+) -> None:
     code, out, err = run("export", folder, "-o", tmp_path / "o", *wrong)
     assert code == 1
     assert err.splitlines()[-1].startswith(f"sbldm-fast: {wrong[0][2:]}: got ")
@@ -236,7 +272,9 @@ def test_bad_usage_exits_2(arguments: list[str], run: Any) -> None:
     assert run(*arguments)[0] == 2
 
 
-@pytest.mark.parametrize(("option", "value"), [("--seed", "-1"), ("--every", "0"), ("--workers", "0"), ("--volume", "-1")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--seed", "-1"), ("--every", "0"), ("--workers", "0"), ("--volume", "-1")]
+)
 def test_bounds_of_prepare_name_the_option(option: str, value: str, run: Any, tmp_path: Path) -> None:
     code, _, err = run("prepare", "synthetic:1", option, value, "-o", tmp_path / "o")
     assert code == 2
@@ -298,7 +336,9 @@ def test_a_provider_that_fails_is_in_the_exit_code(run: Any, tmp_path: Path, mon
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Ours, "sampler", fails)
-    code, out, err = run("bench", "sampling", "--quick", "--preset", "demo", "--steps", "1", "--rounds", "1", "-o", tmp_path / "r.jsonl")
+    code, out, err = run(
+        "bench", "sampling", "--quick", "--preset", "demo", "--steps", "1", "--rounds", "1", "-o", tmp_path / "r.jsonl"
+    )
     assert code == 1
     assert "| reference |" in out
     assert "FAILED FastSampler eager float32: OutOfMemoryError: CUDA out of memory" in err

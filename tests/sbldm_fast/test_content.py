@@ -31,8 +31,16 @@ from sbldm_fast.sampling.content import COLUMNS, addresses, digest, fingerprint,
 
 loop = importlib.import_module("sbldm_fast.sampling.loop")
 SHAPE = (4, 8, 8)
-UNET = UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
-                  attention_resolutions=(4,), norm_num_groups=8, time_embed_dim=32)  # fmt: skip
+UNET = UNetConfig(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    attention_resolutions=(4,),
+    norm_num_groups=8,
+    time_embed_dim=32,
+)
 VAE = VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)
 
 
@@ -65,7 +73,11 @@ class Holds(nn.Module):
             self.register_buffer(f"t{i}", t)
 
 
-@given(st.integers(1, 3 * COLUMNS), st.sampled_from(["float32", "float16", "bfloat16", "float64", "int64", "bool", "complex64"]), st.data())
+@given(
+    st.integers(1, 3 * COLUMNS),
+    st.sampled_from(["float32", "float16", "bfloat16", "float64", "int64", "bool", "complex64"]),
+    st.data(),
+)
 def test_any_bit_any_exchange_and_any_sign_changes_the_digest(n: int, dtype: str, data: Any) -> None:
     values = torch.randn(n).to(getattr(torch, dtype))
     before = bits(Holds(values))
@@ -179,7 +191,9 @@ CHANGES: list[Callable[[nn.Module], None]] = [fused_adamw, through_data, new_dat
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("arguments", [{}, {"dtype": torch.bfloat16}, {"fuse": True}], ids=["eager", "half", "fuse"])
-def test_a_sampler_runs_the_weights_that_its_model_has_now(unet: UNet2D, change: Any, arguments: dict[str, Any]) -> None:
+def test_a_sampler_runs_the_weights_that_its_model_has_now(
+    unet: UNet2D, change: Any, arguments: dict[str, Any]
+) -> None:
     model: nn.Module = Small() if "fuse" in arguments else unet
     sampler = make(model, **arguments)
     before = sampler(2)
@@ -320,7 +334,8 @@ def test_hooks_of_our_own_model_are_seen(unet: UNet2D) -> None:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FastSampler]:
-    """A graph on a CPU: a recording goes on with the tensors that were there when it was made, whatever the modules hold later."""
+    """A graph on a CPU: a recording goes on with the tensors that were there when it was made, whatever the modules
+    hold later."""
 
     def record(work: Any, reset: Any, device: Any, pool: Any) -> Any:
         work()
@@ -328,7 +343,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FastSampler]:
         return work
 
     monkeypatch.setattr(loop, "capture", record)
-    monkeypatch.setattr(importlib.import_module("sbldm_fast.sampling.sampler"), "parse_mode", lambda mode, device: (mode, None))
+    monkeypatch.setattr(
+        importlib.import_module("sbldm_fast.sampling.sampler"), "parse_mode", lambda mode, device: (mode, None)
+    )
 
     def graphed(model: nn.Module, **arguments: Any) -> FastSampler:
         return make(model, mode="loop-graph", **arguments)
@@ -371,7 +388,9 @@ def test_a_graph_of_the_loop_is_recorded_anew_when_the_decoder_is_another(unet: 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("arguments", [{}, {"dtype": torch.float16}], ids=["float32", "half"])
-def test_cuda_graphs_run_the_weights_that_their_model_has_now(unet: UNet2D, change: Any, arguments: dict[str, Any]) -> None:
+def test_cuda_graphs_run_the_weights_that_their_model_has_now(
+    unet: UNet2D, change: Any, arguments: dict[str, Any]
+) -> None:
     unet.cuda()
     graphed = make(unet, mode="loop-graph", **arguments)
     before = graphed(2)
@@ -469,7 +488,9 @@ def test_a_pipeline_samples_with_the_parts_that_it_has_now() -> None:
         assert relative(seen[-1], seen[-2]) > 1e-4
     names = [pipe.sample(2, steps=3, scheduler="ddim")]
     pipe.scheduler = scheduler(beta_schedule="linear")
-    assert relative(pipe.sample(2, steps=3, scheduler="ddim"), names[0]) > 1e-3, "a name is a scheduler on the pipeline's schedule"
+    assert relative(pipe.sample(2, steps=3, scheduler="ddim"), names[0]) > 1e-3, (
+        "a name is a scheduler on the pipeline's schedule"
+    )
 
 
 def test_training_and_sampling_may_take_turns(tmp_path: Any) -> None:
@@ -480,7 +501,11 @@ def test_training_and_sampling_may_take_turns(tmp_path: Any) -> None:
     torch.manual_seed(2)
     pipe = Pipeline(AutoencoderKL(VAE), UNet2D(UNET), SchedulerConfig(beta_schedule="cosine_ramp", clip_sample=False))
     z = torch.randn(4, *SHAPE)
-    step = Step(pipe.unet, lambda m, index, number: ((m(z[index], 10) - z[index]).square().mean(), {}), Optimisation(9, 4, 5e-2, amp="off"))
+    step = Step(
+        pipe.unet,
+        lambda m, index, number: ((m(z[index], 10) - z[index]).square().mean(), {}),
+        Optimisation(9, 4, 5e-2, amp="off"),
+    )
     for number in range(3):
         before = pipe.sample(2, steps=3)
         step(number, torch.arange(4))
@@ -521,7 +546,11 @@ def test_fingerprints_of_other_things_differ(one: Any, other: Any) -> None:
 def test_tensors_without_bits_do_no_harm() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch calls them a beta, or deprecated
-        odd = [torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)]
+        odd = [
+            torch.eye(3).to_sparse(),
+            torch.eye(3).to_sparse_csr(),
+            torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+        ]
     held = Holds(*odd, torch.ones(3, device="meta"))
     assert bits(held) == bits(held)
     tensors = survey([held])[1]

@@ -40,7 +40,10 @@ def test_numbers_fit_subjects_by_their_end(tmp_path: Path) -> None:
 
 def test_names_fit_by_the_whole(tmp_path: Path) -> None:
     path = table(tmp_path / "t.csv", "id,age\nsub-01,20\nSub-011,30\n")
-    assert Covariates(path).of(["a/sub-01", "a/sub-011", "a/sub-1"]) == {"a/sub-01": {"age": 20.0}, "a/sub-011": {"age": 30.0}}
+    assert Covariates(path).of(["a/sub-01", "a/sub-011", "a/sub-1"]) == {
+        "a/sub-01": {"age": 20.0},
+        "a/sub-011": {"age": 30.0},
+    }
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,9 @@ def test_a_subject_without_a_row_is_named_or_strictly_refused(tmp_path: Path) ->
     for i in (1, 2):
         save(head(person=i), tmp_path / "in" / f"patient{i}_T1.nii.gz")
     path = table(tmp_path / "t.csv", "id,age\n1,20\n")
-    manifest = prepare([str(tmp_path / "in"), "synthetic:2"], tmp_path / "out", covariates=path, every=20, progress=False)
+    manifest = prepare(
+        [str(tmp_path / "in"), "synthetic:2"], tmp_path / "out", covariates=path, every=20, progress=False
+    )
     assert (manifest["skipped"], manifest["without_covariates"]) == ([], ["in/patient2"])
     found = {row["subject"]: row["covariates"] for row in manifest["slices"]}
     assert found["in/patient1"] == {"age": 20.0}
@@ -88,7 +93,9 @@ def test_a_subject_without_a_row_is_named_or_strictly_refused(tmp_path: Path) ->
 
 def test_a_number_of_thousands_of_digits_is_a_number(tmp_path: Path) -> None:
     digits = "1" * 5000
-    assert Covariates(table(tmp_path / "t.csv", f"id,age\n{digits},{digits}\n0012,20\n")).of(["a/p12"]) == {"a/p12": {"age": 20.0}}
+    assert Covariates(table(tmp_path / "t.csv", f"id,age\n{digits},{digits}\n0012,20\n")).of(["a/p12"]) == {
+        "a/p12": {"age": 20.0}
+    }
 
 
 def test_the_shared_table(ms_scans: Path) -> None:

@@ -36,10 +36,14 @@ def head(
     person: int = 0,
 ) -> nib.Nifti1Image:
     """A round head of 150 mm in RAS, brighter at the front, with a bright spot in its right half."""
-    x, y = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * z for n, z in zip(shape[:2], zooms[:2], strict=True)), indexing="ij")
+    x, y = np.meshgrid(
+        *((np.arange(n) - (n - 1) / 2) * z for n, z in zip(shape[:2], zooms[:2], strict=True)), indexing="ij"
+    )
     disc = (x**2 + y**2 < radius**2) * (200.0 + y)
     disc[(x - radius * 8 / 15) ** 2 + y**2 < (radius / 5) ** 2] = 600
-    volume = np.repeat(disc[..., None], shape[2], axis=2).astype(np.float32) + np.random.default_rng(person).normal(0, 0.5, shape)
+    volume = np.repeat(disc[..., None], shape[2], axis=2).astype(np.float32) + np.random.default_rng(person).normal(
+        0, 0.5, shape
+    )
     affine = np.diag([*zooms, 1.0])
     affine[:3, 3] = [-(n - 1) / 2 * z for n, z in zip(shape, zooms, strict=True)]
     return nib.Nifti1Image(volume.astype(np.float32), affine)
@@ -98,7 +102,8 @@ def test_an_oblique_scan_is_straightened_when_it_is_far_off(degrees: float, tmp_
     angle = np.radians(degrees)
     turn = np.eye(4)
     turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    turned = nib.Nifti1Image(np.asarray(image.dataobj), turn @ image.affine)  # the head itself is turned: its spot with it
+    # the head itself is turned: its spot with it
+    turned = nib.Nifti1Image(np.asarray(image.dataobj), turn @ image.affine)
     volume = load_nifti(save(turned, tmp_path / "a.nii"))
     assert (volume.straighten is not None) == (degrees > 20)
     assert volume.tilt == pytest.approx(0, abs=1e-6), "turned within its slices"
@@ -132,7 +137,9 @@ def test_formats_of_one_scan_give_the_same_slices(tmp_path: Path) -> None:
         np.testing.assert_allclose(axial_slices(load_nifti(path))[0], expected, atol=1e-5, err_msg=name)
     assert swapped.header.endianness == ">"
     jobs = list(expand(str(tmp_path)))
-    assert sorted(job.name.rpartition("/")[2] for job in jobs) == sorted(["a.nii", *(p.name for p in same.values())]), "a pair is one scan"
+    assert sorted(job.name.rpartition("/")[2] for job in jobs) == sorted(["a.nii", *(p.name for p in same.values())]), (
+        "a pair is one scan"
+    )
 
 
 def test_one_axial_slice_is_a_scan(tmp_path: Path) -> None:
@@ -150,7 +157,8 @@ def test_slabs_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    """A scan of 200 MB takes less than three times that: as it is stored, once more as slices, and a slab of 8 M voxels."""
+    """A scan of 200 MB takes less than three times that: as it is stored, once more as slices, and a slab of 8 M
+    voxels."""
     array = np.zeros((512, 512, 400), np.int16)
     array[60:450, 30:480] = np.random.default_rng(0).integers(100, 1000, (390, 450, 1))
     path = save(nib.Nifti1Image(array, np.diag([0.45, 0.45, 0.4, 1])), tmp_path / "a.nii.gz")
@@ -175,7 +183,9 @@ before = peak()
 print(len(axial_slices(load_nifti(pathlib.Path(sys.argv[1]), VOLUME))[0]), (peak() - before) / 1024)
 """
     code = code.replace("VOLUME", repr(volume))
-    count, used = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout.split()
+    count, used = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    ).stdout.split()
     return int(count), float(used)
 
 
@@ -204,7 +214,9 @@ def test_a_sheared_scan_is_straightened(tmp_path: Path) -> None:
     sheared = head((90, 110, 60), (2.0, 2.0, 2.0))
     shear = np.eye(4)
     shear[0, 2] = 0.5  # each slice 1 mm further to the right
-    got, positions = axial_slices(load_nifti(save(voxels(np.asarray(sheared.dataobj), shear @ sheared.affine), tmp_path / "a.nii")))
+    got, positions = axial_slices(
+        load_nifti(save(voxels(np.asarray(sheared.dataobj), shear @ sheared.affine), tmp_path / "a.nii"))
+    )
     columns = np.array([np.argwhere(image > 0.9).mean(axis=0)[1] for image in got]) * 220 / SIZE
     assert np.polyfit(positions[5:-5], columns[5:-5], 1)[0] == pytest.approx(0.5, abs=0.02)
 
@@ -295,7 +307,9 @@ def endless(path: Path) -> None:
 def tiny_oblique_voxels() -> nib.Nifti1Image:
     turn = np.eye(4)
     turn[:2, :2] = np.array([[1, -1], [1, 1]]) / np.sqrt(2)
-    return voxels(np.random.default_rng(0).normal(0, 1, (60, 64, 20)).astype(np.float32), turn @ np.diag([3, 0.03, 4, 1.0]))
+    return voxels(
+        np.random.default_rng(0).normal(0, 1, (60, 64, 20)).astype(np.float32), turn @ np.diag([3, 0.03, 4, 1.0])
+    )
 
 
 def far_away() -> nib.Nifti1Image:
@@ -310,10 +324,22 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a link to itself": ("a.nii", lambda p: p.symlink_to(p.name), "or a link that leads nowhere"),
     "unreadable": ("a.nii", unreadable, "not a readable NIfTI file"),
     "truncated gz": ("a.nii.gz", cut, "not a readable NIfTI file"),
-    "gz of another checksum": ("a.nii.gz", wrong_sum, "not a readable NIfTI file: damaged or cut off, it does not match its checksum"),
+    "gz of another checksum": (
+        "a.nii.gz",
+        wrong_sum,
+        "not a readable NIfTI file: damaged or cut off, it does not match its checksum",
+    ),
     "gz without its checksum": ("a.nii.gz", without_sum, "not a readable NIfTI file: damaged or cut off"),
-    "gz that goes on": ("a.nii.gz", endless, "the compressed file goes on long after the 475200 bytes of voxels that the header promises"),
-    "a straight grid of fifty times the voxels": ("a.nii", lambda p: save(tiny_oblique_voxels(), p), "so oblique or sheared that its"),
+    "gz that goes on": (
+        "a.nii.gz",
+        endless,
+        "the compressed file goes on long after the 475200 bytes of voxels that the header promises",
+    ),
+    "a straight grid of fifty times the voxels": (
+        "a.nii",
+        lambda p: save(tiny_oblique_voxels(), p),
+        "so oblique or sheared that its",
+    ),
     "20 m away": ("a.nii", lambda p: save(far_away(), p), "voxels lie further from the origin than 10 m"),
     "a type that is none": ("a.nii", lambda p: patched(p, 70, b"er"), r"not a readable NIfTI file \(HeaderDataError\)"),
     "a pipe": ("a.nii", os.mkfifo, "no such file"),
@@ -331,19 +357,59 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a header that lies, compressed": ("a.nii.gz", lying_much, r"the header promises 21437500000000 bytes of voxels"),
     "NaN": ("a.nii", lambda p: save(changed(np.nan), p), "1 voxels are NaN or infinite"),
     "Inf": ("a.nii", lambda p: save(changed(np.inf, -np.inf), p), "2 voxels are NaN or infinite"),
-    "constant": ("a.nii", lambda p: save(voxels(np.ones((90, 110, 12), np.float32)), p), "every voxel has the same value"),
-    "2-D": ("a.nii", lambda p: save(voxels(np.eye(64, dtype=np.float32)), p), r"shape \(64, 64\): one 3-D volume is needed"),
-    "4-D": ("a.nii", lambda p: save(voxels(np.ones((9, 9, 9, 2), np.float32)), p), r"shape \(9, 9, 9, 2\).*pick one .* with --volume"),
-    "one sagittal slice": ("a.nii", lambda p: save(voxels(np.asarray(head().dataobj)[44:45]), p), "axial slices would have 1 x 110 pixels"),
-    "thick sagittal slices": ("a.nii", lambda p: save(head((24, 110, 90), (7.0, 2.0, 2.0)), p), "24 x 110 pixels of 7.0 x 2.0 mm"),
-    "label map": ("a.nii", lambda p: save(voxels((np.asarray(head().dataobj) > 100).astype(np.uint8)), p), "a label map, not a scan"),
-    "RGB": ("a.nii", lambda p: save(voxels(np.zeros((64, 64, 8), [("R", "u1"), ("G", "u1"), ("B", "u1")])), p), "voxels are .*'R'"),
-    "complex": ("a.nii", lambda p: save(voxels(np.ones((64, 64, 8), np.complex64)), p), "voxels are complex64, allowed are whole"),
+    "constant": (
+        "a.nii",
+        lambda p: save(voxels(np.ones((90, 110, 12), np.float32)), p),
+        "every voxel has the same value",
+    ),
+    "2-D": (
+        "a.nii",
+        lambda p: save(voxels(np.eye(64, dtype=np.float32)), p),
+        r"shape \(64, 64\): one 3-D volume is needed",
+    ),
+    "4-D": (
+        "a.nii",
+        lambda p: save(voxels(np.ones((9, 9, 9, 2), np.float32)), p),
+        r"shape \(9, 9, 9, 2\).*pick one .* with --volume",
+    ),
+    "one sagittal slice": (
+        "a.nii",
+        lambda p: save(voxels(np.asarray(head().dataobj)[44:45]), p),
+        "axial slices would have 1 x 110 pixels",
+    ),
+    "thick sagittal slices": (
+        "a.nii",
+        lambda p: save(head((24, 110, 90), (7.0, 2.0, 2.0)), p),
+        "24 x 110 pixels of 7.0 x 2.0 mm",
+    ),
+    "label map": (
+        "a.nii",
+        lambda p: save(voxels((np.asarray(head().dataobj) > 100).astype(np.uint8)), p),
+        "a label map, not a scan",
+    ),
+    "RGB": (
+        "a.nii",
+        lambda p: save(voxels(np.zeros((64, 64, 8), [("R", "u1"), ("G", "u1"), ("B", "u1")])), p),
+        "voxels are .*'R'",
+    ),
+    "complex": (
+        "a.nii",
+        lambda p: save(voxels(np.ones((64, 64, 8), np.complex64)), p),
+        "voxels are complex64, allowed are whole",
+    ),
     "no orientation": ("a.nii", lambda p: patched(p, 252, bytes(4)), "qform_code and sform_code are 0"),
     "two orientations": ("a.nii", lambda p: save(two_orientations(), p), "two orientations: sform RAS, qform LAS"),
     "singular affine": ("a.nii", lambda p: patched(p, 252, bytes([0, 0, 1, 0, *[0] * 40])), "the affine is singular"),
-    "nothing": ("a.nii", lambda p: patched(p, 46, bytes(2)), r"shape \(90, 110, 0\): nothing in it|not a readable NIfTI"),
-    "a mouse": ("a.nii", lambda p: save(head(zooms=(0.2, 0.2, 0.5), radius=7.5), p), "measures 15 mm: no head, or wrong voxel sizes"),
+    "nothing": (
+        "a.nii",
+        lambda p: patched(p, 46, bytes(2)),
+        r"shape \(90, 110, 0\): nothing in it|not a readable NIfTI",
+    ),
+    "a mouse": (
+        "a.nii",
+        lambda p: save(head(zooms=(0.2, 0.2, 0.5), radius=7.5), p),
+        "measures 15 mm: no head, or wrong voxel sizes",
+    ),
 }
 
 
@@ -403,7 +469,10 @@ def test_prepared_folder(tmp_path: Path) -> None:
     first = manifest["slices"].index(train.rows[3])
     np.testing.assert_array_equal(batch[0, 0], array[first].astype(np.float32))
     assert train.array.untyped_storage().nbytes() == array.nbytes, "one map of the file, no copy of a split"
-    assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (3 * SIZE, 2 * SIZE + 14), "six tiles: every tenth of 56 slices"
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (
+        3 * SIZE,
+        2 * SIZE + 14,
+    ), "six tiles: every tenth of 56 slices"
     assert str(tmp_path) not in json.dumps(manifest)
 
 
@@ -417,10 +486,13 @@ def test_processes_change_nothing(tmp_path: Path) -> None:
 
 
 def test_reading_ends_at_once_with_who_stops_it(tmp_path: Path) -> None:
-    """At the first broken file, and when the command is killed: its processes hold its standard error as long as they live."""
+    """At the first broken file, and when the command is killed: its processes hold its standard error as long as they
+    live."""
     (tmp_path / "a.png").write_bytes(b"no picture")
     command = [sys.executable, "-m", "sbldm_fast", "prepare", "a.png", "synthetic:5000", "-o", "out", "--workers", "2"]
-    done = subprocess.run([*command, "--strict"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [*command, "--strict"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
     assert "sbldm-fast: a.png: not a readable picture" in done.stderr
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
@@ -551,12 +623,16 @@ def test_pictures(tmp_path: Path) -> None:
     assert [row["subject"] for row in manifest["slices"]] == ["in/case1", "in/case1"]
     reasons = {s["source"].rpartition("/")[2]: s["reason"] for s in manifest["skipped"]}
     assert reasons["flat.png"] == "every pixel has the same value"
-    assert all(reasons[name].startswith("not a readable picture") for name in ("bad.png", "cut.png", "huge.png", "nan.png"))
+    assert all(
+        reasons[name].startswith("not a readable picture") for name in ("bad.png", "cut.png", "huge.png", "nan.png")
+    )
     assert not any("/" in reason for reason in reasons.values()), "nothing of what Pillow says of a file"
     array = np.load(tmp_path / "out" / "slices.npy").astype(float)
     np.testing.assert_allclose(array[0], array[1], atol=0.02)
     inside = array[0] > 0
-    assert np.ptp(np.flatnonzero(inside.any(1))) / np.ptp(np.flatnonzero(inside.any(0))) == pytest.approx(40 / 20, rel=0.06)
+    assert np.ptp(np.flatnonzero(inside.any(1))) / np.ptp(np.flatnonzero(inside.any(0))) == pytest.approx(
+        40 / 20, rel=0.06
+    )
 
 
 @pytest.mark.parametrize(
@@ -610,7 +686,9 @@ def test_only_a_folder_that_prepare_wrote_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(["synthetic:1"], out, every=20, progress=False)
     prepare(["synthetic:1"], out, every=10, progress=False)
-    with pytest.raises(ValueError, match=r"out holds the source contact_sheet.png, which would be lost; allowed is another folder"):
+    with pytest.raises(
+        ValueError, match=r"out holds the source contact_sheet.png, which would be lost; allowed is another folder"
+    ):
         prepare([str(out / "contact_sheet.png")], out, progress=False)
     (out / "manifest.json").write_text('{"name": "of an app"}')
     with pytest.raises(ValueError, match=r"out holds contact_sheet.png, which would be lost"):
@@ -621,7 +699,9 @@ def test_only_a_folder_that_prepare_wrote_is_replaced(tmp_path: Path) -> None:
         prepare(["synthetic:1"], tmp_path / "mine", every=20, progress=False)
 
 
-def test_readers_keep_silent_and_speak_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+def test_readers_keep_silent_and_speak_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     """nibabel logs what it mends in a header."""
     logger = logging.getLogger("nibabel.global")
     patched(tmp_path / "in" / "a.nii", 80, np.float32(-2).tobytes())
@@ -641,7 +721,9 @@ def test_synthetic_population_is_what_it_says() -> None:
     assert 20 <= float(covariates["age"]) <= 85
     assert covariates["sex"] in ("F", "M")
     assert not np.array_equal(a.array, synthetic_brain(4)[0].array)
-    ages, volumes = np.array([[c["age"], c["ventricle_volume"]] for c in (synthetic_brain(i)[2] for i in range(12))], dtype=float).T
+    ages, volumes = np.array(
+        [[c["age"], c["ventricle_volume"]] for c in (synthetic_brain(i)[2] for i in range(12))], dtype=float
+    ).T
     assert np.corrcoef(ages, volumes)[0, 1] > 0.6
     assert 10 < volumes.min() < volumes.max() < 40
     slices, positions = axial_slices(a)

@@ -1,4 +1,5 @@
-"""DICOM folders: sorted by position, the right way up, mixed ones split, doubtful ones refused, nothing personal kept."""
+"""DICOM folders: sorted by position, the right way up, mixed ones split, doubtful ones refused, nothing personal
+kept."""
 
 from __future__ import annotations
 
@@ -43,7 +44,11 @@ def one(k: int, image: np.ndarray, **values: Any) -> FileDataset:
     ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     ds.PixelSpacing, ds.SliceThickness = [ZOOMS[1], ZOOMS[0]], ZOOMS[2]
     # LPS of the first pixel, which is the patient's right front
-    ds.ImagePositionPatient = [-(SHAPE[0] - 1) / 2 * ZOOMS[0], -(SHAPE[1] - 1) / 2 * ZOOMS[1], (k - (SHAPE[2] - 1) / 2) * ZOOMS[2]]
+    ds.ImagePositionPatient = [
+        -(SHAPE[0] - 1) / 2 * ZOOMS[0],
+        -(SHAPE[1] - 1) / 2 * ZOOMS[1],
+        (k - (SHAPE[2] - 1) / 2) * ZOOMS[2],
+    ]
     ds.Rows, ds.Columns = image.shape
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
@@ -68,7 +73,10 @@ def series(folder: Path, change: Callable[[int, FileDataset], Any] = lambda k, d
         ds = one(k, image, **values)
         ds.where = folder
         if change(k, ds) is not False:
-            ds.save_as(folder / f"{(k * 5 + 3) % SHAPE[2]:02d}-{values.get('SeriesInstanceUID', '')}.dcm", enforce_file_format=True)
+            ds.save_as(
+                folder / f"{(k * 5 + 3) % SHAPE[2]:02d}-{values.get('SeriesInstanceUID', '')}.dcm",
+                enforce_file_format=True,
+            )
     return folder
 
 
@@ -215,7 +223,9 @@ def test_a_scan_without_an_id_may_be_of_each_patient_of_its_name(first: bool) ->
     apart = [subjects.add(*scan) for scan in scans]
     assert len({subjects.names()[node] for node in apart}) == 3
     subjects = Subjects()
-    together = [subjects.add(*scan) for scan in sorted([*scans, ("Case", "", ["d"])], key=lambda scan: bool(scan[1]) == first)]
+    together = [
+        subjects.add(*scan) for scan in sorted([*scans, ("Case", "", ["d"])], key=lambda scan: bool(scan[1]) == first)
+    ]
     assert len({subjects.names()[node] for node in together}) == 2
 
 
@@ -263,7 +273,11 @@ def test_without_instance_numbers_every_slice_counts(tmp_path: Path) -> None:
 def test_the_layout_of_rsna_miccai(tmp_path: Path) -> None:
     for subject in ("00000", "00002"):
         for modality in ("FLAIR", "T1w", "T1wCE", "T2w"):
-            series(tmp_path / "train" / subject / modality, SeriesInstanceUID=f"1.{modality[1]}.{len(modality)}", PatientID=subject)
+            series(
+                tmp_path / "train" / subject / modality,
+                SeriesInstanceUID=f"1.{modality[1]}.{len(modality)}",
+                PatientID=subject,
+            )
     rows = prepare([str(tmp_path / "train")], tmp_path / "out", every=6, progress=False)["slices"]
     assert {(row["subject"], row["modality"]) for row in rows} == {
         (f"train/{subject}", modality) for subject in ("00000", "00002") for modality in ("FLAIR", "T1", "T1CE", "T2")
@@ -344,7 +358,9 @@ def each_its_time(k: int, ds: FileDataset) -> None:
         (not_a_number, "are NaN or infinite"),
     ],
 )
-def test_a_doubtful_series_is_refused_with_the_reason(change: Callable[[int, FileDataset], Any], message: str, tmp_path: Path) -> None:
+def test_a_doubtful_series_is_refused_with_the_reason(
+    change: Callable[[int, FileDataset], Any], message: str, tmp_path: Path
+) -> None:
     got, left_out = load(series(tmp_path / "d", change))
     assert not got
     assert any(message in reason for _, reason in left_out)
@@ -392,7 +408,9 @@ def test_the_real_series(ms_scans: Path, tmp_path: Path) -> None:
     manifest = prepare([str(ms_scans.parent / "dicom_t1_axial")], tmp_path / "out", progress=False)
     rows = manifest["slices"]
     assert manifest["skipped"] == []
-    assert {(row["source"], row["subject"], row["modality"]) for row in rows} == {("dicom_t1_axial", "dicom_t1_axial", "T1")}
+    assert {(row["source"], row["subject"], row["modality"]) for row in rows} == {
+        ("dicom_t1_axial", "dicom_t1_axial", "T1")
+    }
     positions = [row["position_mm"] for row in rows]
     assert positions == sorted(positions)
     assert 7 < rows[0]["tilt_deg"] < 8

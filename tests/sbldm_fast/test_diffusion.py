@@ -34,7 +34,9 @@ def test_schedules_by_hand() -> None:
     # linear 0.1, 0.3 times (1/2)^2 and 1
     close(NoiseSchedule("gamma", 2, 0.1, 0.3, gamma=2.0).betas, [0.025, 0.3])
     # the same, scaled from the sum 0.325 back to 0.4
-    close(NoiseSchedule("gamma", 2, 0.1, 0.3, gamma=2.0, normalise="sum").betas, [0.025 * 0.4 / 0.325, 0.3 * 0.4 / 0.325])
+    close(
+        NoiseSchedule("gamma", 2, 0.1, 0.3, gamma=2.0, normalise="sum").betas, [0.025 * 0.4 / 0.325, 0.3 * 0.4 / 0.325]
+    )
     # Nichol & Dhariwal: a_t = f(t/T)/f(0), the last beta capped at 0.999
     f = [math.cos((k + 0.008) / 1.008 * math.pi / 2) ** 2 for k in (0, 1 / 3, 2 / 3)]
     cosine = NoiseSchedule("cosine", 3)
@@ -117,7 +119,12 @@ def test_steps_are_diffusers_to_the_bit(spacing: str, schedule: str, steps: int)
         else:
             config["beta_schedule"] = schedule
         for name, ours, theirs, arguments in (
-            ("DDIM", DDIMScheduler, diffusers.DDIMScheduler, [{"eta": 0.0}, {"eta": 0.5}, {"eta": 1.0, "use_clipped_model_output": True}]),
+            (
+                "DDIM",
+                DDIMScheduler,
+                diffusers.DDIMScheduler,
+                [{"eta": 0.0}, {"eta": 0.5}, {"eta": 1.0, "use_clipped_model_output": True}],
+            ),
             ("DDPM", DDPMScheduler, diffusers.DDPMScheduler, [{}]),
         ):
             a, b = ours(**config), theirs(**config)
@@ -136,7 +143,9 @@ def test_options_and_forward_process_are_diffusers() -> None:
     assert torch.equal(run(a, 10, e[None].repeat(10, 1, 1, 1, 1), x), run(b, 10, e[None].repeat(10, 1, 1, 1, 1), x))
     for dtype in (torch.float32, torch.float16):
         for method in ("add_noise", "get_velocity"):
-            assert torch.equal(getattr(a, method)(x.to(dtype), e.to(dtype), t), getattr(b, method)(x.to(dtype), e.to(dtype), t))
+            assert torch.equal(
+                getattr(a, method)(x.to(dtype), e.to(dtype), t), getattr(b, method)(x.to(dtype), e.to(dtype), t)
+            )
     assert a.alphas_cumprod.dtype == torch.float32
     noise = torch.randn_like(x)
     assert torch.equal(
@@ -148,7 +157,11 @@ def test_options_and_forward_process_are_diffusers() -> None:
 def test_configs_cross_over() -> None:
     theirs = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
     ours = DDIMScheduler.from_config(theirs.config, timestep_spacing="trailing")
-    assert (ours.config.beta_schedule, ours.config.clip_sample, ours.config.timestep_spacing) == ("scaled_linear", False, "trailing")
+    assert (ours.config.beta_schedule, ours.config.clip_sample, ours.config.timestep_spacing) == (
+        "scaled_linear",
+        False,
+        "trailing",
+    )
     with pytest.raises(ValueError, match="thresholding: got True"):
         DDIMScheduler.from_config(diffusers.DDIMScheduler(thresholding=True).config)
 
@@ -179,7 +192,9 @@ def test_bad_steps_are_named() -> None:
 @pytest.mark.parametrize(("offset", "clip"), [(0, False), (1, True)])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_compat_monai_is_monai_to_the_bit(steps: int, offset: int, clip: bool, eta: float) -> None:
-    schedulers = pytest.importorskip("monai.networks.schedulers", reason="MONAI is the peer that this test compares with")
+    schedulers = pytest.importorskip(
+        "monai.networks.schedulers", reason="MONAI is the peer that this test compares with"
+    )
     ours = DDIMScheduler(compat="monai", steps_offset=offset, clip_sample=clip)
     theirs = schedulers.DDIMScheduler(steps_offset=offset, clip_sample=clip)
     for s in (ours, theirs):
@@ -188,7 +203,10 @@ def test_compat_monai_is_monai_to_the_bit(steps: int, offset: int, clip: bool, e
     x = y = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     a, b = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
     for t in ours.timesteps:
-        x, y = ours.step(x.sin(), t, x, eta=eta, generator=a).prev_sample, theirs.step(y.sin(), t, y, eta=eta, generator=b)[0]
+        x, y = (
+            ours.step(x.sin(), t, x, eta=eta, generator=a).prev_sample,
+            theirs.step(y.sin(), t, y, eta=eta, generator=b)[0],
+        )
         assert torch.equal(x, y)
 
 
@@ -235,4 +253,6 @@ def test_solvers_of_diffusers_without_diffusers(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_presets_keep_their_schedule() -> None:
-    assert torch.equal(DDIMScheduler.from_config(preset("paper").scheduler).betas, NoiseSchedule("cosine_ramp").betas.float())
+    assert torch.equal(
+        DDIMScheduler.from_config(preset("paper").scheduler).betas, NoiseSchedule("cosine_ramp").betas.float()
+    )

@@ -88,7 +88,10 @@ def test_what_a_living_process_writes_stays_and_what_an_ended_one_left_goes(tmp_
 
     def begun() -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", HELD, str(folder), str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", HELD, str(folder), str(file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert process.stdout is not None
         assert process.stdout.readline() == "there\n"
@@ -143,12 +146,18 @@ def test_json_that_waits_or_is_too_deep_or_too_long_is_named(tmp_path: Path) -> 
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "deep.json").write_text('{"a":' * 100_000)
     (tmp_path / "long.json").write_text('{"a": ' + "9" * 5000 + "}")
-    for name, message in (("pipe", "not a regular file"), ("deep", "too many levels"), ("long", "not readable as JSON: Exceeds the limit")):
+    for name, message in (
+        ("pipe", "not a regular file"),
+        ("deep", "too many levels"),
+        ("long", "not readable as JSON: Exceeds the limit"),
+    ):
         with pytest.raises(ValueError, match=rf"{name}\.json .*{message}"):
             read_json(tmp_path / f"{name}.json")
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "does not exist"), ("{", "not readable as JSON"), ("[1]", "holds a JSON list")])
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "does not exist"), ("{", "not readable as JSON"), ("[1]", "holds a JSON list")]
+)
 def test_bad_json_is_named(text: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     if text is not None:

@@ -30,8 +30,17 @@ def pipeline(fresh_demo: Path) -> Path:
 
 
 def make(pipeline: Path, out: Path, n: int = 5, **changes: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"seed": 1, "steps": 2, "scheduler": "ddim", "mode": "auto", "eta": 0.0, "dtype": None, "batch_size": 2,
-                                "form": "png", "progress": False} | changes  # fmt: skip
+    settings: dict[str, Any] = {
+        "seed": 1,
+        "steps": 2,
+        "scheduler": "ddim",
+        "mode": "auto",
+        "eta": 0.0,
+        "dtype": None,
+        "batch_size": 2,
+        "form": "png",
+        "progress": False,
+    } | changes
     return sample_to_folder(str(pipeline), out, n, **settings)
 
 
@@ -118,7 +127,9 @@ def test_a_finished_array_is_not_replaced_by_one_of_other_settings(pipeline: Pat
         make(pipeline, tmp_path, 2, form="npy")
 
 
-@pytest.mark.parametrize(("name", "value"), [("RANK", "3"), ("RANK", "-1"), ("RANK", "x"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "1")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("RANK", "3"), ("RANK", "-1"), ("RANK", "x"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "1")]
+)
 def test_what_torchrun_would_never_set_is_named(
     name: str, value: str, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,7 +248,10 @@ def test_bad_input_is_named(pipeline: Path, tmp_path: Path) -> None:
         (lambda: make(Path("demo"), tmp_path / "a", 2), "holds images of pipeline"),
         (lambda: make(pipeline, tmp_path / "b", 2), "holds 000000.png, which no run of this command made"),
         (lambda: make(pipeline, tmp_path / "c", 2, form="gif"), "format: got 'gif', allowed are png, npy, nifti"),
-        (lambda: make(pipeline, tmp_path / "c", 2, scheduler="fast"), "scheduler: got 'fast', allowed are ddim, ddpm, dpm, unipc"),
+        (
+            lambda: make(pipeline, tmp_path / "c", 2, scheduler="fast"),
+            "scheduler: got 'fast', allowed are ddim, ddpm, dpm, unipc",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -11,11 +11,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sbldm_fast import AutoencoderKL, DDIMScheduler, FastSampler, Pipeline, SchedulerConfig, UNet2D, UNetConfig, VAEConfig
+from sbldm_fast import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FastSampler,
+    Pipeline,
+    SchedulerConfig,
+    UNet2D,
+    UNetConfig,
+    VAEConfig,
+)
 from sbldm_fast.sampling.loop import Turn
 
-UNET = UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
-                  attention_resolutions=(4,), norm_num_groups=8, time_embed_dim=32)  # fmt: skip
+UNET = UNetConfig(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    attention_resolutions=(4,),
+    norm_num_groups=8,
+    time_embed_dim=32,
+)
 VAE = VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)
 SHAPE = (4, 8, 8)
 
@@ -47,7 +64,9 @@ def test_threads_that_share_a_sampler_take_turns(mode: str) -> None:
     for got, expected in zip(at_once(lambda seed: sampler(2, seed=seed), range(8)), alone, strict=True):
         assert torch.equal(got, expected)
     latents = [sampler.from_latents(alone[0], 0.4, seed=seed) for seed in range(8)]
-    for got, expected in zip(at_once(lambda seed: sampler.from_latents(alone[0], 0.4, seed=seed), range(8)), latents, strict=True):
+    for got, expected in zip(
+        at_once(lambda seed: sampler.from_latents(alone[0], 0.4, seed=seed), range(8)), latents, strict=True
+    ):
         assert torch.equal(got, expected)
 
 
@@ -74,7 +93,9 @@ def test_a_call_from_inside_is_an_error_and_not_a_deadlock(where: str) -> None:
     sampler = FastSampler(model, scheduler(), shape=(2, 4, 4), steps=3, mode="eager", decode=decode)
     again["sampler"] = sampler
     callback = (lambda i, t, x: sampler.from_latents(x, 0.5)) if where == "callback" else None
-    with pytest.raises(ValueError, match="sampler: got a call from its own callback, model or decode, allowed is another sampler"):
+    with pytest.raises(
+        ValueError, match="sampler: got a call from its own callback, model or decode, allowed is another sampler"
+    ):
         sampler(1, callback=callback)
     where = ""
     again.clear()

@@ -24,7 +24,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_copy_is_found_by_pixels_and_by_latents(data: Path, fresh_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_is_found_by_pixels_and_by_latents(
+    data: Path, fresh_demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sbldm_fast.evaluation.memorisation.CHUNK", 7)  # the nearest may lie in any chunk
     slices, vae = Slices(data), Pipeline.from_pretrained(fresh_demo).vae
     some = torch.tensor([len(slices) - 1, 0, 9])
@@ -57,7 +59,9 @@ def test_the_report_and_its_picture(data: Path, fresh_demo: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("n", [3, 16, 18])
-def test_slices_stand_below_their_samples(data: Path, fresh_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+def test_slices_stand_below_their_samples(
+    data: Path, fresh_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
     """In each column of each three rows: a sample, and twice the training slice nearest to it."""
     copies = Slices(data)[torch.arange(n) % len(Slices(data))]
     pipe = Pipeline.from_pretrained(fresh_demo)

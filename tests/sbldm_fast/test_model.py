@@ -31,9 +31,16 @@ def monai_unet(dims: int = 2, channels: int = 4, **config: Any) -> nn.Module:
     nets = pytest.importorskip("monai.networks.nets", reason="MONAI brings this model")
     torch.manual_seed(3)
     model: nn.Module = nets.DiffusionModelUNet(
-        spatial_dims=dims, in_channels=channels, out_channels=4, channels=(16, 32), attention_levels=(False, True), num_res_blocks=1,
-        num_head_channels=8, norm_num_groups=8, **config,
-    ).eval()  # fmt: skip
+        spatial_dims=dims,
+        in_channels=channels,
+        out_channels=4,
+        channels=(16, 32),
+        attention_levels=(False, True),
+        num_res_blocks=1,
+        num_head_channels=8,
+        norm_num_groups=8,
+        **config,
+    ).eval()
     for p in model.parameters():  # a fresh one ends in zeros
         nn.init.normal_(p, std=0.1)
     return model
@@ -43,10 +50,18 @@ def conditional_unet(**config: Any) -> nn.Module:
     diffusers = pytest.importorskip("diffusers", reason="diffusers brings this model")
     torch.manual_seed(3)
     model: nn.Module = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12, attention_head_dim=4, **config,
-    ).eval()  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        **config,
+    ).eval()
     return model
 
 
@@ -75,8 +90,15 @@ def test_a_model_behind_a_function_or_a_module_gets_a_timestep_that_every_model_
 def test_a_transformer_of_diffusers_takes_its_labels() -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers brings this model")
     torch.manual_seed(0)
-    dit = diffusers.DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8,
-                                          norm_num_groups=4, num_embeds_ada_norm=10).eval()  # fmt: skip
+    dit = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        num_layers=1,
+        sample_size=8,
+        norm_num_groups=4,
+        num_embeds_ada_norm=10,
+    ).eval()
     labels = torch.tensor([1, 7])
     sampler = make(dit)
     out = sampler(2, cond={"class_labels": labels})
@@ -99,11 +121,17 @@ def test_volumes_run_in_every_mode(arguments: dict[str, Any]) -> None:
         class Volumes(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.volume, self.norm, self.image = nn.Conv3d(4, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.Conv2d(1, 1, 1)
+                self.volume, self.norm, self.image = (
+                    nn.Conv3d(4, 8, 3, padding=1),
+                    nn.GroupNorm(4, 8),
+                    nn.Conv2d(1, 1, 1),
+                )
                 self.out = nn.Conv3d(8, 4, 1)
 
             def forward(self, x: Tensor, t: Tensor) -> Tensor:
-                out: Tensor = self.out(nn.functional.silu(self.norm(self.volume(x)))) + self.image(x[:, :1, 0])[:, :, None]
+                out: Tensor = (
+                    self.out(nn.functional.silu(self.norm(self.volume(x)))) + self.image(x[:, :1, 0])[:, :, None]
+                )
                 return out
 
         torch.manual_seed(0)
@@ -130,7 +158,9 @@ def test_a_conditioning_comes_in_the_models_precision(dtype: torch.dtype) -> Non
 
 def test_what_lies_inside_another_mapping_reaches_the_model_there() -> None:
     """SDXL's second conditioning, `added_cond_kwargs`, and its lists of residuals."""
-    model = conditional_unet(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=22)
+    model = conditional_unet(
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=22
+    )
     cond: dict[str, Any] = {
         "encoder_hidden_states": torch.randn(3, 5, 12),
         "added_cond_kwargs": {"text_embeds": torch.randn(3, 6), "time_ids": torch.randn(3, 2)},
@@ -141,7 +171,13 @@ def test_what_lies_inside_another_mapping_reaches_the_model_there() -> None:
 
     def guided(x: Tensor, t: Tensor, at: slice) -> Tensor:
         def inside(v: Any, factor: float) -> Any:
-            return {k: inside(w, factor) for k, w in v.items()} if isinstance(v, dict) else None if v is None else factor * v[at]
+            return (
+                {k: inside(w, factor) for k, w in v.items()}
+                if isinstance(v, dict)
+                else None
+                if v is None
+                else factor * v[at]
+            )
 
         m_u, m_c = (model(x, t, **inside(cond, factor)).sample for factor in (0.0, 1.0))
         return m_u + 2.0 * (m_c - m_u)
@@ -161,7 +197,9 @@ def test_a_model_that_writes_into_its_input_is_refused() -> None:
         return x.mul_(0.1)
 
     for arguments in ({}, {"fuse": True}, {"mode": "compile"}, {"mode": "compile", "dtype": torch.bfloat16}):
-        with pytest.raises(ValueError, match="model: it writes into its input x, allowed is one that leaves x as it is"):
+        with pytest.raises(
+            ValueError, match="model: it writes into its input x, allowed is one that leaves x as it is"
+        ):
             make(model, **arguments)(1)
     with torch.inference_mode():
         assert make(lambda x, t: 0.1 * x)(1).shape == (1, *SHAPE)
@@ -173,17 +211,29 @@ def test_what_is_no_network_is_refused_with_what_would_be_one() -> None:
     from sbldm_fast import Pipeline, SchedulerConfig
 
     unet = conditional_unet()
-    pipe = diffusers.DDPMPipeline(diffusers.UNet2DModel(sample_size=8, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
-                                                        up_block_types=("UpBlock2D",) * 2), diffusers.DDPMScheduler())  # fmt: skip
+    pipe = diffusers.DDPMPipeline(
+        diffusers.UNet2DModel(
+            sample_size=8,
+            block_out_channels=(32, 32),
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+        ),
+        diffusers.DDPMScheduler(),
+    )
     for model, message in (
         (pipe, r"model: got DDPMPipeline, allowed is the network that it runs, its \.unet, or a function"),
-        (inferers.DiffusionInferer(diffusers.DDPMScheduler()), "model: got DiffusionInferer, allowed is the network that it runs, or a"),
+        (
+            inferers.DiffusionInferer(diffusers.DDPMScheduler()),
+            "model: got DiffusionInferer, allowed is the network that it runs, or a",
+        ),
         ("unet", "model: got str, allowed is"),
     ):
         with pytest.raises(ValueError, match=message):
             make(model)
     vae: Any = diffusers.AutoencoderKL()
-    with pytest.raises(ValueError, match="vae: got diffusers's AutoencoderKL, allowed is sbldm_fast's AutoencoderKL; FastSampler"):
+    with pytest.raises(
+        ValueError, match="vae: got diffusers's AutoencoderKL, allowed is sbldm_fast's AutoencoderKL; FastSampler"
+    ):
         Pipeline(vae, unet, SchedulerConfig())  # type: ignore[arg-type]  # that is the point
 
 
@@ -237,8 +287,18 @@ def test_a_decoder_with_an_output_of_its_own_does_not_overwrite_what_it_gave() -
 def test_inference_mode_and_autocast_of_a_caller_stay_the_callers() -> None:
     from sbldm_fast import UNet2D, UNetConfig
 
-    model = UNet2D(UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
-                              attention_resolutions=(4,), norm_num_groups=8, time_embed_dim=32)).eval()  # fmt: skip
+    model = UNet2D(
+        UNetConfig(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            attention_resolutions=(4,),
+            norm_num_groups=8,
+            time_embed_dim=32,
+        )
+    ).eval()
     nn.init.normal_(model.row_offsets, std=0.1)
     expected = make(model)(2)
     sampler = make(model)
@@ -256,8 +316,16 @@ def test_inference_mode_and_autocast_of_a_caller_stay_the_callers() -> None:
 def test_hooks_and_layers_of_the_callers_in_our_model_run() -> None:
     from sbldm_fast import UNet2D, UNetConfig
 
-    config = UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
-                        attention_resolutions=(4,), norm_num_groups=8, time_embed_dim=32)  # fmt: skip
+    config = UNetConfig(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        attention_resolutions=(4,),
+        norm_num_groups=8,
+        time_embed_dim=32,
+    )
 
     class Wrapped(nn.Module):
         def __init__(self, inner: nn.Conv2d) -> None:

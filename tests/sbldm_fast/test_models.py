@@ -22,8 +22,16 @@ from sbldm_fast.models.config import PRESETS
 from sbldm_fast.models.layers import Chain, ResBlock, Sum, add_pointwise_
 from sbldm_fast.models.weights import WEIGHTS
 
-UNET = UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
-                  attention_resolutions=(4,), norm_num_groups=8, time_embed_dim=32)  # fmt: skip
+UNET = UNetConfig(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    attention_resolutions=(4,),
+    norm_num_groups=8,
+    time_embed_dim=32,
+)
 VAE = VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)
 
 
@@ -123,16 +131,21 @@ def run_and_gradients(model: torch.nn.Module, out: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("name", ["unet", "encoder", "decoder"])
 def test_what_norms_add_up_is_what_convolutions_would(name: str, last: bool, device: torch.device) -> None:
-    """Biases and shortcuts that wait for the norm behind them, in the kernels, against the plain operators: values and gradients."""
+    """Biases and shortcuts that wait for the norm behind them, in the kernels, against the plain operators: values and
+    gradients."""
     torch.manual_seed(1)
-    unet, vae = UNet2D(replace(UNET, dropout=0.0)).to(device), AutoencoderKL(replace(VAE, mid_attention=True)).to(device)
+    unet, vae = (
+        UNet2D(replace(UNET, dropout=0.0)).to(device),
+        AutoencoderKL(replace(VAE, mid_attention=True)).to(device),
+    )
     model: torch.nn.Module = {"unet": unet, "encoder": vae.encoder, "decoder": vae.decoder}[name]
     shape = {"unet": (3, 4, 8, 8), "encoder": (2, 1, 16, 16), "decoder": (2, 4, 8, 8)}[name]
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)  # biases too, which begin as almost nothing
     x = torch.randn(shape, device=device)
     if last:
-        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+        x = x.contiguous(memory_format=torch.channels_last)
     time = (torch.tensor([1, 500, 999], device=device),) if name == "unet" else ()
     got = {}
     for which in ("torch", "triton"):
@@ -223,7 +236,9 @@ def test_kl_by_hand() -> None:
 
 
 def test_posterior_samples_have_its_moments() -> None:
-    q = DiagonalGaussian(torch.full((1, 1, 200, 200), 3.0), torch.full((1, 1, 200, 200), 2 * torch.log(torch.tensor(0.5)).item()))
+    q = DiagonalGaussian(
+        torch.full((1, 1, 200, 200), 3.0), torch.full((1, 1, 200, 200), 2 * torch.log(torch.tensor(0.5)).item())
+    )
     z = q.sample(torch.Generator().manual_seed(0))
     assert z.mean().item() == pytest.approx(3.0, abs=0.02)
     assert z.std().item() == pytest.approx(0.5, abs=0.01)
@@ -334,7 +349,10 @@ def test_bad_calls_are_named() -> None:
     unet, vae = UNet2D(UNET), AutoencoderKL(VAE)
     for call, message in (
         (lambda: unet(torch.randn(1, 3, 8, 8), 0), r"x: got shape \(1, 3, 8, 8\), allowed is \[N, 4, H, W\]"),
-        (lambda: unet(torch.randn(3, 4, 8, 8), torch.tensor([1, 2])), "t: got 2 timesteps, allowed is 1 or the batch, 3"),
+        (
+            lambda: unet(torch.randn(3, 4, 8, 8), torch.tensor([1, 2])),
+            "t: got 2 timesteps, allowed is 1 or the batch, 3",
+        ),
         (lambda: unet(torch.randn(1, 4, 8, 8), 0, cond=torch.zeros(1)), "cond: got a value, allowed is None"),
         (lambda: vae.encode(torch.randn(1, 1, 8, 8)), "x: got shape"),
         (lambda: vae.decode(torch.randn(1, 3, 8, 8)), "z: got shape"),
@@ -344,12 +362,25 @@ def test_bad_calls_are_named() -> None:
 
 
 BAD = [
-    *((k, v) for k in ("sample_size", "in_channels", "layers_per_block", "norm_num_groups", "time_embed_dim", "attention_head_dim")
-      for v in (0, -8, 10**18, True, 1.0, None, "8", [8], {})),
-    *(("block_out_channels", v) for v in (["a"], [None], [[8]], [True], [8.0], [0], [10**9, 2 * 10**9], [32] * 13, 32, "32", {"a": 1})),
+    *(
+        (k, v)
+        for k in (
+            "sample_size",
+            "in_channels",
+            "layers_per_block",
+            "norm_num_groups",
+            "time_embed_dim",
+            "attention_head_dim",
+        )
+        for v in (0, -8, 10**18, True, 1.0, None, "8", [8], {})
+    ),
+    *(
+        ("block_out_channels", v)
+        for v in (["a"], [None], [[8]], [True], [8.0], [0], [10**9, 2 * 10**9], [32] * 13, 32, "32", {"a": 1})
+    ),
     *(("attention_resolutions", v) for v in ([0], [-1], ["8"], [10**9], 8)),
     *(("dropout", v) for v in (-0.1, 1.0, float("nan"), float("inf"), "0", True)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("key", "value"), BAD, ids=str)
@@ -363,9 +394,18 @@ def test_what_a_config_file_asks_for_is_bounded(key: str, value: Any, tmp_path: 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("scaling_factor", float("inf")), ("scaling_factor", float("nan")), ("scaling_factor", 0.0), ("num_train_timesteps", 10**12),
-     ("num_train_timesteps", True), ("trained_betas", ["a"]), ("trained_betas", [2.0] * 1000), ("clip_sample", 1), ("steps_offset", -1)],
-)  # fmt: skip
+    [
+        ("scaling_factor", float("inf")),
+        ("scaling_factor", float("nan")),
+        ("scaling_factor", 0.0),
+        ("num_train_timesteps", 10**12),
+        ("num_train_timesteps", True),
+        ("trained_betas", ["a"]),
+        ("trained_betas", [2.0] * 1000),
+        ("clip_sample", 1),
+        ("steps_offset", -1),
+    ],
+)
 def test_numbers_that_would_sample_nonsense_are_refused(key: str, value: Any) -> None:
     kind = VAEConfig if key == "scaling_factor" else SchedulerConfig
     with pytest.raises(ValueError, match=key):
@@ -377,7 +417,9 @@ def test_a_config_that_asks_for_more_than_its_weights_hold_takes_no_memory(tmp_p
     """16 levels of 16,384 channels would be 70 GB; they are compared with the file's shapes first."""
     UNet2D(UNET).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"block_out_channels": [16384, 16384], "time_embed_dim": 65536}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"block_out_channels": [16384, 16384], "time_embed_dim": 65536})
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"has shape \[.*, allowed is \["):
         UNet2D.from_pretrained(tmp_path)

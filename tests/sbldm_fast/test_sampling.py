@@ -17,14 +17,32 @@ from PIL import Image
 from sbldm_fast.kernels import backend, philox_normal
 from torch import Tensor, nn
 
-from sbldm_fast import AutoencoderKL, DDIMScheduler, DDPMScheduler, FastSampler, Pipeline, SchedulerConfig, UNet2D, UNetConfig, VAEConfig
+from sbldm_fast import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    FastSampler,
+    Pipeline,
+    SchedulerConfig,
+    UNet2D,
+    UNetConfig,
+    VAEConfig,
+)
 from sbldm_fast.models.layers import ResBlock, Upsample
 from sbldm_fast.sampling.images import NOTICE, save_grid, save_png, to_uint8
 from sbldm_fast.sampling.model import _transposed, merged_biases, phase_upsampling
 
 SHAPE = (4, 8, 8)
-UNET = UNetConfig(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
-                  attention_resolutions=(4,), norm_num_groups=8, time_embed_dim=32)  # fmt: skip
+UNET = UNetConfig(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    attention_resolutions=(4,),
+    norm_num_groups=8,
+    time_embed_dim=32,
+)
 VAE = VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)
 module = importlib.import_module("sbldm_fast.sampling.sampler")
 modes = importlib.import_module("sbldm_fast.sampling.modes")
@@ -72,7 +90,9 @@ def test_ddpm_is_its_own_loop(unet: UNet2D, monkeypatch: pytest.MonkeyPatch) -> 
     sched = DDPMScheduler(clip_sample=False)
     got = FastSampler(unet, sched, shape=SHAPE, steps=20, mode="eager")(2, seed=3)
     noises = iter([philox_normal((2, *SHAPE), 3, stream=i + 1) for i in range(20)])
-    monkeypatch.setattr(importlib.import_module("sbldm_fast.diffusion.schedulers"), "_noise_like", lambda *_: next(noises))
+    monkeypatch.setattr(
+        importlib.import_module("sbldm_fast.diffusion.schedulers"), "_noise_like", lambda *_: next(noises)
+    )
     expected = stepped(unet, sched, 20, philox_normal((2, *SHAPE), 3))
     assert relative(got, expected) < 1e-5
 
@@ -168,7 +188,8 @@ def test_compile_is_kept_for_the_next_sampler(tmp_path: Path, monkeypatch: pytes
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Without a GPU a recording is replaced by running the work again, which is what a replay does to the same buffers."""
+    """Without a GPU a recording is replaced by running the work again, which is what a replay does to the same
+    buffers."""
 
     def record(work: Any, reset: Any, device: Any, pool: Any) -> Any:
         work()  # a warm-up, as the real one does
@@ -220,7 +241,10 @@ def test_a_callback_and_a_stop_leave_the_whole_loop_graph(unet: UNet2D, recorded
     assert graphed.stats()["captures"] == 2, "one of a step, one of the loop"
     stopping = recorded(unet, scheduler(), "loop-graph", stop="eps_norm", threshold=100.0, check_every=1)
     assert (
-        relative(stopping(2), FastSampler(unet, scheduler(), shape=SHAPE, steps=6, mode="eager", stop="eps_norm", threshold=100.0)(2))
+        relative(
+            stopping(2),
+            FastSampler(unet, scheduler(), shape=SHAPE, steps=6, mode="eager", stop="eps_norm", threshold=100.0)(2),
+        )
         < 1e-5
     )
     assert stopping.stats()["steps_saved"] == 5
@@ -244,7 +268,10 @@ def test_cuda_modes_equal_eager(unet: UNet2D, mode: str, eta: float) -> None:
     model = UNet2D(UNET).eval()
     model.load_state_dict(unet.state_dict())
     model.cuda()
-    eager, fast = (FastSampler(model, scheduler(), shape=SHAPE, steps=10, mode=m, eta=eta, decode=torch.tanh) for m in ("eager", mode))
+    eager, fast = (
+        FastSampler(model, scheduler(), shape=SHAPE, steps=10, mode=m, eta=eta, decode=torch.tanh)
+        for m in ("eager", mode)
+    )
     for seed in (0, 1, 0):
         with backend("torch"):  # else a wrong kernel would agree with itself
             expected = eager(3, seed=seed)
@@ -253,7 +280,9 @@ def test_cuda_modes_equal_eager(unet: UNet2D, mode: str, eta: float) -> None:
 
 @pytest.mark.parametrize("products", ["highest", "high", "medium"])
 @pytest.mark.parametrize("convolutions", [True, False])
-def test_float32_is_float32_inside_and_what_it_was_outside(convolutions: bool, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_is_float32_inside_and_what_it_was_outside(
+    convolutions: bool, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PyTorch lets convolutions on CUDA use TF32 unless told otherwise; the settings exist without a GPU too."""
 
     def settings() -> tuple[bool, str]:
@@ -262,8 +291,9 @@ def test_float32_is_float32_inside_and_what_it_was_outside(convolutions: bool, p
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", convolutions)
     torch.set_float32_matmul_precision(products)
     try:
+        cuda = torch.device("cuda")
         for asked in (True, False):
-            with pytest.raises(RuntimeError, match="out"), loop.float32_precision(torch.device("cuda"), asked):  # noqa: PT012  # of one run
+            with pytest.raises(RuntimeError, match="out"), loop.float32_precision(cuda, asked):  # noqa: PT012
                 assert settings() == (asked, "high" if asked else "highest")
                 raise RuntimeError("out")
             assert settings() == (convolutions, products)
@@ -295,7 +325,9 @@ def test_tf32_is_asked_for(unet: UNet2D, mode: str, monkeypatch: pytest.MonkeyPa
     expected = FastSampler(model, scheduler(), shape=SHAPE, steps=10, mode="eager")(3)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     model.cuda()
-    exact, rounded = (FastSampler(model, scheduler(), shape=SHAPE, steps=10, mode=mode, tf32=tf32) for tf32 in (False, True))
+    exact, rounded = (
+        FastSampler(model, scheduler(), shape=SHAPE, steps=10, mode=mode, tf32=tf32) for tf32 in (False, True)
+    )
     assert relative(exact(3).cpu(), expected) < 1e-5
     assert torch.backends.cudnn.allow_tf32
     assert relative(rounded(3).cpu(), expected) < 1e-2
@@ -332,8 +364,11 @@ def test_auto_says_what_it_took_and_why(unet: UNet2D) -> None:
     assert "cpu has no CUDA graphs" in sampler.reason
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert [modes.choose(*c)[0] for c in ((cuda, 1, 50), (cuda, 1, 1000), (cpu, 16, 50), (cpu, 1000, 50))] == [
-        "loop-graph", "step-graph", "eager", "compile",
-    ]  # fmt: skip
+        "loop-graph",
+        "step-graph",
+        "eager",
+        "compile",
+    ]
 
 
 def test_auto_compiles_for_a_call_that_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,18 +388,32 @@ def diffusers_unet(**config: Any) -> nn.Module:
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the peer that this test drops in under")
     torch.manual_seed(3)
     return diffusers.UNet2DModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), **config,
-    ).eval()  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        **config,
+    ).eval()
 
 
 def monai_unet(**config: Any) -> nn.Module:
     nets = pytest.importorskip("monai.networks.nets", reason="MONAI is the peer that this test drops in under")
     torch.manual_seed(3)
     model = nets.DiffusionModelUNet(
-        spatial_dims=2, in_channels=4, out_channels=4, channels=(16, 32), attention_levels=(False, True), num_res_blocks=1,
-        num_head_channels=8, norm_num_groups=8, **config,
-    ).eval()  # fmt: skip
+        spatial_dims=2,
+        in_channels=4,
+        out_channels=4,
+        channels=(16, 32),
+        attention_levels=(False, True),
+        num_res_blocks=1,
+        num_head_channels=8,
+        norm_num_groups=8,
+        **config,
+    ).eval()
     for p in model.parameters():  # a fresh one ends in zeros
         nn.init.normal_(p, std=0.1)
     return model
@@ -374,13 +423,22 @@ def conditional_unet() -> nn.Module:
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the peer that this test drops in under")
     torch.manual_seed(3)
     return diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12, attention_head_dim=4,
-    ).eval()  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+    ).eval()
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"]
+)
 def test_drops_in_under_diffusers(name: str) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the peer that this test drops in under")
     model, sched = diffusers_unet(), getattr(diffusers, name)(beta_schedule="scaled_linear")
@@ -395,7 +453,9 @@ def test_drops_in_under_diffusers(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "RFlowScheduler"])
 def test_drops_in_under_monai(name: str) -> None:
-    schedulers = pytest.importorskip("monai.networks.schedulers", reason="MONAI is the peer that this test drops in under")
+    schedulers = pytest.importorskip(
+        "monai.networks.schedulers", reason="MONAI is the peer that this test drops in under"
+    )
     model, sched = monai_unet(), getattr(schedulers, name)()
     got = FastSampler(model, sched, shape=SHAPE, steps=20, mode="eager")(2, seed=5)
     sched.set_timesteps(20)
@@ -435,7 +495,9 @@ def test_a_monai_context_and_a_third_argument() -> None:
     model = monai_unet(with_conditioning=True, cross_attention_dim=12)
     context = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
     got = FastSampler(model, scheduler(), shape=SHAPE, steps=4, mode="eager")(2, cond=context)
-    expected = stepped(lambda x, t: model(x, t.expand(2), context=context), scheduler(), 4, philox_normal((2, *SHAPE), 0))
+    expected = stepped(
+        lambda x, t: model(x, t.expand(2), context=context), scheduler(), 4, philox_normal((2, *SHAPE), 0)
+    )
     assert relative(got, expected) < 1e-5
     plain = FastSampler(lambda x, t, c: 0.1 * x + c, scheduler(), shape=(3,), steps=4)(2, cond=torch.ones(2, 3))
     assert relative(plain, stepped(lambda x, t: 0.1 * x + 1, scheduler(), 4, philox_normal((2, 3), 0))) < 1e-5
@@ -444,9 +506,13 @@ def test_a_monai_context_and_a_third_argument() -> None:
 @pytest.mark.parametrize("make", [diffusers_unet, monai_unet])
 def test_fuse_replaces_the_norms_before_silu(make: Any) -> None:
     model = make()
-    plain, sampler = (FastSampler(model, scheduler(), shape=SHAPE, steps=4, mode="eager", fuse=f) for f in (False, True))
+    plain, sampler = (
+        FastSampler(model, scheduler(), shape=SHAPE, steps=4, mode="eager", fuse=f) for f in (False, True)
+    )
     assert relative(sampler(2, seed=1), plain(2, seed=1)) < 1e-5
-    pairs = sum(isinstance(m, nn.GroupNorm) for m in model.modules()) - sum("ttention" in type(m).__name__ for m in model.modules())
+    pairs = sum(isinstance(m, nn.GroupNorm) for m in model.modules()) - sum(
+        "ttention" in type(m).__name__ for m in model.modules()
+    )
     assert sampler.stats()["fused"] == pairs > 8
 
 
@@ -504,15 +570,20 @@ def test_rows_of_time_are_the_embedding_of_each_step(unet: UNet2D) -> None:
     x = torch.randn(2, *SHAPE)
     with torch.no_grad():
         for i, t in enumerate(sampler.timesteps):
-            torch.testing.assert_close(sampler.predict(x, sampler.rows[i : i + 1], {}), unet(x, int(t)), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                sampler.predict(x, sampler.rows[i : i + 1], {}), unet(x, int(t)), rtol=1e-5, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize(("stop", "threshold"), [("eps_norm", 0.9), ("convergence", 0.05), ("x0_delta", 0.2)])
 def test_stopping_freezes_each_sample_and_returns_its_x0(unet: UNet2D, stop: str, threshold: float) -> None:
     sched, steps, n = scheduler(), 20, 3
-    sampler = FastSampler(unet, sched, shape=SHAPE, steps=steps, mode="eager", stop=stop, threshold=threshold, check_every=3)
+    sampler = FastSampler(
+        unet, sched, shape=SHAPE, steps=steps, mode="eager", stop=stop, threshold=threshold, check_every=3
+    )
     got = sampler(n, seed=4)
-    # by hand: the full run, its x0 and outputs at every step, and the first step at which each sample meets the criterion
+    # by hand: the full run, its x0 and outputs at every step, and the first step at which each sample meets the
+    # criterion
     sched.set_timesteps(steps)
     x, x0s, norms = philox_normal((n, *SHAPE), 4), [], []
     with torch.no_grad():
@@ -539,7 +610,9 @@ def test_stopping_freezes_each_sample_and_returns_its_x0(unet: UNet2D, stop: str
 
 def test_the_papers_criterion_does_not_fire_on_noise(unet: UNet2D) -> None:
     """001 stops at RMS 0.05 of the noise prediction; noise has RMS 1 at every step."""
-    sampler = FastSampler(lambda x, t: x / x.square().mean().sqrt(), scheduler(), shape=SHAPE, steps=20, mode="eager", stop="eps_norm")
+    sampler = FastSampler(
+        lambda x, t: x / x.square().mean().sqrt(), scheduler(), shape=SHAPE, steps=20, mode="eager", stop="eps_norm"
+    )
     sampler(4)
     assert "stopped" not in sampler.stats()
 
@@ -561,11 +634,14 @@ def test_interpolation_ends_at_the_two_seeds(unet: UNet2D) -> None:
     assert relative(between[[0, -1]], sampler(2, seed=[3, 8])) < 1e-4
     assert relative(sampler.interpolate((3, 3), 2), sampler(2, seed=[3, 3])) < 1e-6
     a, b = (philox_normal((1, *SHAPE), s) for s in (3, 8))
-    middle = (a + b) / (a + b).norm() * (a.norm() + b.norm()) / 2  # halfway on an arc, to the first order in their lengths
+    # halfway on an arc, to the first order in their lengths
+    middle = (a + b) / (a + b).norm() * (a.norm() + b.norm()) / 2
     assert relative(between[2:3], sampler(noise=middle)) < 0.05
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"]
+)
 def test_from_latents_is_diffusers_img2img(unet: UNet2D, name: str) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers brings these schedulers")
     sched, z = getattr(diffusers, name)(), torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1)) * 0.3
@@ -600,13 +676,17 @@ def test_a_stepped_schedulers_noise_is_the_samples_own() -> None:
     assert relative(whole[:1], whole[1:2]) > 1e-2
 
 
-def test_a_model_that_cannot_be_captured_is_named_and_auto_goes_on(unet: UNet2D, recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_captured_is_named_and_auto_goes_on(
+    unet: UNet2D, recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(loop, "capture", refuse)
     graphed = recorded(unet, scheduler(), "loop-graph")
-    with pytest.raises(ValueError, match="mode: got 'loop-graph', and UNet2D or decode cannot be captured: operation not permitted"):
+    with pytest.raises(
+        ValueError, match="mode: got 'loop-graph', and UNet2D or decode cannot be captured: operation not permitted"
+    ):
         graphed(2)
     graphed._auto, graphed._choose = True, lambda n: None
     assert graphed(2).shape == (2, *SHAPE)
@@ -646,7 +726,10 @@ def test_what_no_table_describes_is_stepped_and_counted(unet: UNet2D) -> None:
     assert relative(got, stepped(unet, sched, 8, philox_normal((2, *SHAPE), 3))) < 1e-4  # quantiles magnify rounding
     sampler(2)
     assert sampler.stats()["fallbacks"] == 2
-    with pytest.raises(ValueError, match="mode, stop: got 'compile', None"), pytest.warns(UserWarning, match="stepped as it is"):
+    with (
+        pytest.raises(ValueError, match="mode, stop: got 'compile', None"),
+        pytest.warns(UserWarning, match="stepped as it is"),
+    ):
         FastSampler(unet, sched, shape=SHAPE, steps=8, mode="compile")
 
 
@@ -656,10 +739,16 @@ def test_nan_is_named_by_step_and_sample() -> None:
         return torch.where(bad.reshape(-1, 1, 1, 1), torch.nan, 0.1 * x)
 
     sampler = FastSampler(model, scheduler(), shape=(2, 2, 2), steps=10, mode="eager")
-    with pytest.raises(FloatingPointError, match=r"model: NaN or infinity at step 5 \(timestep 400\) in samples \[1\]$"):
+    with pytest.raises(
+        FloatingPointError, match=r"model: NaN or infinity at step 5 \(timestep 400\) in samples \[1\]$"
+    ):
         sampler(3)
-    decoded = FastSampler(lambda x, t: 0.1 * x, scheduler(), shape=(2, 2, 2), steps=10, mode="eager", decode=lambda z: z / 0)
-    with pytest.raises(FloatingPointError, match=r"decode: NaN or infinity in samples \[0, 1\], whose latents are finite"):
+    decoded = FastSampler(
+        lambda x, t: 0.1 * x, scheduler(), shape=(2, 2, 2), steps=10, mode="eager", decode=lambda z: z / 0
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"decode: NaN or infinity in samples \[0, 1\], whose latents are finite"
+    ):
         decoded(2)
 
 
@@ -672,7 +761,9 @@ def test_nan_is_named_by_its_number_in_the_call() -> None:
         return torch.where((x.mean((1, 2, 3), keepdim=True) > 5) & (t < 900), torch.nan, 0.0 * x)
 
     sampler = FastSampler(model, scheduler(), shape=(2, 2, 2), steps=10, mode="eager")
-    with pytest.raises(FloatingPointError, match=r"model: NaN or infinity at step 1 \(timestep 800\) in samples \[4\]$"):
+    with pytest.raises(
+        FloatingPointError, match=r"model: NaN or infinity at step 1 \(timestep 800\) in samples \[4\]$"
+    ):
         sampler(noise=start, batch_size=2)
 
 
@@ -701,7 +792,8 @@ def test_out_of_memory_says_what_fits() -> None:
 
     sampler = FastSampler(model, scheduler(), shape=(2,), steps=3, mode="eager")
     with pytest.raises(
-        MemoryError, match="n: 16 at a time do not fit into memory; 4 do, a step of them ran just now: give a batch size of 4"
+        MemoryError,
+        match="n: 16 at a time do not fit into memory; 4 do, a step of them ran just now: give a batch size of 4",
     ):
         sampler(16)
     assert sampler(16, batch_size=4).shape == (16, 2)
@@ -726,7 +818,10 @@ def test_bad_input_is_named(unet: UNet2D) -> None:
 
     plain = FastSampler(lambda x, t, c: x, scheduler(), shape=SHAPE, steps=2)
     for call, message in (
-        (lambda: make(mode="fast"), "mode: got 'fast', allowed are eager, compile, default, reduce-overhead, max-autotune"),
+        (
+            lambda: make(mode="fast"),
+            "mode: got 'fast', allowed are eager, compile, default, reduce-overhead, max-autotune",
+        ),
         (lambda: make(mode="eager+compile"), "mode: got 'eager.compile'"),
         (lambda: make(mode="loop-graph+reduce-overhead"), "allowed in a graph are compile, max-autotune-no-cudagraphs"),
         (lambda: make(mode="loop-graph+compile"), "mode: got 'loop-graph.compile', which needs CUDA"),
@@ -736,12 +831,27 @@ def test_bad_input_is_named(unet: UNet2D) -> None:
         (lambda: make()(2, batch_size=0), "batch_size: got 0"),
         (lambda: make()(2, guidance_scale=2.0), "guidance_scale: got a value without cond"),
         (lambda: make()(2, cond=torch.zeros(2, 4)), "cond: got a value, allowed is None: this model is unconditional"),
-        (lambda: plain(2, cond=torch.zeros(3, 4)), "cond, uncond: got tensors of another shape, allowed is one row for each of 2"),
-        (lambda: plain(2, cond={"a": torch.zeros(2, 4)}, uncond={"b": torch.zeros(2, 4)}, guidance_scale=1.0), "got a of another shape"),
+        (
+            lambda: plain(2, cond=torch.zeros(3, 4)),
+            "cond, uncond: got tensors of another shape, allowed is one row for each of 2",
+        ),
+        (
+            lambda: plain(2, cond={"a": torch.zeros(2, 4)}, uncond={"b": torch.zeros(2, 4)}, guidance_scale=1.0),
+            "got a of another shape",
+        ),
         (lambda: plain(2, uncond=torch.zeros(2, 4), guidance_scale=1.0), "cond, uncond: got tensors"),
-        (lambda: plain(2, cond=torch.zeros(2, 4), uncond=torch.zeros(2, 4)), "uncond: got a value, allowed without guidance_scale is None"),
-        (lambda: plain(2, cond=torch.zeros(2, 4), guidance_scale=float("nan")), "guidance_scale: got nan, allowed are finite numbers"),
-        (lambda: plain(2, cond={"a": None, "b": {"c": "text"}}), r"cond\['b'\]\['c'\]: got str, allowed are tensors and arrays"),
+        (
+            lambda: plain(2, cond=torch.zeros(2, 4), uncond=torch.zeros(2, 4)),
+            "uncond: got a value, allowed without guidance_scale is None",
+        ),
+        (
+            lambda: plain(2, cond=torch.zeros(2, 4), guidance_scale=float("nan")),
+            "guidance_scale: got nan, allowed are finite numbers",
+        ),
+        (
+            lambda: plain(2, cond={"a": None, "b": {"c": "text"}}),
+            r"cond\['b'\]\['c'\]: got str, allowed are tensors and arrays",
+        ),
         (lambda: plain(2, cond=torch.tensor(1.0)), "cond: got a number, allowed are tensors"),
         (lambda: make(threshold=0.1), "threshold: got 0.1, allowed is above 0 and, without stop, None"),
         (lambda: make(steps=True), "steps: got True, allowed is 1 to"),
@@ -753,20 +863,35 @@ def test_bad_input_is_named(unet: UNet2D) -> None:
         (lambda: make()(2, seed=torch.tensor(1)), "seed: got tensor"),
         (lambda: make()(2, seed=[1, 2.5]), "seed: got 2.5, allowed is a whole number"),
         (lambda: make()(indices=[0.5]), "indices: got 0.5, allowed is a whole number"),
-        (lambda: make().trajectory(2, callback=print), "callback: got .*, allowed is None: a trajectory has one of its own"),
+        (
+            lambda: make().trajectory(2, callback=print),
+            "callback: got .*, allowed is None: a trajectory has one of its own",
+        ),
         (lambda: make().interpolate((1, 2, 3), 4), "seeds: got 3, allowed are two"),
         (lambda: make().interpolate((1, 2), 1), "n: got 1, allowed is 2 or more"),
         (lambda: make(eta=0.5).interpolate((1, 2), 3), "scheduler: got one with noise in its steps"),
-        (lambda: FastSampler(unet, scheduler(clip_sample=True), shape=SHAPE, steps=2).invert(torch.zeros(1, *SHAPE)), "clip_sample=False"),
+        (
+            lambda: FastSampler(unet, scheduler(clip_sample=True), shape=SHAPE, steps=2).invert(torch.zeros(1, *SHAPE)),
+            "clip_sample=False",
+        ),
         (lambda: plain(2, cond=torch.zeros(2, 4), guidance_scale=torch.ones(3)), "guidance_scale: got 3 values"),
         (lambda: make(stop="eps_norm", threshold=-1.0), "threshold: got -1.0, allowed is above 0"),
         (lambda: make(shape=(3, 8, 8)), r"shape: got \(3, 8, 8\), allowed for this model is \(4, H, W\)"),
         (lambda: make(steps=5.5), "steps: got 5.5"),
-        (lambda: make().trajectory(2, batch_size=1), "batch_size: got 1, allowed is None: a trajectory is of one batch"),
+        (
+            lambda: make().trajectory(2, batch_size=1),
+            "batch_size: got 1, allowed is None: a trajectory is of one batch",
+        ),
         (lambda: make()(indices=[3, -1]), "indices: got -1"),
         (lambda: make().from_latents(torch.zeros(1, *SHAPE), 0.0), "strength: got 0.0, allowed is above 0 up to 1"),
-        (lambda: FastSampler(lambda x, t: x[:, :1], scheduler(), shape=SHAPE, steps=2)(2), r"model: got an output of shape \(2, 1, 8, 8\)"),
-        (lambda: FastSampler(unet, object(), shape=SHAPE), "scheduler: got object, allowed is a scheduler with set_timesteps"),
+        (
+            lambda: FastSampler(lambda x, t: x[:, :1], scheduler(), shape=SHAPE, steps=2)(2),
+            r"model: got an output of shape \(2, 1, 8, 8\)",
+        ),
+        (
+            lambda: FastSampler(unet, object(), shape=SHAPE),
+            "scheduler: got object, allowed is a scheduler with set_timesteps",
+        ),
         (lambda: make(mode="loop-graph"), "mode: got 'loop-graph', which needs CUDA"),
         (lambda: make(mode="step-graph"), "mode: got 'step-graph', which needs CUDA"),
         (lambda: make(steps=0), "steps: got 0"),
@@ -845,7 +970,9 @@ def test_a_pipeline_is_saved_over_nothing_but_a_pipeline(name: str, pipeline: Pi
 def test_a_pipelines_own_scheduler_may_be_any(pipeline: Pipeline) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers brings this scheduler")
     own = pipeline.sample(2, steps=4)
-    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config.to_dict() | {"beta_schedule": "linear"})
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config.to_dict() | {"beta_schedule": "linear"}
+    )
     euler = pipeline.sample(2, steps=4)
     assert relative(euler, own) > 1e-3
     assert torch.equal(euler, pipeline.sample(2, steps=4, scheduler=pipeline.scheduler))
@@ -854,9 +981,13 @@ def test_a_pipelines_own_scheduler_may_be_any(pipeline: Pipeline) -> None:
 def test_pipeline_survives_its_folder(pipeline: Pipeline, tmp_path: Path) -> None:
     pipeline.save(tmp_path / "p")
     assert sorted(str(p.relative_to(tmp_path / "p")) for p in (tmp_path / "p").rglob("*") if p.is_file()) == [
-        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-        "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
-    ]  # fmt: skip
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
     again = Pipeline.from_pretrained(tmp_path / "p")
     images = pipeline.sample(3, seed=1, steps=3)
     assert images.shape == (3, 1, 16, 16)
@@ -884,7 +1015,10 @@ def test_bundled_weights_make_images() -> None:
 def test_bad_pipelines_are_named(pipeline: Pipeline, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "model.pt")
     for call, message in (
-        (lambda: Pipeline.from_pretrained(tmp_path / "nothing"), "is not a pipeline folder: it has no model_index.json"),
+        (
+            lambda: Pipeline.from_pretrained(tmp_path / "nothing"),
+            "is not a pipeline folder: it has no model_index.json",
+        ),
         (lambda: Pipeline.from_pretrained(tmp_path / "model.pt"), "no pickle is ever read"),
         (lambda: pipeline.sample(0), "n: got 0, allowed is 1 or more"),
         (lambda: pipeline.sample(1, batch_size=0), "batch_size: got 0, allowed is 1 or more"),

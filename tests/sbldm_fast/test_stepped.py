@@ -1,4 +1,5 @@
-"""Schedulers that no table describes, stepped as they are: their own results, each sample's own noise, and errors with a name."""
+"""Schedulers that no table describes, stepped as they are: their own results, each sample's own noise, and errors with
+a name."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def test_a_samples_noise_is_its_own_whatever_the_batch(name: str, config: dict[s
     assert relative(sampler(indices=[1, 1], seed=2), whole[[1, 1]]) < 1e-5
     assert relative(sampler(4, seed=3), whole) > 1e-3
     same = sampler(noise=whole[:1].expand(4, *SHAPE), seed=2)
-    assert all(relative(same[i : i + 1], same[:1]) > 1e-3 for i in (1, 2, 3)), "the noise of the steps is another for each"
+    assert all(relative(same[i : i + 1], same[:1]) > 1e-3 for i in (1, 2, 3)), (
+        "the noise of the steps is another for each"
+    )
     assert relative(sampler(noise=whole[:1], seed=2 + 2**32), same[:1]) > 1e-3
 
 
@@ -57,7 +60,10 @@ def test_it_is_the_schedulers_own_loop_with_that_generator(name: str, config: di
     got = sampler(1, seed=[7])
     scheduler = copy.deepcopy(sampler.scheduler)
     scheduler.set_timesteps(6)
-    x, generator = philox_normal((1, *SHAPE), 7) * scheduler.init_noise_sigma, torch.Generator().manual_seed(of_both(7, 0))
+    x, generator = (
+        philox_normal((1, *SHAPE), 7) * scheduler.init_noise_sigma,
+        torch.Generator().manual_seed(of_both(7, 0)),
+    )
     times = [*scheduler.timesteps, None]
     for i, t in enumerate(scheduler.timesteps):
         following = {"prev_timestep": times[i + 1]} if name == "UnCLIPScheduler" else {}
@@ -107,9 +113,15 @@ def test_eta_is_passed_as_it_is_given(steps: int) -> None:
 
 
 def test_learned_variance_is_named_and_stepped() -> None:
-    with pytest.warns(UserWarning, match="DDPMScheduler is stepped as it is, without a table: its model also predicts the variance"):
-        sampler = FastSampler(lambda x, t: torch.cat([0.1 * x, 0 * x], 1), diffusers.DDPMScheduler(variance_type="learned_range"),
-                              shape=SHAPE, steps=4)  # fmt: skip
+    with pytest.warns(
+        UserWarning, match="DDPMScheduler is stepped as it is, without a table: its model also predicts the variance"
+    ):
+        sampler = FastSampler(
+            lambda x, t: torch.cat([0.1 * x, 0 * x], 1),
+            diffusers.DDPMScheduler(variance_type="learned_range"),
+            shape=SHAPE,
+            steps=4,
+        )
     assert sampler(2).isfinite().all()
     with pytest.warns(UserWarning, match="stepped as it is"):
         one = FastSampler(tenth, diffusers.DDPMScheduler(variance_type="learned_range"), shape=SHAPE, steps=4)
@@ -139,7 +151,9 @@ def test_what_cannot_be_stepped_either_is_refused_by_name(name: str, config: dic
 @pytest.mark.filterwarnings("ignore:.*stepped as it is")
 def test_a_schedulers_own_nan_is_not_blamed_on_the_model() -> None:
     scheduler = diffusers.LCMScheduler(rescale_betas_zero_snr=True)
-    with pytest.raises(FloatingPointError, match="scheduler: LCMScheduler makes NaN or infinity of finite numbers at step 0"):
+    with pytest.raises(
+        FloatingPointError, match="scheduler: LCMScheduler makes NaN or infinity of finite numbers at step 0"
+    ):
         FastSampler(tenth, scheduler, shape=SHAPE, steps=4)(2)
 
 

@@ -18,7 +18,9 @@ from sbldm_fast.diffusion import NotLinear
 from sbldm_fast.diffusion.table import prepared
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers brings the schedulers that these tests read")
-schedulers = pytest.importorskip("monai.networks.schedulers", reason="MONAI brings the schedulers that these tests read")
+schedulers = pytest.importorskip(
+    "monai.networks.schedulers", reason="MONAI brings the schedulers that these tests read"
+)
 
 COMMITTED = (Path(__file__).parents[2] / "benchmarks" / "SCHEDULERS.md").read_text().splitlines()
 
@@ -33,7 +35,9 @@ def test_a_table_is_its_schedulers_own_loop(library: str, name: str, config: dic
 
 
 @pytest.mark.parametrize(
-    ("library", "name", "config"), [c for c in CASES if not c[2].get("thresholding")], ids=lambda v: v if isinstance(v, str) else None
+    ("library", "name", "config"),
+    [c for c in CASES if not c[2].get("thresholding")],
+    ids=lambda v: v if isinstance(v, str) else None,
 )
 @pytest.mark.parametrize("steps", [4, 7, 50])
 def test_in_float64_the_table_itself(library: str, name: str, config: dict[str, Any], steps: int) -> None:
@@ -68,7 +72,9 @@ def test_eta_is_the_noise_column(library: Any, eta: float) -> None:
 
 def test_by_hand() -> None:
     # T = 4, betas 0.1 to 0.4, two steps: timesteps 2 and 0, alphas_cumprod 0.504 and 0.9, the last step leads to 1
-    table = SolverTable.from_scheduler(DDIMScheduler(num_train_timesteps=4, beta_start=0.1, beta_end=0.4, clip_sample=False), 2)
+    table = SolverTable.from_scheduler(
+        DDIMScheduler(num_train_timesteps=4, beta_start=0.1, beta_end=0.4, clip_sample=False), 2
+    )
     assert table.timesteps.tolist() == [2, 0]
     for line, (a, b) in zip(table.rows, ((0.504, 0.9), (0.9, 1.0)), strict=True):
         # x0 = (x - sqrt(1-a) m) / sqrt(a);  x' = sqrt(b) x0 + sqrt(1-b) m
@@ -76,14 +82,18 @@ def test_by_hand() -> None:
         expected = [c_x, c_m, 0.0, 0.0, b**0.5 * c_x, b**0.5 * c_m + (1 - b) ** 0.5]
         torch.testing.assert_close(line, torch.tensor(expected, dtype=torch.float64), rtol=3e-7, atol=1e-7)
     torch.testing.assert_close(table.alpha, torch.tensor([0.504, 0.9], dtype=torch.float64).sqrt(), rtol=3e-7, atol=0)
-    torch.testing.assert_close(table.sigma, (1 - torch.tensor([0.504, 0.9], dtype=torch.float64)).sqrt(), rtol=3e-7, atol=0)
+    torch.testing.assert_close(
+        table.sigma, (1 - torch.tensor([0.504, 0.9], dtype=torch.float64)).sqrt(), rtol=3e-7, atol=0
+    )
 
 
 def test_clipping_is_found_and_its_range() -> None:
     table = SolverTable.from_scheduler(DDIMScheduler(clip_sample_range=0.7), 10)
     assert table.clip_range == pytest.approx(0.7, rel=1e-12)
     assert (table.rows[:, 2] > 0).all()
-    assert SolverTable.from_scheduler(DDPMScheduler(clip_sample_range=2.0), 10).clip_range == pytest.approx(2.0, rel=1e-12)
+    assert SolverTable.from_scheduler(DDPMScheduler(clip_sample_range=2.0), 10).clip_range == pytest.approx(
+        2.0, rel=1e-12
+    )
     assert SolverTable.from_scheduler(DDIMScheduler(clip_sample=False), 10).clip_range is None
 
 
@@ -147,9 +157,17 @@ class Rounding(DDIMScheduler):
 
 def test_what_is_not_linear_is_refused_with_its_reason() -> None:
     for scheduler, steps, reason in (
-        (diffusers.DDIMScheduler(clip_sample=False, thresholding=True, sample_max_value=3.0), 10, "neither as predicted nor clipped"),
+        (
+            diffusers.DDIMScheduler(clip_sample=False, thresholding=True, sample_max_value=3.0),
+            10,
+            "neither as predicted nor clipped",
+        ),
         (schedulers.DDIMScheduler(clip_sample_min=-1.0, clip_sample_max=0.5), 10, "neither as predicted nor clipped"),
-        (diffusers.DPMSolverMultistepScheduler(thresholding=True, sample_max_value=3.0), 10, "is not a sum of what came before it"),
+        (
+            diffusers.DPMSolverMultistepScheduler(thresholding=True, sample_max_value=3.0),
+            10,
+            "is not a sum of what came before it",
+        ),
         (Rounding(clip_sample=False), 5, "is not a sum of what came before it"),
         (diffusers.DEISMultistepScheduler(), 1000, "not finite"),
     ):
@@ -162,16 +180,28 @@ def test_bad_input_is_named() -> None:
         def step(self) -> None: ...
 
     for call, message in (
-        (lambda: SolverTable.from_scheduler(Half(), 5), "scheduler: got Half, allowed is a scheduler with set_timesteps and step"),
-        (lambda: SolverTable.from_scheduler(DDIMScheduler(), 1001), "steps: got 1001, allowed is 1 to num_train_timesteps = 1000"),
+        (
+            lambda: SolverTable.from_scheduler(Half(), 5),
+            "scheduler: got Half, allowed is a scheduler with set_timesteps and step",
+        ),
+        (
+            lambda: SolverTable.from_scheduler(DDIMScheduler(), 1001),
+            "steps: got 1001, allowed is 1 to num_train_timesteps = 1000",
+        ),
         (lambda: SolverTable.from_scheduler(diffusers.EulerDiscreteScheduler(), 0), "steps: got 0"),
         (
             lambda: SolverTable.from_scheduler(diffusers.PNDMScheduler(), 1),
             r"scheduler: PNDMScheduler.set_timesteps\(1\) failed: ValueError: operands",
         ),
-        (lambda: SolverTable.from_scheduler(diffusers.PNDMScheduler(), 10, eta=0.5), "eta: got 0.5, allowed is 0 to 1, and 0 alone"),
+        (
+            lambda: SolverTable.from_scheduler(diffusers.PNDMScheduler(), 10, eta=0.5),
+            "eta: got 0.5, allowed is 0 to 1, and 0 alone",
+        ),
         (lambda: SolverTable.from_scheduler(DDIMScheduler(), 10, eta=2.0), "eta: got 2.0"),
-        (lambda: SolverTable.from_scheduler(diffusers.UniPCMultistepScheduler(), 10).from_step(3), "table: got a history of 2 steps"),
+        (
+            lambda: SolverTable.from_scheduler(diffusers.UniPCMultistepScheduler(), 10).from_step(3),
+            "table: got a history of 2 steps",
+        ),
         (lambda: SolverTable.from_scheduler(DDIMScheduler(), 10).from_step(10), "start: got 10, allowed is 0 to 9"),
         (lambda: SolverTable.from_scheduler(DDIMScheduler(), 10, start=-1), "start: got -1, allowed is 0 to 9"),
     ):
@@ -209,7 +239,9 @@ def test_a_start_inside_is_diffusers_begin_index() -> None:
 )
 def test_a_late_start_is_said_with_its_mend(spacing: str, steps: int, first: int) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers brings this scheduler")
-    with pytest.warns(UserWarning, match=f"UniPCMultistepScheduler: a run of {steps} steps starts at t = {first}, .*'trailing'"):
+    with pytest.warns(
+        UserWarning, match=f"UniPCMultistepScheduler: a run of {steps} steps starts at t = {first}, .*'trailing'"
+    ):
         SolverTable.from_scheduler(diffusers.UniPCMultistepScheduler(timestep_spacing="leading"), steps)
 
 

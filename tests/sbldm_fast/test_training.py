@@ -33,14 +33,23 @@ from sbldm_fast.training.stages import augment, unet_loss
 
 SMALL = Preset(
     replace(preset("demo").vae, block_out_channels=(8, 8, 8, 8)),
-    replace(preset("demo").unet, block_out_channels=(16, 16), attention_head_dim=8, layers_per_block=1, time_embed_dim=32, dropout=0.1),
+    replace(
+        preset("demo").unet,
+        block_out_channels=(16, 16),
+        attention_head_dim=8,
+        layers_per_block=1,
+        time_embed_dim=32,
+        dropout=0.1,
+    ),
     preset("demo").scheduler,
 )
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("nilearn", reason="nilearn, of the extra data, brings the maps that synthetic brains are made of")
+    pytest.importorskip(
+        "nilearn", reason="nilearn, of the extra data, brings the maps that synthetic brains are made of"
+    )
     folder = tmp_path_factory.mktemp("data") / "d"
     prepare(["synthetic:3"], folder, every=6, progress=False)
     return folder
@@ -66,7 +75,9 @@ def test_both_stages_end_in_a_pipeline_that_samples(data: Path, tmp_path: Path, 
     assert pipe.sample(1, steps=2).shape == (1, 1, 128, 128)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows if "loss" in row] == [("vae", 3), ("unet", 3)]
-    assert [(row["stage"], row["step"]) for row in rows if "val" in row] == [(n, i) for n in ("vae", "unet") for i in (2, 3)]
+    assert [(row["stage"], row["step"]) for row in rows if "val" in row] == [
+        (n, i) for n in ("vae", "unet") for i in (2, 3)
+    ]
     assert all(math.isfinite(row.get("loss", row.get("val"))) for row in rows)
     for name in ("vae", "unet"):
         best = min((row["val"], row["step"]) for row in rows if row["stage"] == name and "val" in row)
@@ -84,8 +95,11 @@ def stage(**values):
     return Optimisation(steps=30, batch_size=4, lr=1e-3, save_every=4, amp="off", **values)
 with torchrun() as device:
     try:
-        train_pipeline(SMALL, sys.argv[1], sys.argv[2], vae=stage(), unet=stage(ema_decay=0.9), device=device, views=2, resume=True,
-                       objective=Objective(low_weight=2.0, snr_gamma=5.0, cutmix_prob=float(sys.argv[3])), progress=False)
+        train_pipeline(
+            SMALL, sys.argv[1], sys.argv[2], vae=stage(), unet=stage(ema_decay=0.9), device=device, views=2,
+            resume=True, progress=False,
+            objective=Objective(low_weight=2.0, snr_gamma=5.0, cutmix_prob=float(sys.argv[3])),
+        )
     except (Stopped, OSError) as error:
         sys.exit(str(error))
 """
@@ -95,7 +109,8 @@ with torchrun() as device:
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program that the tests kill: this file's small models, trained for 30 steps of each stage."""
     folder = tmp_path_factory.mktemp("script")
-    (folder / "run.py").write_text(RUN.replace("CONFIGURATIONS", repr(SMALL)))  # configurations print as what makes them
+    # configurations print as what makes them
+    (folder / "run.py").write_text(RUN.replace("CONFIGURATIONS", repr(SMALL)))
     return folder / "run.py"
 
 
@@ -164,7 +179,9 @@ def test_a_signal_saves_and_ends(script: Path, data: Path, whole: Path, tmp_path
     same_run(whole, tmp_path)
 
 
-def test_a_full_disk_stops_and_names_the_last_good_checkpoint(script: Path, data: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_full_disk_stops_and_names_the_last_good_checkpoint(
+    script: Path, data: Path, whole: Path, tmp_path: Path
+) -> None:
     process = start(script, data, tmp_path)
     wait_for(tmp_path, "checkpoint-unet-00000008", process)
     process.kill()
@@ -189,7 +206,15 @@ def test_two_processes_have_the_curve_of_one(script: Path, data: Path, tmp_path:
     without = tmp_path / "run.py"
     without.write_text(script.read_text().replace("dropout=0.1", "dropout=0.0"))
     assert start(without, data, tmp_path / "one", 0.0).wait() == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(without), str(data)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(without),
+        str(data),
+    ]
     subprocess.run([*command, str(tmp_path / "two"), "0"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert [(row["stage"], row["step"]) for row in one] == [(row["stage"], row["step"]) for row in two]
@@ -221,13 +246,18 @@ def test_checkpoints_are_few_and_the_best_is_kept(tmp_path: Path) -> None:
 
     o = Optimisation(steps=10, batch_size=4, lr=0.1, amp="off", save_every=2, keep=2)
     kept = train(Line(), loss_of, 8, o, tmp_path, name="line", validate=validate, progress=False)
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-line-00000008", "checkpoint-line-00000010"]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-line-00000008",
+        "checkpoint-line-00000010",
+    ]
     assert json.loads((tmp_path / "best-line" / "state.json").read_text()) == {"step": 4, "val": 1.0}
     assert float(next(kept.parameters()).detach()) == seen[1]
 
 
 def test_tensorboard_gets_scalars_and_pictures(tmp_path: Path) -> None:
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="the extra `train` is not installed")
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="the extra `train` is not installed"
+    )
     o = Optimisation(steps=4, batch_size=4, lr=0.1, amp="off", save_every=2)
     pictures = {"synthetic samples": torch.linspace(-1, 1, 2 * 16).reshape(2, 1, 4, 4)}
     train(Line(), loss_of, 8, o, tmp_path, name="line", pictures=lambda model: pictures, progress=False)
@@ -245,7 +275,11 @@ def test_min_snr_weights(kind: str) -> None:
     a = torch.tensor([0.99, 0.5, 0.1, 0.0])
     got = Objective(snr_gamma=5.0).weights(a, kind).tolist()
     # by hand: snr is 99, 1, 1/9, 0
-    by_hand = {"epsilon": [5 / 99, 1, 1, 1], "sample": [5, 1, 1 / 9, 0], "v_prediction": [5 / 100, 1 / 2, (1 / 9) / (10 / 9), 0]}
+    by_hand = {
+        "epsilon": [5 / 99, 1, 1, 1],
+        "sample": [5, 1, 1 / 9, 0],
+        "v_prediction": [5 / 100, 1 / 2, (1 / 9) / (10 / 9), 0],
+    }
     assert got == pytest.approx(by_hand[kind], rel=1e-5)
     assert Objective().weights(a, kind).tolist() == [1, 1, 1, 1]
 
@@ -299,7 +333,11 @@ def unet_step(device: torch.device, amp: str, ema_decay: float = 0.9) -> Step:
     model = UNet2D(SMALL.unet).to(device)
     latents = torch.randn(16, 8, 16, 16, device=device)
     o = optimisation(100, amp=amp, ema_decay=ema_decay)
-    step = Step(model, unet_loss(latents, SMALL.scheduler, Objective(snr_gamma=5.0, low_weight=2.0, cutmix_prob=0.25), o.seed), o)
+    step = Step(
+        model,
+        unet_loss(latents, SMALL.scheduler, Objective(snr_gamma=5.0, low_weight=2.0, cutmix_prob=0.25), o.seed),
+        o,
+    )
     model.train()
     return step
 
@@ -414,10 +452,13 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(tmp_path: Path) -> 
     def bent(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss, _ = loss_of(model, index, step)
         a = next(model.parameters())
-        return loss + ((a.detach() - a).sum() + torch.where(step[0] == 5, 0.0, 1.0)).sqrt(), {}  # at 0 an infinite slope
+        # at 0 an infinite slope
+        return loss + ((a.detach() - a).sum() + torch.where(step[0] == 5, 0.0, 1.0)).sqrt(), {}
 
     o = Optimisation(steps=9, batch_size=4, lr=0.1, amp="off", save_every=2)
-    with pytest.raises(FloatingPointError, match=r"or its gradient is not finite at step 5, .*checkpoint-line-00000004"):
+    with pytest.raises(
+        FloatingPointError, match=r"or its gradient is not finite at step 5, .*checkpoint-line-00000004"
+    ):
         train(Line(), bent, 8, o, tmp_path, name="line", progress=False)
     assert max(tmp_path.glob("checkpoint-*")).name == "checkpoint-line-00000004"
 
@@ -443,7 +484,13 @@ def test_a_signal_in_the_last_validation_is_heard(tmp_path: Path) -> None:
 
 
 def test_a_run_does_not_go_on_with_other_slices(data: Path, tmp_path: Path) -> None:
-    arguments: dict[str, Any] = {"vae": optimisation(2), "unet": optimisation(2), "views": 1, "progress": False, "resume": True}
+    arguments: dict[str, Any] = {
+        "vae": optimisation(2),
+        "unet": optimisation(2),
+        "views": 1,
+        "progress": False,
+        "resume": True,
+    }
     shutil.copytree(data, tmp_path / "data")
     train_pipeline(SMALL, tmp_path / "data", tmp_path / "run", **arguments)
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
@@ -484,7 +531,8 @@ def test_a_loss_that_is_not_finite_stops_with_everything_named(tmp_path: Path) -
 
     o = Optimisation(steps=90, batch_size=4, lr=0.1, amp="off", save_every=2, keep=1)
     with pytest.raises(
-        FloatingPointError, match=r"line: the loss or its gradient is not finite at step 5, items \[.*\]; last good checkpoint: .*line-"
+        FloatingPointError,
+        match=r"line: the loss or its gradient is not finite at step 5, items \[.*\]; last good checkpoint: .*line-",
     ) as e:
         train(Line(), nan_at_five, 8, o, tmp_path, name="line", progress=False)
     assert f"items {seen[5]};" in str(e.value)
@@ -511,8 +559,16 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
     ("file", "content", "message"),
     [
         ("state.json", "{}", "step is None, which is no state of a run"),
-        ("state.json", '{"step": "2", "since": 0, "seconds": 0, "loss": 0, "settings": {}, "scaler": {}}', "step is '2'"),
-        ("state.json", '{"step": 2, "since": 0, "seconds": 0, "loss": 0, "settings": null, "scaler": {}}', "settings is None"),
+        (
+            "state.json",
+            '{"step": "2", "since": 0, "seconds": 0, "loss": 0, "settings": {}, "scaler": {}}',
+            "step is '2'",
+        ),
+        (
+            "state.json",
+            '{"step": 2, "since": 0, "seconds": 0, "loss": 0, "settings": null, "scaler": {}}',
+            "settings is None",
+        ),
         ("optimizer.safetensors", {"7.exp_avg": torch.zeros(1)}, "tensor '7.exp_avg' is of no parameter of this model"),
         ("optimizer.safetensors", {"first.step": torch.zeros(())}, "tensor 'first.step' is of no parameter"),
         ("optimizer.safetensors", {"0.exp_avg": torch.zeros(3)}, r"tensor 0.exp_avg has shape \[3\]"),
@@ -536,8 +592,13 @@ def test_copies_that_a_user_made_of_checkpoints_stay_theirs(tmp_path: Path) -> N
     o = Optimisation(steps=4, batch_size=4, lr=0.1, amp="off", save_every=1, keep=1)
     train(Line(), loss_of, 8, o, tmp_path, name="line", progress=False)
     real = tmp_path / "checkpoint-line-00000004"
-    others = [tmp_path / "checkpoint-line-00000001-mine", tmp_path / "checkpoint-line-good", tmp_path / ".vimrc.original.old",
-              tmp_path / ".notes.20261101.old", tmp_path / ".photos.archived.part"]  # fmt: skip
+    others = [
+        tmp_path / "checkpoint-line-00000001-mine",
+        tmp_path / "checkpoint-line-good",
+        tmp_path / ".vimrc.original.old",
+        tmp_path / ".notes.20261101.old",
+        tmp_path / ".photos.archived.part",
+    ]
     for other in others:
         shutil.copytree(real, other)
     train(Line(), loss_of, 8, o, tmp_path, name="line", progress=False)
