@@ -20,6 +20,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, ScalarFormatter
 
+from sbldm_fast.errors import UserError
 from sbldm_fast.files import whole_file
 
 from .rows import Row, latest, read_rows
@@ -291,7 +292,7 @@ def standalone(rows: Path) -> str:
     found = groups(latest(read_rows(rows)[0]))
     svg = waterfall(found[0], "float32", lambda _: "") if found else None
     if svg is None:
-        raise ValueError(f"{rows} holds no waterfall, allowed are rows of bench sampling")
+        raise UserError(f"{rows} holds no waterfall, allowed are rows of bench sampling")
     light = "--grid:#d9dde3;--ours:#0b7a75;--peer:#9aa3b2;--faint:#6b7484;color:#1c2430"
     dark = "--grid:#39424f;--ours:#3fc1b0;--peer:#7b8698;--faint:#98a2b3;color:#e4e7ec"
     style = f"<style>svg{{{light}}}text{{fill:currentColor}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"

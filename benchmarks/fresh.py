@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sbldm_fast.errors import UserError
+
 from .harness import summary, turns
 from .rows import Row, head
 
@@ -158,7 +160,7 @@ def cost(one: float, ends: Sequence[float], batch: int) -> list[Row]:
 
 def _positive(**values: float) -> None:
     if min(values.values()) < 1:
-        raise ValueError(f"{', '.join(values)}: got {', '.join(str(v) for v in values.values())}, allowed is 1 or more")
+        raise UserError(f"{', '.join(values)}: got {', '.join(str(v) for v in values.values())}, allowed is 1 or more")
 
 
 def _names(compiled: bool) -> tuple[list[str], str]:

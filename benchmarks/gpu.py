@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 from xml.etree import ElementTree
 
+from sbldm_fast.errors import UserError
+
 from .rows import Row, append, machine_id, read_rows
 from .table import gpu_summary
 
@@ -122,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             env = probe(given.device)
             if given.device == "cuda" and not env["gpu"]:
-                raise ValueError(f"--device cuda needs a CUDA device, and this PyTorch sees none: {env['no_gpu']}")
+                raise UserError(f"--device cuda needs a CUDA device, and this PyTorch sees none: {env['no_gpu']}")
             return run(given.out, given.device, env, deadline, asked)
     except BlockingIOError:
         print(f"gpu: another run is at work in {given.out}; wait for it, or give another folder", file=sys.stderr)
@@ -147,7 +149,7 @@ def probe(device: str) -> Row:
     try:
         done = subprocess.run(command, env=variables(device), stdout=subprocess.PIPE, check=True, timeout=PROBE)
     except subprocess.SubprocessError as error:
-        raise ValueError(f"this machine cannot be told: {error}") from error
+        raise UserError(f"this machine cannot be told: {error}") from error
     found: Row = json.loads(done.stdout)
     return found
 

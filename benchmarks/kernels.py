@@ -13,6 +13,8 @@ import torch
 from sbldm_fast.kernels import backend
 from sbldm_fast.kernels._backend import obstacle
 
+from sbldm_fast.errors import UserError
+
 from .harness import Absent, Case, interrupted, measure
 from .rows import Row, head
 
@@ -79,7 +81,7 @@ def bench_kernels(
         ValueError: an unknown op, or rounds below 1.
     """
     if rounds < 1 or set(ops) - set(PARTS):
-        raise ValueError(f"ops, rounds: got {', '.join(ops)}, {rounds}, allowed are {', '.join(PARTS)}, and 1 or more")
+        raise UserError(f"ops, rounds: got {', '.join(ops)}, {rounds}, allowed are {', '.join(PARTS)}, and 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for op in ops:
         if op == "ceilings":

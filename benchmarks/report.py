@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from sbldm_fast.errors import UserError
 from sbldm_fast.files import whole_file
 
 from .charts import by_batch, cost_chart, is_ours, pareto_chart, roofline_chart, waterfall
@@ -79,7 +80,7 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
             ]
             faults += more
     if not rows:
-        raise ValueError(f"no rows in {', '.join(map(str, paths))}; sbldm-fast bench sampling --quick makes some")
+        raise UserError(f"no rows in {', '.join(map(str, paths))}; sbldm-fast bench sampling --quick makes some")
     machines: dict[str, list[Row]] = {}
     for row in rows:
         machines.setdefault(machine_id(row["env"]), []).append(row)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from sbldm_fast.doctor import environment
+from sbldm_fast.errors import UserError
 from sbldm_fast.models.config import PRESETS
 
 from .nvml import Gpu
@@ -185,7 +186,7 @@ def machine_name(env: Row) -> str:
     name = env["gpu"] or f"{env['cpu']} {env['cores']} cores"
     folder = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
     if not folder:
-        raise ValueError(f"env: got a machine {name!r}, allowed is a name with letters or digits")
+        raise UserError(f"env: got a machine {name!r}, allowed is a name with letters or digits")
     return folder
 
 
@@ -220,11 +221,11 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
     """
     path, rows, faults = Path(path), [], []
     if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
-        raise ValueError(f"{path} cannot be read: not a file")
+        raise UserError(f"{path} cannot be read: not a file")
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -284,9 +285,9 @@ def distribute(file: str | Path, folder: str | Path) -> tuple[dict[str, int], li
     """
     rows, faults = read_rows(file)
     if not rows:
-        raise ValueError(f"{file} has no rows{''.join(f'; {fault}' for fault in faults[:1])}")
+        raise UserError(f"{file} has no rows{''.join(f'; {fault}' for fault in faults[:1])}")
     if odd := next((r["target"] for r in rows if not re.fullmatch("[a-z]+", r["target"])), None):
-        raise ValueError(f"{file}: got a row of target {odd!r}, allowed is a word of small letters")
+        raise UserError(f"{file}: got a row of target {odd!r}, allowed is a word of small letters")
     added: dict[str, int] = {}
     for name in dict.fromkeys(f"{machine_name(row['env'])}/{row['target']}.jsonl" for row in rows):
         path = Path(folder) / name

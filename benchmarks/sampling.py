@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from sbldm_fast.errors import UserError
+
 from .counts import step_work
 from .harness import interrupted, measure
 from .problem import Problem, native_half
@@ -45,9 +47,9 @@ def bench_sampling(
         ValueError: steps, batches or rounds below 1, or an unknown dtype.
     """
     if set(dtypes) - set(DTYPES):
-        raise ValueError(f"dtypes: got {', '.join(dtypes)}, allowed are {', '.join(DTYPES)}")
+        raise UserError(f"dtypes: got {', '.join(dtypes)}, allowed are {', '.join(DTYPES)}")
     if min(rounds, *steps, *batches) < 1:
-        raise ValueError(f"steps, batch, rounds: got {list(steps)}, {list(batches)}, {rounds}, allowed is 1 or more")
+        raise UserError(f"steps, batch, rounds: got {list(steps)}, {list(batches)}, {rounds}, allowed is 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     native = native_half(device)
     # float32 is always there: the others are held against it

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sbldm_fast import Pipeline
+from sbldm_fast.errors import UserError
 
 from .harness import Case, measure
 from .rows import Row, head
@@ -33,7 +34,7 @@ def bench_solvers(
         ValueError: batch, steps or rounds below 1.
     """
     if min(batch, rounds, *steps) < 1:
-        raise ValueError(f"batch, steps, rounds: got {batch}, {list(steps)}, {rounds}, allowed is 1 or more")
+        raise UserError(f"batch, steps, rounds: got {batch}, {list(steps)}, {rounds}, allowed is 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = Pipeline.from_pretrained("demo").to(device)
     say(f"the converged images: {CONVERGED} steps")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sbldm_fast.errors import UserError
 from sbldm_fast.files import whole_file
 
 from .harness import approximate
@@ -253,7 +254,7 @@ def headline(rows: Sequence[Row]) -> str:
     own, peer = fastest(rows, "float32")
     eager = next((r for r in rows if r["batch"] == batch and r["provider"] == "diffusers" and "median_s" in r), None)
     if own is None or peer is None or eager is None:
-        raise ValueError("headline: got rows without a peer or without ours, allowed are rows with both")
+        raise UserError("headline: got rows without a peer or without ours, allowed are rows with both")
     e = own["env"]
     where = e["gpu"] or f"{e['cpu']}, {e['threads']} threads"
     (low, high), (peer_low, peer_high) = (interval(r["raw_s"]) for r in (own, peer))
@@ -290,7 +291,7 @@ def render(readme: str | Path) -> str:
         else:
             rows, faults = read_rows(readme.parent / file)
             if faults:
-                raise ValueError(faults[0])
+                raise UserError(faults[0])
             chosen = groups(latest(rows))[0]
             made = headline(chosen) if kind == "headline" else TABLES[kind](chosen).markdown()
         return f"<!-- {kind}: {file} -->\n{made}\n<!-- end {kind} -->"
@@ -377,7 +378,7 @@ def gpus(folder: Path) -> list[list[Row]]:
     for machine in sorted(p for p in folder.iterdir() if p.is_dir()):
         read = [read_rows(file) for file in sorted(machine.glob("*.jsonl"))]
         if fault := next((f for _, faults in read for f in faults), None):
-            raise ValueError(fault)
+            raise UserError(fault)
         found += [rows] if (rows := [r for of_file, _ in read for r in of_file if r["env"]["gpu"]]) else []
     return found
 

@@ -16,6 +16,7 @@ from sbldm_fast.kernels import backend, philox_normal
 from torch import Tensor
 
 from sbldm_fast import DDPMScheduler, UNet2D, preset
+from sbldm_fast.errors import UserError
 from sbldm_fast.models import SchedulerConfig
 from sbldm_fast.training import Objective, Optimisation
 from sbldm_fast.training.loop import Step
@@ -57,9 +58,9 @@ def bench_training(
         ValueError: batch, steps or rounds below 1, or an unknown dtype.
     """
     if set(dtypes) - set(AMP):
-        raise ValueError(f"dtypes: got {', '.join(dtypes)}, allowed are {', '.join(AMP)}")
+        raise UserError(f"dtypes: got {', '.join(dtypes)}, allowed are {', '.join(AMP)}")
     if min(batch, steps, rounds) < 1:
-        raise ValueError(f"batch, steps, rounds: got {batch}, {steps}, {rounds}, allowed is 1 or more")
+        raise UserError(f"batch, steps, rounds: got {batch}, {steps}, {rounds}, allowed is 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.compiler.reset()
     half = native_half(device)

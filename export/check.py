@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from sbldm_fast import Pipeline
+from sbldm_fast.errors import UserError
 
 from .fusion import external, fused, nodes
 from .graphs import GUIDANCE, largest, rms
@@ -83,7 +84,7 @@ def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool =
     except ValueError as error:
         report["failures"].append(str(error))
     if pipeline is not None and not manifest["decodes"]:
-        raise ValueError("pipeline: got one, allowed is None: the folder is of a model alone")
+        raise UserError("pipeline: got one, allowed is None: the folder is of a model alone")
     if pipeline is not None and list(pipeline.latent_shape) != manifest["latent_shape"]:
         report["failures"].append(
             f"the pipeline's latents are {list(pipeline.latent_shape)}, those of the folder {manifest['latent_shape']}"
@@ -170,7 +171,7 @@ def _example(folder: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
         with np.load(BytesIO(data), allow_pickle=False) as file:
             arrays = dict(file)
     except Exception:  # those of zip, of zlib and of NumPy's headers have no common class
-        raise ValueError(f"{folder / EXAMPLE}: not an archive of arrays") from None
+        raise UserError(f"{folder / EXAMPLE}: not an archive of arrays") from None
     one = {
         "noise": manifest["latent_shape"],
         **{conditioned("cond", k): shape for k, shape in manifest["cond"].items()},
@@ -183,7 +184,7 @@ def _example(folder: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
         or any(shape not in (None, list(arrays[k].shape[1:])) for k, shape in one.items())
     ):
         got = {k: list(v.shape) for k, v in arrays.items()}
-        raise ValueError(
+        raise UserError(
             f"{folder / EXAMPLE}: got {reprlib.repr(got)}, allowed are {', '.join(one)} in the shapes of {MANIFEST}"
         )
     return arrays

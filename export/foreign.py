@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from sbldm_fast import Pipeline
+from sbldm_fast.errors import MissingExtra, UserError
 from sbldm_fast.files import read_json
 from sbldm_fast.sampling.pipeline import BUNDLED
 
@@ -17,7 +18,7 @@ def load(folder: str) -> tuple[Pipeline | nn.Module, dict[str, Any]]:
     scheduler.
 
     Raises:
-        ValueError: neither, a UNet that is conditioned, or diffusers is not installed.
+        ValueError: neither, a UNet that is conditioned. ImportError: diffusers is not installed.
     """
     where = BUNDLED.get(folder, Path(folder))
     parts = (
@@ -26,24 +27,24 @@ def load(folder: str) -> tuple[Pipeline | nn.Module, dict[str, Any]]:
     if parts.get("_class_name") == "Pipeline":
         return Pipeline.from_pretrained(folder), {"licence": parts["license"]} if "license" in parts else {}
     if parts.get("unet") != ["diffusers", "UNet2DModel"]:
-        raise ValueError(
+        raise UserError(
             f"{folder}: got a pipeline of {parts.get('unet')}, allowed are ours and diffusers' with a UNet2DModel"
         )
     try:
         import diffusers
     except ImportError:
-        raise ValueError(f"{folder} needs diffusers: pip install 'sbldm_fast[bench]'") from None
+        raise MissingExtra(f"{folder}", "diffusers", "bench") from None
     name = str((parts.get("scheduler") or [None, None])[1])
     kind: Any = getattr(diffusers, name, None)
     if not hasattr(kind, "set_timesteps"):
-        raise ValueError(f"{folder}: got the scheduler {name!r}, allowed is one of diffusers")
+        raise UserError(f"{folder}: got the scheduler {name!r}, allowed is one of diffusers")
     unet = diffusers.UNet2DModel.from_pretrained(
         where / "unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
     )
     scheduler = kind.from_pretrained(where / "scheduler", local_files_only=True)
     size = unet.config.sample_size
     if size is None:
-        raise ValueError(
+        raise UserError(
             f"{folder}: got a UNet2DModel without sample_size, allowed is one with it, or"
             " sbldm_fast.export.export(shape=...)"
         )

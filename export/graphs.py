@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sbldm_fast import FastSampler, Pipeline, SolverTable
+from sbldm_fast.errors import MissingExtra, UserError
 from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.models.config import PRESETS
 from sbldm_fast.sampling.images import NOTICE
@@ -133,18 +134,18 @@ def export(
     """
     for name, value, allowed in (("target", target, OPSETS), ("dtype", dtype, TOLERANCE)):
         if value not in allowed:
-            raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(allowed)}")
+            raise UserError(f"{name}: got {value!r}, allowed are {', '.join(allowed)}")
     if batch != "dynamic" and (type(batch) is not int or not 1 <= batch <= MOST):
-        raise ValueError(f"batch: got {batch!r}, allowed is 1 to {MOST}, or 'dynamic'")
+        raise UserError(f"batch: got {batch!r}, allowed is 1 to {MOST}, or 'dynamic'")
     if dtype == "int8" and target != "ort":
-        raise ValueError(f"dtype: got int8 for {target}, allowed is ort: its quantised convolutions are for a CPU")
+        raise UserError(f"dtype: got int8 for {target}, allowed is ort: its quantised convolutions are for a CPU")
     claim(Path(out), force)
     versions = _versions()
     source = _own(source)
     model, shape, table = _parts(source, shape, scheduler, steps, eta)
     parts = [model, source.vae] if isinstance(source, Pipeline) else [model]
     if target == "tensorrt" and any(getattr(m, "num_groups", None) == 1 for part in parts for m in part.modules()):
-        raise ValueError(
+        raise UserError(
             "target: got 'tensorrt' for a norm of one group, which TensorRT takes for an instance norm; allowed is ort"
         )
     example = {k: v.detach().cpu()[torch.arange(EXAMPLES) % len(v)] for k, v in named(cond).items()}
@@ -176,7 +177,7 @@ def export(
             latents = FastSampler(model, table, shape=shape, mode="eager")(noise=noise, seed=0, callback=keep, **asked)
         except RuntimeError as failure:
             why = " ".join(str(failure).split())[:300]
-            raise ValueError(
+            raise UserError(
                 f"shape, cond: got {shape}, {manifest['cond']}, which the model does not take: {why}"
             ) from failure
         expected = latents if decode is None else decode(latents)
@@ -224,13 +225,13 @@ def claim(out: Path, force: bool) -> None:
         ValueError: a file, or a folder with something that no export wrote.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out: {out} is a file, allowed is a folder")
+        raise UserError(f"out: {out} is a file, allowed is a folder")
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise ValueError(f"out: {out} is the current folder or holds it, allowed is another")
+        raise UserError(f"out: {out} is the current folder or holds it, allowed is another")
     found = {p.name for p in out.iterdir()} if out.exists() else set()
     ours = {MANIFEST, EXAMPLE, *(f"{name}.onnx" for name in GRAPHS)} if _exported(out) else set()
     if not force and (other := sorted(found - ours)):
-        raise ValueError(
+        raise UserError(
             f"out: {out} holds {other[0]}, which no export wrote; allowed is a new folder, or --force to replace"
             " this one"
         )
@@ -249,7 +250,7 @@ def _own(source: Pipeline | nn.Module) -> Pipeline | nn.Module:
         return Pipeline(copy.deepcopy(source.vae), copy.deepcopy(source.unet), source.scheduler.config).to("cpu")
     if isinstance(source, nn.Module):
         return nn.Module.to(copy.deepcopy(source), "cpu").eval()
-    raise ValueError(f"source: got {type(source).__name__}, allowed is a Pipeline or a torch.nn.Module")
+    raise UserError(f"source: got {type(source).__name__}, allowed is a Pipeline or a torch.nn.Module")
 
 
 def _versions() -> dict[str, str]:
@@ -258,7 +259,7 @@ def _versions() -> dict[str, str]:
         try:
             found[package] = importlib.import_module(package).__version__
         except ImportError:
-            raise ValueError(f"export needs {package}: pip install 'sbldm_fast[onnx]'") from None
+            raise MissingExtra("export", package, "onnx") from None
     return found
 
 
@@ -268,13 +269,13 @@ def _parts(
     """The model, the shape of a sample, the table."""
     if isinstance(source, Pipeline):
         if shape is not None:
-            raise ValueError(f"shape: got {shape}, allowed with a pipeline is None: it has its own")
+            raise UserError(f"shape: got {shape}, allowed with a pipeline is None: it has its own")
         sampler = source.sampler(steps, "eager", scheduler=scheduler, eta=eta)
         if not hasattr(sampler, "table"):
-            raise ValueError(f"scheduler: got {type(scheduler).__name__}, allowed is one that a SolverTable describes")
+            raise UserError(f"scheduler: got {type(scheduler).__name__}, allowed is one that a SolverTable describes")
         return source.unet, source.latent_shape, sampler.table
     if shape is None or len(shape) != 3 or isinstance(scheduler, str):
-        raise ValueError(
+        raise UserError(
             f"shape, scheduler: got {shape}, {scheduler!r}, allowed with a model alone are (C, H, W) and a scheduler"
             " object or SolverTable"
         )
@@ -400,7 +401,7 @@ def _entry(name: str, data: bytes, graph: Graph, dtype: str, target: str, ours: 
         except Exception:  # ONNX Runtime's optimiser is made for the forms of known models
             entry["fused_norms"] = 0
         if ours and entry["fused_norms"] != entry["norms"]:
-            raise ValueError(
+            raise UserError(
                 f"{name}.onnx: ONNX Runtime fuses {entry['fused_norms']} of {entry['norms']} norms, allowed is all of"
                 " them"
             )
@@ -421,7 +422,7 @@ def _compared(name: str, data: bytes, graph: Graph, exact: nn.Module, dtype: str
         want, same = list(exact(some).values()), list(graph.module(some).values())
         if all(v.isfinite().all() for v in want) and not all(v.isfinite().all() for v in got + same):
             where = first_not_finite(graph.module, functools.partial(graph.module, some)) or "none that PyTorch runs"
-            raise ValueError(
+            raise UserError(
                 f"{name}.onnx: NaN or infinity in {dtype}, first out of module {where}; allowed for this model is fp32"
             )
         found += [_parity(name, g, w, s - w, dtype) for g, w, s in zip(got, want, same, strict=True)]
@@ -438,7 +439,7 @@ def _parity(name: str, got: Tensor, exact: Tensor, lost: Tensor, dtype: str) -> 
     allowed = TOLERANCE[dtype] * max(1.0, size(exact)) + 2 * size(lost)
     error = size(got - exact)
     if not error <= allowed:
-        raise ValueError(f"{name}.onnx: ONNX Runtime differs from PyTorch by {error:.1e}, allowed is {allowed:.1e}")
+        raise UserError(f"{name}.onnx: ONNX Runtime differs from PyTorch by {error:.1e}, allowed is {allowed:.1e}")
     return {"error": error, "allowed": allowed}
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from sbldm_fast.errors import UserError
+
 from .fusion import quiet
 
 WIDE = 128
@@ -44,7 +46,7 @@ def quantised(data: bytes, feeds: Sequence[dict[str, np.ndarray]]) -> bytes:
         convolutions: list[Any] = [node for node in graph.node if node.op_type == "Conv"]
         narrow = [node.name for node in convolutions if widths.get(node.input[1], 0) < WIDE]
         if len(narrow) == len(convolutions):
-            raise ValueError(
+            raise UserError(
                 f"dtype: got int8 for a model without convolutions of {WIDE} channels or more, allowed is fp32"
             )
         quantize_static(

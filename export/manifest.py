@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sbldm_fast import SolverTable
+from sbldm_fast.errors import UserError
 from sbldm_fast.files import read_json
 
 from .modules import Solver, conditioned, table_inputs
@@ -86,13 +87,13 @@ def manifest_of(folder: Path) -> tuple[dict[str, Any], SolverTable]:
         and key are named.
     """
     if not folder.is_dir():
-        raise ValueError(f"folder: {folder} is not a folder, allowed is one that sbldm-fast export wrote")
+        raise UserError(f"folder: {folder} is not a folder, allowed is one that sbldm-fast export wrote")
     path = folder / MANIFEST
     manifest = read_json(path)
 
     def need(held: bool, key: str, got: object, allowed: str) -> None:
         if not held:
-            raise ValueError(f"{path}: {key}: got {reprlib.repr(got)}, allowed is {allowed}: export again")
+            raise UserError(f"{path}: {key}: got {reprlib.repr(got)}, allowed is {allowed}: export again")
 
     def all_of(values: Any, rules: Mapping[str, Rule], where: str) -> None:
         need(isinstance(values, dict), where or "it", values, "a mapping")
@@ -177,13 +178,13 @@ def verified(folder: Path, name: str, entry: dict[str, Any]) -> bytes:
         ValueError: the file is missing, or is not the one that was written.
     """
     if (folder / name).exists() and not (folder / name).is_file():  # a pipe would be waited for
-        raise ValueError(f"{folder / name}: not a file; the manifest names it")
+        raise UserError(f"{folder / name}: not a file; the manifest names it")
     try:
         data = (folder / name).read_bytes()
     except OSError as error:
-        raise ValueError(f"{folder / name}: {error.strerror}; the manifest names it") from None
+        raise UserError(f"{folder / name}: {error.strerror}; the manifest names it") from None
     if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
-        raise ValueError(f"{folder / name}: its sha256 is not the one in {MANIFEST}; the file was changed or cut short")
+        raise UserError(f"{folder / name}: its sha256 is not the one in {MANIFEST}; the file was changed or cut short")
     return data
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sbldm_fast.errors import MissingExtra, NotFinite, UserError
 from sbldm_fast.sampling.model import Cond
 from sbldm_fast.sampling.noise import Parts, Request, draw
 
@@ -26,13 +27,13 @@ def runtime() -> Any:
     """The onnxruntime package.
 
     Raises:
-        ValueError: it, or onnx, is not installed.
+        ImportError: it, or onnx, is not installed.
     """
     try:
         import onnx  # noqa: F401  # to look at a graph before it is run
         import onnxruntime
     except ImportError as missing:
-        raise ValueError(f"{missing.name} is not installed: pip install 'sbldm_fast[onnx]'") from None
+        raise MissingExtra("running a graph", str(missing.name), "onnx") from None
     return onnxruntime
 
 
@@ -48,9 +49,9 @@ def parsed(data: bytes) -> Any:
     try:
         model = onnx.load_model_from_string(data)
     except Exception:  # protobuf's own class
-        raise ValueError("not an ONNX graph") from None
+        raise UserError("not an ONNX graph") from None
     if external(model):
-        raise ValueError("the graph refers to other files, allowed is one in a single file")
+        raise UserError("the graph refers to other files, allowed is one in a single file")
     return model
 
 
@@ -60,7 +61,7 @@ def named(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as failure:
-        raise ValueError(f"{what}: {(str(failure).strip() or type(failure).__name__).splitlines()[0]}") from failure
+        raise UserError(f"{what}: {(str(failure).strip() or type(failure).__name__).splitlines()[0]}") from failure
 
 
 def session(data: bytes, providers: Sequence[Any] = CPU) -> Any:
@@ -74,7 +75,7 @@ def session(data: bytes, providers: Sequence[Any] = CPU) -> Any:
     parsed(data)
     here = onnxruntime.get_available_providers()
     if missing := [p for p in (p if isinstance(p, str) else p[0] for p in providers) if p not in here]:
-        raise ValueError(f"providers: got {missing[0]}, allowed on this machine are {', '.join(here)}")
+        raise UserError(f"providers: got {missing[0]}, allowed on this machine are {', '.join(here)}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # its warnings are about what it folded
@@ -114,7 +115,7 @@ class ORTSampler:
     ) -> None:
         folder = Path(folder)
         if mode not in ("step", "sampler"):
-            raise ValueError(f"mode: got {mode!r}, allowed are step, sampler")
+            raise UserError(f"mode: got {mode!r}, allowed are step, sampler")
         self.manifest, self.table = manifest_of(folder)
         self.mode = mode
         onnxruntime = runtime()
@@ -124,23 +125,23 @@ class ORTSampler:
             cuda = [("CUDAExecutionProvider", {"use_tf32": "0"})] if "CUDAExecutionProvider" in here else []
             providers = [*cuda, "CPUExecutionProvider"]
         if not providers:
-            raise ValueError("providers: got none, allowed is one or more, or None")
+            raise UserError("providers: got none, allowed is one or more, or None")
         first = providers[0] if isinstance(providers[0], str) else providers[0][0]
         self.device = "cuda" if first == "CUDAExecutionProvider" else "cpu"
         if fuse and (self.device != "cuda" or self.manifest["target"] != "ort"):
-            raise ValueError(
+            raise UserError(
                 f"fuse: got True for {first} and {self.manifest['target']!r}, allowed is CUDAExecutionProvider and"
                 " 'ort'"
             )
         if cuda_graph and (self.device != "cuda" or self.mode != "step"):
-            raise ValueError(
+            raise UserError(
                 f"cuda_graph: got True for {first} and {self.mode!r}, allowed is CUDAExecutionProvider and 'step'"
             )
         graphs = self.manifest["graphs"]
         if missing := [
             n for n in (self.mode, "vae_decoder" if self.manifest["decodes"] else self.mode) if n not in graphs
         ]:
-            raise ValueError(f"{folder / MANIFEST}: got no graph {missing[0]}, allowed is one with it: export again")
+            raise UserError(f"{folder / MANIFEST}: got no graph {missing[0]}, allowed is one with it: export again")
         options = {} if isinstance(providers[0], str) else providers[0][1]
         captured = [(first, options | {"enable_cuda_graph": "1"}), *providers[1:]] if cuda_graph else providers
         self.graph = cuda_graph
@@ -150,7 +151,7 @@ class ORTSampler:
             with named(str(folder / f"{name}.onnx")):
                 model = parsed(data)
             if other := misdescribed(model, graphs[name]):
-                raise ValueError(f"{folder / name}.onnx: its {other} are not those in {MANIFEST}: export again")
+                raise UserError(f"{folder / name}.onnx: its {other} are not those in {MANIFEST}: export again")
             return session(fused(data)[0] if fuse else data, providers)
 
         self.device_id = int(options.get("device_id", 0))
@@ -188,11 +189,11 @@ class ORTSampler:
             callback in a loop. FloatingPointError: NaN or infinity, with the samples.
         """
         if self.batch is not None and batch_size not in (None, self.batch):
-            raise ValueError(
+            raise UserError(
                 f"batch_size: got {batch_size}, allowed is {self.batch}, which {self.mode}.onnx was exported with"
             )
         if callback is not None and self.mode == "sampler":
-            raise ValueError("callback: got one, allowed in mode 'sampler' is None: its loop is inside the graph")
+            raise UserError("callback: got one, allowed in mode 'sampler' is None: its loop is inside the graph")
         wanted = self.manifest["cond"]
         if wanted and cond is not None and guidance_scale is None:
             guidance_scale = 1.0
@@ -210,14 +211,14 @@ class ORTSampler:
             batch_size=self.batch or batch_size,
         )
         if {k: list(v.shape[1:]) for k, v in asked.conds.items()} != wanted:
-            raise ValueError(
+            raise UserError(
                 f"cond: got { ({k: list(v.shape) for k, v in asked.conds.items()}) }, allowed is one row each of"
                 f" {wanted}"
             )
         for numbers, parts in asked.batches(self.table.init_noise_sigma):
             out = self._made(self._inputs(parts), callback)[: len(numbers)]
             if broken := [numbers[i] for i in np.flatnonzero(~np.isfinite(out).all(axis=tuple(range(1, out.ndim))))]:
-                raise FloatingPointError(f"{self.mode}.onnx: NaN or infinity in samples {broken}")
+                raise NotFinite(f"{self.mode}.onnx: NaN or infinity in samples {broken}")
             yield out
 
     def _inputs(self, parts: Parts) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sbldm_fast.errors import UserError
 from sbldm_fast.sampling.images import NOTICE
 
 from .fusion import quiet
@@ -37,7 +38,7 @@ def program(name: str, graph: Graph) -> torch.export.ExportedProgram:
         )
     except Exception as failure:  # whatever the tracer raises on a foreign model
         why = " ".join(str(failure).split())[:300]
-        raise ValueError(f"{name}: torch.export cannot trace {type(graph.module).__name__}: {why}") from failure
+        raise UserError(f"{name}: torch.export cannot trace {type(graph.module).__name__}: {why}") from failure
 
 
 def onnx_bytes(name: str, graph: Graph, opset: int) -> bytes:
@@ -63,7 +64,7 @@ def onnx_bytes(name: str, graph: Graph, opset: int) -> bytes:
                 output_names=_outputs(traced),
             )
         except torch.onnx.errors.OnnxExporterError as failure:
-            raise ValueError(f"{name}: {_culprit(traced, failure)}") from failure
+            raise UserError(f"{name}: {_culprit(traced, failure)}") from failure
     assert made is not None  # the exporter gives None only for dynamo=False
     model = made.model_proto
     words = {
@@ -74,7 +75,7 @@ def onnx_bytes(name: str, graph: Graph, opset: int) -> bytes:
         if i in axes
     }
     if fallen := [word for word in words if not word]:
-        raise ValueError(f"{name}: {len(fallen)} free axes became fixed; the exporter fell back to a static shape")
+        raise UserError(f"{name}: {len(fallen)} free axes became fixed; the exporter fell back to a static shape")
     _cleaned(model.graph, words)
     for node in model.graph.node:
         if node.op_type == "Loop":

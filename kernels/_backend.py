@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from sbldm_fast.errors import UserError
+
 try:
     import triton
     import triton.language as tl
@@ -44,7 +46,7 @@ def backend(name: str) -> Iterator[None]:
     """
     global _choice
     if name not in CHOICES:
-        raise ValueError(f"backend: got {name!r}, allowed are {', '.join(CHOICES)}")
+        raise UserError(f"backend: got {name!r}, allowed are {', '.join(CHOICES)}")
     before, _choice = _choice, name
     try:
         yield
@@ -85,15 +87,15 @@ def resolve(device: torch.device, no_gradient: bool = False) -> tuple[str, str]:
         ValueError: `"triton"` was asked for where it cannot run, or a gradient is needed that the kernel does not have.
     """
     if _choice not in CHOICES:
-        raise ValueError(f"SBLDM_FAST_BACKEND: got {_choice!r}, allowed are {', '.join(CHOICES)}")
+        raise UserError(f"SBLDM_FAST_BACKEND: got {_choice!r}, allowed are {', '.join(CHOICES)}")
     if _choice == "torch":
         return "torch", "asked for"
     why_not = obstacle(device)
     if _choice == "triton":
         if why_not:
-            raise ValueError(f"backend='triton' cannot run on {device}: {why_not}; use backend='auto' or 'torch'")
+            raise UserError(f"backend='triton' cannot run on {device}: {why_not}; use backend='auto' or 'torch'")
         if no_gradient:
-            raise ValueError(
+            raise UserError(
                 "backend='triton' has no gradient of this op: use torch.no_grad(), or backend='auto' or 'torch'"
             )
         return "triton", "asked for"

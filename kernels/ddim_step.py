@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sbldm_fast.errors import UserError
+
 from ._arguments import check_clip, check_float, check_like, check_shape
 from ._backend import needs_grad, resolve, tl, triton
 
@@ -199,7 +201,7 @@ def ddim_step(
     _check(x, model_output, a, a_prev, eta, noise, prediction_type, clip_range)
     for name, t in (("x", x), ("model_output", model_output), ("noise", noise)):
         if t is not None and (_strides(t) != _strides(x) or not _dense(t)):
-            raise ValueError(
+            raise UserError(
                 f"{name}: got strides {t.stride()}, allowed is one dense layout for x, model_output and noise: call"
                 " .contiguous()"
             )
@@ -237,9 +239,9 @@ def _check(
     for name, t in (("alpha_bar", a), ("alpha_bar_prev", a_prev)):
         check_shape(name, t, ((), (1,), (x.shape[0],)), x)
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type: got {prediction_type!r}, allowed are {', '.join(PREDICTION_TYPES)}")
+        raise UserError(f"prediction_type: got {prediction_type!r}, allowed are {', '.join(PREDICTION_TYPES)}")
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta: got {eta}, allowed is 0 to 1")
+        raise UserError(f"eta: got {eta}, allowed is 0 to 1")
     if eta and noise is None:
-        raise ValueError(f"noise: got None, allowed is a tensor like x where eta > 0 (eta = {eta})")
+        raise UserError(f"noise: got None, allowed is a tensor like x where eta > 0 (eta = {eta})")
     check_clip(clip_range)

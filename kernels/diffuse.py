@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sbldm_fast.errors import UserError
+
 from ._arguments import check_contiguous, check_count, check_float, check_no_grad, check_shape
 from ._backend import resolve, tl, triton
 from .ddim_step import PREDICTION_TYPES
@@ -204,9 +206,9 @@ def diffuse(
     check_shape("alphas_cumprod", alphas_cumprod, (tuple(alphas_cumprod.shape[:1]),), z0, (torch.float32,))
     check_count("first_index", first_index, 2**31)
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type: got {prediction_type!r}, allowed are {', '.join(PREDICTION_TYPES)}")
+        raise UserError(f"prediction_type: got {prediction_type!r}, allowed are {', '.join(PREDICTION_TYPES)}")
     if not 0 <= cutmix_prob <= 1:
-        raise ValueError(f"cutmix_prob: got {cutmix_prob}, allowed is 0 to 1")
+        raise UserError(f"cutmix_prob: got {cutmix_prob}, allowed is 0 to 1")
     words = []
     for name, value, top in (("seed", seed, 2**63), ("stream", stream, 2**31)):
         if isinstance(value, Tensor):

@@ -19,6 +19,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from sbldm_fast.errors import UserError
+
 from ._arguments import check_first_derivative, check_float, check_like
 from ._backend import needs_grad, resolve, tl, triton
 
@@ -294,10 +296,10 @@ def frequency_loss(
     check_float("pred", pred, "[N, C, H, W]")
     check_like("target", target, pred, "pred", dtype=False)
     if not 0 <= cutoff <= 1:
-        raise ValueError(f"cutoff: got {cutoff}, allowed is 0 to 1 cycles per pixel")
+        raise UserError(f"cutoff: got {cutoff}, allowed is 0 to 1 cycles per pixel")
     for name, value in (("low_weight", low_weight), ("high_weight", high_weight)):
         if not 0 <= value < float("inf"):
-            raise ValueError(f"{name}: got {value}, allowed is a finite number >= 0")
+            raise UserError(f"{name}: got {value}, allowed is a finite number >= 0")
     if resolve(pred.device)[0] == "torch":
         loss, mean_low, mean_high = frequency_loss_reference(pred, target, low_weight, high_weight, cutoff)
         mean_low, mean_high = mean_low.detach(), mean_high.detach()

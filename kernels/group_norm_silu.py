@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sbldm_fast.errors import UserError
+
 from ._arguments import check_first_derivative, check_float, check_like, check_shape
 from ._backend import needs_grad, resolve, tl, triton
 from ._group_tiles import (
@@ -371,11 +373,11 @@ def _check(
     check_float("x", x, "[N, C, H, W]")
     N, C = x.shape[:2]
     if num_groups < 1 or C % num_groups:
-        raise ValueError(f"num_groups: got {num_groups}, allowed are the divisors of the {C} channels of x")
+        raise UserError(f"num_groups: got {num_groups}, allowed are the divisors of the {C} channels of x")
     if not eps > 0:
-        raise ValueError(f"eps: got {eps}, allowed is > 0")
+        raise UserError(f"eps: got {eps}, allowed is > 0")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, allowed are {', '.join(ACTIVATIONS)}")
+        raise UserError(f"activation: got {activation!r}, allowed are {', '.join(ACTIVATIONS)}")
     if residual is not None:
         check_like("residual", residual, x)
     of_channels, rows = ((C,),), ((N, C), (1, C))
@@ -389,7 +391,7 @@ def _check(
         if t is not None:
             check_shape(name, t, shapes, x)
             if t.stride(-1) != 1 and C > 1:
-                raise ValueError(
+                raise UserError(
                     f"{name}: got strides {t.stride()}, allowed is the channels side by side: call .contiguous()"
                 )
 
@@ -405,7 +407,7 @@ class GroupNormSiLU(nn.Module):
     ) -> None:
         super().__init__()
         if num_groups < 1 or num_channels % num_groups:
-            raise ValueError(f"num_groups: got {num_groups}, allowed are the divisors of num_channels = {num_channels}")
+            raise UserError(f"num_groups: got {num_groups}, allowed are the divisors of num_channels = {num_channels}")
         self.num_groups, self.num_channels, self.eps, self.activation = num_groups, num_channels, eps, activation
         self.weight = nn.Parameter(torch.ones(num_channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_channels)) if affine else None

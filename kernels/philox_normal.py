@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sbldm_fast.errors import UserError
+
 from ._arguments import DTYPES, check_count
 from ._backend import resolve, tl, triton
 
@@ -156,13 +158,13 @@ def philox_normal(
     Source: Salmon et al. 2011, doi:10.1145/2063384.2063405.
     """
     if len(shape) < 1 or min(shape) < 0:
-        raise ValueError(f"shape: got {tuple(shape)}, allowed is [N, ...] with no negative size")
+        raise UserError(f"shape: got {tuple(shape)}, allowed is [N, ...] with no negative size")
     if math.prod(shape[1:]) >= 2**31:
-        raise ValueError(f"shape: got {tuple(shape)}, allowed is fewer than 2^31 elements a sample")
+        raise UserError(f"shape: got {tuple(shape)}, allowed is fewer than 2^31 elements a sample")
     for name, value, top in (("seed", seed, 2**63), ("first_index", first_index, 2**31), ("stream", stream, 2**31)):
         check_count(name, value, top)
     if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype}, allowed are float32, float16 and bfloat16")
+        raise UserError(f"dtype: got {dtype}, allowed are float32, float16 and bfloat16")
     device = torch.empty(0, device=device).device  # None is the default device, as in PyTorch's own factories
     chosen, _ = resolve(device)
     if chosen == "torch":

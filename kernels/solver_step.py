@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sbldm_fast.errors import UserError
+
 from ._arguments import check_clip, check_contiguous, check_float, check_no_grad, check_shape
 from ._backend import resolve, tl, triton
 from .philox_normal import normals, normals_reference
@@ -321,7 +323,7 @@ def _check(
         statistics=statistics,
     )
     if history is not None and (history.dim() != x.dim() + 2 or history.shape[0] == 0):
-        raise ValueError(
+        raise UserError(
             f"history: got shape {tuple(history.shape)}, allowed is [K, 2, {', '.join(map(str, x.shape))}] with K >= 1"
         )
     K = _history_length(history)
@@ -331,7 +333,7 @@ def _check(
         or table.dtype != torch.float32
         or table.device != x.device
     ):
-        raise ValueError(
+        raise UserError(
             f"table: got {table.dtype} {tuple(table.shape)} on {table.device}, "
             f"allowed is float32 [steps, {COLUMNS} + 2 * {K}] on {x.device}"
         )
@@ -347,7 +349,7 @@ def _check(
         if t is not None:
             check_shape(name, t, shapes, x, (dtype,))
     if (x0 is None) != (statistics is None):
-        raise ValueError(
+        raise UserError(
             f"{'x0' if x0 is None else 'statistics'}: got None, allowed are x0 and statistics together or neither"
         )
     check_clip(clip_range)

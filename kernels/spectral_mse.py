@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sbldm_fast.errors import UserError
+
 from ._arguments import check_float, check_like
 from ._backend import needs_grad, resolve, tl, triton
 from .frequency_loss import backward, setup_context
@@ -124,7 +126,7 @@ def spectral_mse(pred: Tensor, target: Tensor, *, norm: str = "backward") -> Ten
     check_float("pred", pred, "[N, C, H, W]")
     check_like("target", target, pred, "pred", dtype=False)
     if norm not in NORMS:
-        raise ValueError(f"norm: got {norm!r}, allowed are {', '.join(NORMS)}")
+        raise UserError(f"norm: got {norm!r}, allowed are {', '.join(NORMS)}")
     pixels = float(pred.shape[2] * pred.shape[3])
     factor = {"backward": pixels, "ortho": 1.0, "forward": 1.0 / max(pixels, 1.0)}[norm]
     if resolve(pred.device)[0] == "torch":

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_bench import Json, bench, place, report, say
+from .errors import MissingExtra, UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
 
@@ -521,11 +522,17 @@ def main() -> None:
             app()
     except OSError as error:
         said = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-    except (ValueError, FloatingPointError, MemoryError) as error:
-        said = str(error) or type(error).__name__
+    except (UserError, MissingExtra) as error:
+        said = str(error)
     except KeyboardInterrupt:  # before a command could say it
         print("sbldm-fast: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        print(
+            "sbldm-fast: this is a bug; please report it with the lines below and what doctor --json says",
+            file=sys.stderr,
+        )
+        raise
     else:
         return
     sys.exit(f"sbldm-fast: {printable(said)}")

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .errors import MissingExtra
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -164,7 +166,7 @@ def report(
 ) -> None:
     """Write results as one HTML page that needs nothing else. Example: sbldm-fast report results -o report.html"""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("report: it draws with matplotlib, which is not installed: pip install 'sbldm_fast[bench]'")
+        raise MissingExtra("report", "matplotlib", "bench")
     from sbldm_fast.benchmarks.report import write_report
 
     done = write_report(results or [Path("results")], out)

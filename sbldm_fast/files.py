@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
 LEFT = r"\.({})\.(\d+|[a-z0-9_]{{8}})\.(old|part)"
 PLACES = 4  # that are looked at for what dead processes left: as many as write one path at a time
 
@@ -45,7 +47,7 @@ def whole_folder(path: str | Path, lose: bool = False) -> Iterator[Path]:
     """
     with suppress(OSError):  # not there
         if not stat.S_ISDIR(Path(path).stat().st_mode):
-            raise ValueError(f"{path} is a file, allowed is a folder")
+            raise UserError(f"{path} is a file, allowed is a folder")
     path = Path(os.path.realpath(path))
     with _place(path) as place:
         yield place
@@ -53,7 +55,7 @@ def whole_folder(path: str | Path, lose: bool = False) -> Iterator[Path]:
             _sync(file)
         with suppress(FileNotFoundError):
             if (lost := sorted(_files(path) - _files(place))) and not lose:
-                raise ValueError(
+                raise UserError(
                     f"{path} holds {lost[0]}, which would be lost; allowed is a new folder or one that this command"
                     " wrote"
                 )
@@ -205,11 +207,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
             raise OSError("it is not a regular file")  # a pipe would be waited for
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
+        raise UserError(f"{path} does not exist") from None
     except RecursionError:
-        raise ValueError(f"{path} is not readable as JSON: too many levels") from None
+        raise UserError(f"{path} is not readable as JSON: too many levels") from None
     except (OSError, ValueError) as error:  # also bytes that are no text, and a number of thousands of digits
-        raise ValueError(f"{path} is not readable as JSON: {error}") from None
+        raise UserError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, allowed is an object")
+        raise UserError(f"{path} holds a JSON {type(content).__name__}, allowed is an object")
     return content

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..errors import UserError
 from .sources import MODALITY
 
 LONGEST = 2**25  # characters of a table: a million subjects with five columns
@@ -36,23 +37,23 @@ class Covariates:
                 if any(cell.strip() for cell in line)
             ]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path} is not readable as CSV: {error}") from None
+            raise UserError(f"{path} is not readable as CSV: {error}") from None
         if len(lines) < 2 or len(lines[0]) < 2:
-            raise ValueError(
+            raise UserError(
                 f"{path} holds no covariates, allowed is a header, a column of subjects and at least one more"
             )
         (self.key, *columns), rows = lines[0], lines[1:]
         if len(set(columns)) < len(columns):
-            raise ValueError(f"{path} names a column twice: {next(c for c in columns if columns.count(c) > 1):.100}")
+            raise UserError(f"{path} names a column twice: {next(c for c in columns if columns.count(c) > 1):.100}")
         self._numbers = all(row[0].isdecimal() for row in rows)
         self._rows: dict[str, dict[str, float | str]] = {}
         for row in rows:
             if len(row) != len(columns) + 1:
-                raise ValueError(
+                raise UserError(
                     f"{path}: the row of {row[0]:.100} has {len(row)} columns, allowed are {len(columns) + 1}"
                 )
             if self._fit(row[0]) in self._rows:
-                raise ValueError(f"{path} lists {self.key:.100} {row[0]:.100} twice: which row holds cannot be known")
+                raise UserError(f"{path} lists {self.key:.100} {row[0]:.100} twice: which row holds cannot be known")
             cells = zip(columns, row[1:], strict=True)
             self._rows[self._fit(row[0])] = {
                 column: _value(cell) for column, cell in cells if cell.lower() not in _NOTHING
@@ -71,7 +72,7 @@ class Covariates:
         for subject in sorted(set(subjects)):
             fit = self._fit(subject)
             if fit in self._rows and owner.setdefault(fit, subject) != subject:
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: {self.key:.100} {fit:.100} fits {owner[fit]} and {subject}; give each source its own"
                     " table"
                 )

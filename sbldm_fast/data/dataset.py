@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sbldm_fast.files import read_json
 
+from ..errors import UserError
 from .prepare import FORMAT, SPLITS
 from .volumes import SIZE
 
@@ -30,38 +31,38 @@ class Slices:
 
     def __init__(self, folder: str | Path, split: str = "train") -> None:
         if split not in SPLITS:
-            raise ValueError(f"split: got {split!r}, allowed are {', '.join(SPLITS)}")
+            raise UserError(f"split: got {split!r}, allowed are {', '.join(SPLITS)}")
         folder = Path(folder)
         rows = read_manifest(folder)["slices"]
         path = folder / "slices.npy"
         if not path.is_file():
-            raise ValueError(f"{path} does not exist, or is no file")
+            raise UserError(f"{path} does not exist, or is no file")
         with path.open("rb") as f:
             # later versions promise headers of gigabytes, which numpy takes memory for
             if f.read(8) != b"\x93NUMPY\x01\x00":
-                raise ValueError(f"{path} is not readable as a .npy file (header); run prepare again")
+                raise UserError(f"{path} is not readable as a .npy file (header); run prepare again")
         try:
             # copy on write: torch wants memory that it may write to, the file stays as it is
             array = npy.open_memmap(path, mode="c")
         except Exception as error:  # numpy meets a broken header with any
-            raise ValueError(
+            raise UserError(
                 f"{path} is not readable as a .npy file ({type(error).__name__}); run prepare again"
             ) from None
         if array.shape != (len(rows), SIZE, SIZE) or array.dtype != np.float16:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: slices.npy has {array.dtype} of shape {array.shape}, the manifest lists {len(rows)} slices"
             )
         for i, row in enumerate(rows):
             if hashlib.sha256(array[i].tobytes()).hexdigest() != row.get("sha256"):
-                raise ValueError(
+                raise UserError(
                     f"{folder}: slice {i} is not the one that the manifest lists (its checksum differs); run prepare"
                     " again"
                 )
             if not np.abs(array[i]).max() <= 1:  # nor NaN
-                raise ValueError(f"{folder}: slice {i} holds values that are not in -1 to 1; run prepare again")
+                raise UserError(f"{folder}: slice {i} holds values that are not in -1 to 1; run prepare again")
         index = [i for i, row in enumerate(rows) if row["split"] == split]
         if not index:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: the {split} split is empty ({len({row['subject'] for row in rows})} subjects in all)"
             )
         self.rows: list[dict[str, Any]] = [rows[i] for i in index]
@@ -90,11 +91,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "manifest.json"
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {manifest.get('format')!r}, allowed is {FORMAT}; run prepare again")
+        raise UserError(f"{path} has format {manifest.get('format')!r}, allowed is {FORMAT}; run prepare again")
     rows = manifest.get("slices")
     named = isinstance(rows, list) and all(
         isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("split", "subject")) for row in rows
     )
     if not rows or not named:
-        raise ValueError(f"{path} lists no slices")
+        raise UserError(f"{path} lists no slices")
     return manifest

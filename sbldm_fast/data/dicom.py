@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .volumes import MAX_REACH, MissingPackage, Unusable, Volume, oriented, silent
+from ..errors import MissingExtra
+from .volumes import MAX_REACH, Unusable, Volume, oriented, silent
 
 # what tells time points and echoes of one series apart, by order of trust
 TIMES = (
@@ -81,7 +82,7 @@ def load_dicom(files: Sequence[Path]) -> tuple[list[Series], list[tuple[str, str
     try:
         import pydicom
     except ImportError:
-        raise MissingPackage("reading DICOM needs pydicom: pip install 'sbldm_fast[data]'") from None
+        raise MissingExtra("reading DICOM", "pydicom", "data") from None
 
     left_out: list[tuple[str, str]] = []
     stacks: dict[Any, list[_Slice]] = defaultdict(list)

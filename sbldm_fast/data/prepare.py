@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from sbldm_fast.files import printable, read_json, whole_folder, write_json
 
+from ..errors import MissingExtra, UserError
 from .covariates import Covariates
 from .dicom import load_dicom
 from .sources import PREPARED, Job, Subjects, expand, modality_of, subject_of
 from .synthetic import mni152, synthetic_brain
-from .volumes import SIZE, MissingPackage, Unusable, Volume, axial_slices, load_nifti, silent
+from .volumes import SIZE, Unusable, Volume, axial_slices, load_nifti, silent
 
 FORMAT = 2
 SPLITS = {"train": 0.70, "val": 0.15, "test": 0.15}
@@ -98,12 +99,12 @@ def prepare(
             ambiguous table, an argument out of its bounds, or (`strict`) a broken file.
     """
     if split not in ("subject", "slice"):
-        raise ValueError(f"split: got {split!r}, allowed are subject, slice")
+        raise UserError(f"split: got {split!r}, allowed are subject, slice")
     for name, value, least in (("every", every, 1), ("workers", workers, 1), ("volume", volume or 0, 0)):
         if value < least:
-            raise ValueError(f"{name}: got {value}, allowed is {least} or more")
+            raise UserError(f"{name}: got {value}, allowed is {least} or more")
     if not 0 <= seed <= SEEDS:
-        raise ValueError(f"seed: got {seed}, allowed is 0 to {SEEDS}")
+        raise UserError(f"seed: got {seed}, allowed is 0 to {SEEDS}")
     # all that can be refused is refused before hours of reading
     pattern = None if subject is None else _pattern(subject)
     table = None if covariates is None else Covariates(covariates)
@@ -117,7 +118,7 @@ def prepare(
     if inside := next(
         (job.name for job in jobs for file in job.files if real in Path(os.path.realpath(file)).parents), None
     ):
-        raise ValueError(f"{out} holds the source {inside}, which would be lost; allowed is another folder")
+        raise UserError(f"{out} holds the source {inside}, which would be lost; allowed is another folder")
     people = [subject_of(job, pattern) if job.files else job.name for job in jobs]
     with whole_folder(out) as folder:
         rows, skipped = _write_slices(
@@ -125,7 +126,7 @@ def prepare(
         )
         if not rows:
             reasons = "; ".join(f"{s['source']}: {s['reason']}" for s in skipped[:3])
-            raise ValueError(f"no usable slice in {', '.join(sources)}" + (f" ({reasons})" if reasons else ""))
+            raise UserError(f"no usable slice in {', '.join(sources)}" + (f" ({reasons})" if reasons else ""))
         subjects = sorted({row["subject"] for row in rows})
         missing: list[str] = []
         if table is not None:
@@ -134,7 +135,7 @@ def prepare(
             joined = table.of(without)
             missing = [s for s in without if s not in joined]
             if missing and strict:
-                raise ValueError(f"{covariates} has no row for {missing[0]}")
+                raise UserError(f"{covariates} has no row for {missing[0]}")
             for row in rows:
                 row["covariates"] = joined.get(row["subject"], row["covariates"])
         units = [row["subject"] for row in rows] if split == "subject" else [str(i) for i in range(len(rows))]
@@ -162,26 +163,26 @@ def _pattern(subject: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(subject)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"subject: got {subject!r}, which is no regular expression ({error})") from None
+        raise UserError(f"subject: got {subject!r}, which is no regular expression ({error})") from None
     if not pattern.groups:
-        raise ValueError(f"subject: got {subject!r}, allowed is a regular expression with a group")
+        raise UserError(f"subject: got {subject!r}, allowed is a regular expression with a group")
     return pattern
 
 
 def _writable(out: str | Path) -> None:
     """Refuse a folder that `prepare` did not write."""
     if not str(out):
-        raise ValueError("out: got '', allowed is a folder")
+        raise UserError("out: got '', allowed is a folder")
     folder = Path(out)
     if os.path.ismount(folder):  # of a link, too, which Path.is_mount is not
-        raise ValueError(f"{out} is where a disk is mounted, which cannot be replaced; allowed is a folder in it")
+        raise UserError(f"{out} is where a disk is mounted, which cannot be replaced; allowed is a folder in it")
     if not folder.is_dir() or not (there := sorted(folder.iterdir())):
         return
     lost = next((p.name for p in there if p.name not in PREPARED or not p.is_file()), None)
     with suppress(ValueError):
         if lost is None and {"format", "slices"} <= read_json(folder / "manifest.json").keys():
             return
-    raise ValueError(
+    raise UserError(
         f"{out} holds {lost or there[0].name}, which would be lost; allowed is a new folder or one that prepare wrote"
     )
 
@@ -210,7 +211,7 @@ def _write_slices(
         ):
             broken = [s for s in left_out if s["reason"] != LABELS]
             if broken and strict:
-                raise ValueError(f"{broken[0]['source']}: {broken[0]['reason']}")
+                raise UserError(f"{broken[0]['source']}: {broken[0]['reason']}")
             skipped += left_out
             for scan in scans:
                 f.write(scan.slices.tobytes())
@@ -280,7 +281,7 @@ def _results(
             try:
                 yield future.result()
             except BrokenProcessPool:
-                raise ValueError(
+                raise UserError(
                     f"{job.name}: the process that read it, or one beside it, was killed; for memory? --workers 1"
                 ) from None
     finally:
@@ -337,7 +338,7 @@ def _read(job: Job, seed: int, volume: int | None, every: int) -> tuple[list[Sca
                 scans[-1].patient = one.patient
     except Unusable as reason:
         skipped.append({"source": job.name, "reason": str(reason)})
-    except MissingPackage:
+    except MissingExtra:
         raise
     except Exception as error:  # whatever a broken file sets off in a reader; its text may quote the header
         skipped.append({"source": job.name, "reason": f"not readable ({type(error).__name__})"})

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sbldm_fast.files import printable
 
+from ..errors import UserError
 from .dicom import is_dicom
 
 # longest first: t1ce is not t1
@@ -59,17 +60,17 @@ def expand(source: str) -> Iterator[Job]:
     if source.split(":")[0] == "synthetic":
         count = source.partition(":")[2] or "20"
         if not re.fullmatch("0*[1-9][0-9]{0,5}", count):
-            raise ValueError(f"{source}: allowed is synthetic or synthetic:COUNT with COUNT of 1 to 999999")
+            raise UserError(f"{source}: allowed is synthetic or synthetic:COUNT with COUNT of 1 to 999999")
         yield from (Job(f"synthetic/{i:05d}", "synthetic", index=i) for i in range(int(count)))
         return
     path = Path(source)
     if not source or not path.exists():
-        raise ValueError(
+        raise UserError(
             f"{source or repr(source)} does not exist; allowed are a NIfTI or DICOM file, a picture, a folder, mni152"
             " and synthetic[:COUNT]"
         )
     if not (path.is_file() or path.is_dir()):
-        raise ValueError(f"{source} is a pipe, a socket or a device; allowed are files and folders")
+        raise UserError(f"{source} is a pipe, a socket or a device; allowed are files and folders")
     root = path.parent if path.is_file() else path
     top = "" if path.is_file() else f"{path.resolve().name}/"
     found = False
@@ -86,7 +87,7 @@ def expand(source: str) -> Iterator[Job]:
             found = True
             yield Job(printable(f"{top}{dicom[0].relative_to(root)}"), "dicom", tuple(dicom))
     if not found:
-        raise ValueError(f"{source} holds no NIfTI (.nii, .nii.gz, .hdr), DICOM, .png or .jpg file")
+        raise UserError(f"{source} holds no NIfTI (.nii, .nii.gz, .hdr), DICOM, .png or .jpg file")
 
 
 def _kind(file: Path) -> str:
@@ -112,7 +113,7 @@ def _walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
         try:
             entries, found = sorted(folder.iterdir()), folder.stat()
         except OSError as error:
-            raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
         below = [entry for entry in entries if entry.is_dir()]
         names = [entry.name for entry in entries if not entry.is_dir()]
         one = found.st_dev, found.st_ino
@@ -143,7 +144,7 @@ def subject_of(job: Job, pattern: re.Pattern[str] | None = None) -> str:
     if pattern is not None:
         fits = pattern.search(job.name)
         if not fits or not fits.groups() or not fits.group(1):
-            raise ValueError(
+            raise UserError(
                 f"subject: got {pattern.pattern!r}, which finds no group in {job.name}; allowed is one that does in"
                 " every name"
             )

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .volumes import MissingPackage, Volume, oriented
+from ..errors import MissingExtra
+from .volumes import Volume, oriented
 
 # relative intensity of grey matter, white matter and fluid: what the eye expects of the contrast, not a signal equation
 CONTRASTS = {"T1": (0.60, 0.95, 0.18), "T2": (0.55, 0.38, 1.00), "FLAIR": (0.80, 0.62, 0.12)}
@@ -47,7 +48,7 @@ def _nilearn_datasets() -> Any:
     try:
         from nilearn import datasets
     except ImportError:
-        raise MissingPackage("mni152 and synthetic need nilearn: pip install 'sbldm_fast[data]'") from None
+        raise MissingExtra("mni152 and synthetic", "nilearn", "data") from None
     return datasets
 
 

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..errors import MissingExtra, UserError
+
 SIZE = 128
 FIELD_OF_VIEW = 220.0  # mm: an adult head is about 200 long
 FOREGROUND = -0.8  # intensities above this count as head
@@ -35,12 +37,8 @@ READERS = ("pydicom", "nibabel", "PIL")
 _reading = threading.RLock()
 
 
-class Unusable(ValueError):
+class Unusable(UserError):
     """A scan that cannot be used; the text says why."""
-
-
-class MissingPackage(ValueError):
-    """A reader that is not installed; the text says how to."""
 
 
 @contextmanager
@@ -121,7 +119,7 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
     try:
         import nibabel as nib
     except ImportError:
-        raise MissingPackage("reading NIfTI needs nibabel: pip install 'sbldm_fast[data]'") from None
+        raise MissingExtra("reading NIfTI", "nibabel", "data") from None
 
     if not path.is_file():
         raise Unusable("no such file, or a link that leads nowhere")

@@ -25,6 +25,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 NAMES = ("linear", "scaled_linear", "cosine_ramp", "cosine", "gamma")
 
 
@@ -55,15 +57,15 @@ class NoiseSchedule:
         zero_terminal_snr: bool = False,
     ) -> None:
         if name not in NAMES:
-            raise ValueError(f"name: got {name!r}, allowed are {', '.join(NAMES)}")
+            raise UserError(f"name: got {name!r}, allowed are {', '.join(NAMES)}")
         if num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps: got {num_train_timesteps}, allowed is 2 or more")
+            raise UserError(f"num_train_timesteps: got {num_train_timesteps}, allowed is 2 or more")
         if not 0 < beta_start <= beta_end < 1:
-            raise ValueError(f"beta_start, beta_end: got {beta_start}, {beta_end}, allowed is 0 < start <= end < 1")
+            raise UserError(f"beta_start, beta_end: got {beta_start}, {beta_end}, allowed is 0 < start <= end < 1")
         if gamma < 0:
-            raise ValueError(f"gamma: got {gamma}, allowed is 0 or more")
+            raise UserError(f"gamma: got {gamma}, allowed is 0 or more")
         if normalise not in ("none", "sum"):
-            raise ValueError(f"normalise: got {normalise!r}, allowed are none, sum")
+            raise UserError(f"normalise: got {normalise!r}, allowed are none, sum")
         T = num_train_timesteps
         k = torch.arange(1, T + 1, dtype=torch.float64) / T
         linear = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)

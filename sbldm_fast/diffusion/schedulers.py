@@ -14,6 +14,7 @@ from torch import Tensor
 from sbldm_fast.files import read_json, write_json
 from sbldm_fast.models.config import SchedulerConfig
 
+from ..errors import MissingExtra, UserError
 from .schedule import NoiseSchedule, rescale_zero_terminal_snr
 
 THEIR_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -72,7 +73,7 @@ class _Scheduler:
         T, n = self.config.num_train_timesteps, num_inference_steps
         steps: np.ndarray
         if not 1 <= n <= T:
-            raise ValueError(f"num_inference_steps: got {n}, allowed is 1 to {T}")
+            raise UserError(f"num_inference_steps: got {n}, allowed is 1 to {T}")
         if self.config.compat == "monai":
             # MONAI: linspace in float32, and the offset shortens the range instead of shifting it
             offset = self.config.steps_offset
@@ -84,7 +85,7 @@ class _Scheduler:
         else:
             steps = np.arange(T, 0, -T / n).round() - 1
         if steps[0] >= T:
-            raise ValueError(
+            raise UserError(
                 f"steps_offset: got {self.config.steps_offset}, with {n} steps the first timestep is past {T - 1}"
             )
         self.num_inference_steps = n
@@ -101,7 +102,7 @@ class _Scheduler:
             ValueError: `set_timesteps` was not called, or a timestep to look up that is not in `timesteps`.
         """
         if self.num_inference_steps is None:
-            raise ValueError("num_inference_steps: got None, call set_timesteps first")
+            raise UserError("num_inference_steps: got None, call set_timesteps first")
         if self.config.prev == "lookup":
             return self._next_timestep(timestep)
         return timestep - self.config.num_train_timesteps // self.num_inference_steps
@@ -109,7 +110,7 @@ class _Scheduler:
     def _next_timestep(self, timestep: int) -> int:
         steps = self.timesteps.tolist()
         if timestep not in steps:
-            raise ValueError(f"timestep: got {timestep}, allowed are the {len(steps)} in self.timesteps")
+            raise UserError(f"timestep: got {timestep}, allowed are the {len(steps)} in self.timesteps")
         return int([*steps, -1][steps.index(timestep) + 1])
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
@@ -187,7 +188,7 @@ class DDIMScheduler(_Scheduler):
         out = a_prev**0.5 * x0 + (1 - a_prev - sigma**2) ** 0.5 * e
         if eta > 0:
             if variance_noise is not None and generator is not None:
-                raise ValueError("generator, variance_noise: got both, allowed is one of them")
+                raise UserError("generator, variance_noise: got both, allowed is one of them")
             if variance_noise is None:
                 variance_noise = _noise_like(model_output, generator)
             out = out + sigma * variance_noise
@@ -234,7 +235,7 @@ class _Diffusers:
     """A scheduler of diffusers, on the betas of any of our schedules; what it returns is diffusers' own object.
 
     Keyword arguments are those of the class of that name in diffusers, and the schedules, `gamma` and `normalise` of
-    `SchedulerConfig`. `ValueError` without diffusers, or for a value that is not allowed.
+    `SchedulerConfig`. `ImportError` without diffusers, `ValueError` for a value that is not allowed.
     """
 
     def __new__(cls, **config: Any) -> Any:
@@ -263,9 +264,8 @@ class _Diffusers:
         try:
             import diffusers
         except ImportError:
-            raise ValueError(
-                f"{cls.__name__} needs diffusers: pip install diffusers; DDIMScheduler and DDPMScheduler do without"
-            ) from None
+            need = f"{cls.__name__}, unlike DDIMScheduler and DDPMScheduler,"
+            raise MissingExtra(need, "diffusers", "bench") from None
         return getattr(diffusers, cls.__name__)
 
 

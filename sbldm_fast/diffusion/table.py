@@ -25,6 +25,8 @@ from torch import Tensor
 
 from sbldm_fast.files import read_json, write_json
 
+from ..errors import UserError
+
 ELEMENTS = 64  # equations per step, for at most 6 + 2 * MAX_HISTORY unknowns
 MAX_HISTORY = 12  # diffusers' PNDM looks that far back after its Runge-Kutta steps
 # of model outputs: clipping must show at every step, also where an ordinary x0 stays inside
@@ -35,7 +37,7 @@ LAST_DIGIT = 3e-7  # a longer history that gains less than this fits what float3
 PROOF = 2e-5  # largest relative error of a whole run
 
 
-class NotLinear(ValueError):
+class NotLinear(UserError):
     """A scheduler that no table describes; the message says why."""
 
 
@@ -84,7 +86,7 @@ class SolverTable:
         """
         own = prepared(scheduler, steps, eta)
         if not 0 <= start < len(own.timesteps):
-            raise ValueError(f"start: got {start}, allowed is 0 to {len(own.timesteps) - 1}")
+            raise UserError(f"start: got {start}, allowed is 0 to {len(own.timesteps) - 1}")
         if start == 0:
             _warn_of_a_late_start(own, steps)
         if str(getattr(getattr(own, "config", own), "variance_type", None)).startswith("learned"):
@@ -111,9 +113,9 @@ class SolverTable:
             ValueError: the solver looks back on steps that a run from `start` does not have.
         """
         if not 0 <= start < len(self.timesteps):
-            raise ValueError(f"start: got {start}, allowed is 0 to {len(self.timesteps) - 1}")
+            raise UserError(f"start: got {start}, allowed is 0 to {len(self.timesteps) - 1}")
         if self.history and start:
-            raise ValueError(
+            raise UserError(
                 f"table: got a history of {self.history} steps, allowed to start inside is none; give its scheduler"
             )
         cut = {k: getattr(self, k)[start:] for k in ("timesteps", "rows", "input_scale", "alpha", "sigma")}
@@ -171,17 +173,17 @@ class SolverTable:
                 clip_range=None if values["clip_range"] is None else float(values["clip_range"]),
             )
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as wrong:
-            raise ValueError(f"{source}: not a solver table ({type(wrong).__name__}: {short(str(wrong))})") from None
+            raise UserError(f"{source}: not a solver table ({type(wrong).__name__}: {short(str(wrong))})") from None
         if values.get("format") != 1 or table.timesteps.dim() != 1 or not 0 < table.init_noise_sigma < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"{source}: format, timesteps, init_noise_sigma: allowed are 1, a list and a number above 0"
             )
         if timesteps.dtype == torch.bool or not ((table.timesteps >= 0) & (table.timesteps < 2**24)).all():
-            raise ValueError(
+            raise UserError(
                 f"{source}: timesteps: got one that no model is asked for, allowed are numbers from 0 to 2^24"
             )
         if table.clip_range is not None and not 0 < table.clip_range < math.inf:
-            raise ValueError(f"{source}: clip_range: got {table.clip_range}, allowed is null or a number above 0")
+            raise UserError(f"{source}: clip_range: got {table.clip_range}, allowed is null or a number above 0")
         S, width = table.rows.shape if table.rows.dim() == 2 else (0, 0)
         if (
             S < 1
@@ -189,13 +191,13 @@ class SolverTable:
             or width % 2
             or any(len(v) != S for v in (table.timesteps, table.input_scale, table.alpha, table.sigma))
         ):
-            raise ValueError(
+            raise UserError(
                 f"{source}: rows: got {list(table.rows.shape)}, allowed are [steps, 6 + 2 K] and as many of the others"
             )
         if not table.rows[:, 2:].isfinite().all() or not table.input_scale.isfinite().all():
-            raise ValueError(f"{source}: rows, input_scale: got a number that is not finite")
+            raise UserError(f"{source}: rows, input_scale: got a number that is not finite")
         if any(v.isinf().any() for v in (table.rows, table.alpha, table.sigma)):
-            raise ValueError(
+            raise UserError(
                 f"{source}: rows, alpha, sigma: got infinity, allowed are numbers, and null where one is not known"
             )
         return table
@@ -210,21 +212,21 @@ def prepared(scheduler: Any, steps: int, eta: float | None = None, start: int = 
     """
     name = type(scheduler).__name__
     if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):
-        raise ValueError(f"scheduler: got {name}, allowed is a scheduler with set_timesteps and step, or a SolverTable")
+        raise UserError(f"scheduler: got {name}, allowed is a scheduler with set_timesteps and step, or a SolverTable")
     config = getattr(scheduler, "config", scheduler)
     T = getattr(config, "num_train_timesteps", None) or 1000
     if isinstance(steps, bool) or not isinstance(steps, SupportsIndex) or not 1 <= operator.index(steps) <= T:
-        raise ValueError(f"steps: got {steps!r}, allowed is 1 to num_train_timesteps = {T}")
+        raise UserError(f"steps: got {steps!r}, allowed is 1 to num_train_timesteps = {T}")
     if eta is not None and (not 0 <= eta <= 1 or (eta and "eta" not in inspect.signature(scheduler.step).parameters)):
-        raise ValueError(f"eta: got {eta}, allowed is 0 to 1, and 0 alone for a scheduler whose step does not take it")
+        raise UserError(f"eta: got {eta}, allowed is 0 to 1, and 0 alone for a scheduler whose step does not take it")
     own = copy.deepcopy(scheduler)
     try:
         own.set_timesteps(operator.index(steps))
     except Exception as wrong:  # whatever another library raises
-        raise ValueError(f"scheduler: {name}.set_timesteps({steps}) failed: {type(wrong).__name__}: {wrong}") from wrong
+        raise UserError(f"scheduler: {name}.set_timesteps({steps}) failed: {type(wrong).__name__}: {wrong}") from wrong
     times = own.timesteps
     if not isinstance(times, Tensor) or times.dim() != 1 or not len(times) or not times.double().isfinite().all():
-        raise ValueError(
+        raise UserError(
             f"scheduler: {name} has timesteps {times}, allowed is a tensor of finite numbers, one for each model call"
         )
     if start and hasattr(own, "set_begin_index"):

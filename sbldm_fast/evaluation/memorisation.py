@@ -21,6 +21,8 @@ from sbldm_fast.models import AutoencoderKL
 from sbldm_fast.sampling.images import save_grid, to_uint8
 from sbldm_fast.sampling.pipeline import Pipeline
 
+from ..errors import UserError
+
 CHUNK = 256  # slices at a time
 QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9}
 REPORT, PICTURE = "memorisation.json", "neighbours.png"
@@ -81,7 +83,7 @@ def memorisation(
     there = sorted(p.name for p in Path(out).glob("*"))
     lost = next((name for name in there if name not in (REPORT, PICTURE)), None)
     if there and (lost or REPORT not in there or "samples" not in read_json(Path(out) / REPORT)):
-        raise ValueError(
+        raise UserError(
             f"{out} holds {lost or there[0]}, which would be lost; allowed is a new folder or one that evaluate wrote"
         )
     train = Slices(data, "train")
@@ -93,7 +95,7 @@ def memorisation(
             continue
         unseen.append(held_out[torch.linspace(0, len(held_out) - 1, min(n, len(held_out))).long()])
     if not unseen:
-        raise ValueError(f"{data} has neither validation nor test slices: nothing tells how near is near")
+        raise UserError(f"{data} has neither validation nor test slices: nothing tells how near is near")
     images = pipeline.sample(n, seed=seed, steps=steps).cpu()
     report: dict[str, Any] = {"samples": n, "seed": seed, "steps": steps, "training_slices": len(train)}
     rows = [images]

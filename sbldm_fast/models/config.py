@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from reprlib import repr as short  # what a file holds may be of any length, and no text for a terminal
 from typing import Any, ClassVar, NamedTuple, Self
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True)
 class Config:
@@ -28,7 +30,7 @@ class Config:
         listed = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in content.items() if not k.startswith("_")}
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in listed.items()}
         if unknown := given.keys() - names:
-            raise ValueError(
+            raise UserError(
                 f"{cls.__name__}: got {', '.join(short(k) for k in sorted(unknown))}, allowed are"
                 f" {', '.join(sorted(names))}"
             )
@@ -41,20 +43,18 @@ class Config:
                 continue
             several = isinstance(likes, tuple)
             if several and not isinstance(value, (tuple, list)):
-                raise ValueError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed is one like {likes!r}")
+                raise UserError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed is one like {likes!r}")
             for one in value if several else (value,):
                 like = likes[0] if several else likes
                 kinds = (int, float) if isinstance(like, float) else type(like)
                 # True is an int to Python, and to nobody else
                 if not isinstance(one, kinds) or isinstance(one, bool) != isinstance(like, bool):
-                    raise ValueError(
-                        f"{type(self).__name__}: {f.name} is {short(value)}, allowed is one like {likes!r}"
-                    )
+                    raise UserError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed is one like {likes!r}")
                 if isinstance(one, (int, float)) and not abs(one) < math.inf:
-                    raise ValueError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed are finite numbers")
+                    raise UserError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed are finite numbers")
             least, most = BOUNDS.get(f.name, (None, None))
             if least is not None and not all(least <= one <= most for one in (value if several else (value,))):
-                raise ValueError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed is {least} to {most}")
+                raise UserError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed is {least} to {most}")
 
 
 # beyond any model of these kinds: what a file may ask for before its weights are looked at
@@ -79,12 +79,10 @@ BOUNDS = {
 
 def _check_groups(name: str, widths: tuple[int, ...], num_groups: int) -> None:
     if not 1 <= len(widths) <= 12:
-        raise ValueError(f"{name}: block_out_channels is {widths}, allowed are 1 to 12 widths")
+        raise UserError(f"{name}: block_out_channels is {widths}, allowed are 1 to 12 widths")
     for width in widths:
         if width % num_groups:
-            raise ValueError(
-                f"{name}: norm_num_groups is {num_groups}, allowed are divisors of every width in {widths}"
-            )
+            raise UserError(f"{name}: norm_num_groups is {num_groups}, allowed are divisors of every width in {widths}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class VAEConfig(Config):
         super().__post_init__()
         _check_groups("VAEConfig", self.block_out_channels, self.norm_num_groups)
         if self.sample_size % 2 ** (len(self.block_out_channels) - 1):
-            raise ValueError(f"VAEConfig: sample_size is {self.sample_size}, allowed are multiples of 2^downsamplings")
+            raise UserError(f"VAEConfig: sample_size is {self.sample_size}, allowed are multiples of 2^downsamplings")
 
     @property
     def latent_size(self) -> int:
@@ -139,18 +137,18 @@ class UNetConfig(Config):
         super().__post_init__()
         _check_groups("UNetConfig", self.block_out_channels, self.norm_num_groups)
         if self.sample_size % 2 ** (len(self.block_out_channels) - 1):
-            raise ValueError(f"UNetConfig: sample_size is {self.sample_size}, allowed are multiples of 2^downsamplings")
+            raise UserError(f"UNetConfig: sample_size is {self.sample_size}, allowed are multiples of 2^downsamplings")
         if self.time_embedding_type not in ("positional", "fourier"):
-            raise ValueError(
+            raise UserError(
                 f"UNetConfig: time_embedding_type is {self.time_embedding_type!r}, allowed are positional, fourier"
             )
         if any(width % self.attention_head_dim for width in self.block_out_channels):
-            raise ValueError(
+            raise UserError(
                 f"UNetConfig: attention_head_dim is {self.attention_head_dim}, allowed are divisors of"
                 f" {self.block_out_channels}"
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"UNetConfig: dropout is {self.dropout}, allowed is 0 up to 1")
+            raise UserError(f"UNetConfig: dropout is {self.dropout}, allowed is 0 up to 1")
 
 
 @dataclass(frozen=True)
@@ -198,22 +196,18 @@ class SchedulerConfig(Config):
             ("compat", ("diffusers", "monai")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}: got {short(getattr(self, name))}, allowed are {', '.join(map(str, allowed))}"
-                )
+                raise UserError(f"{name}: got {short(getattr(self, name))}, allowed are {', '.join(map(str, allowed))}")
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
+            raise UserError(
                 f"beta_start, beta_end: got {self.beta_start}, {self.beta_end}, allowed is 0 < start <= end < 1"
             )
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
-            raise ValueError(
+            raise UserError(
                 f"trained_betas: got {len(self.trained_betas)}, allowed is num_train_timesteps ="
                 f" {self.num_train_timesteps}"
             )
         if self.trained_betas is not None and not all(0 < beta < 1 for beta in self.trained_betas):
-            raise ValueError(
-                "trained_betas: got one that is not between 0 and 1, allowed are betas above 0 and below 1"
-            )
+            raise UserError("trained_betas: got one that is not between 0 and 1, allowed are betas above 0 and below 1")
 
 
 class Preset(NamedTuple):
@@ -251,5 +245,5 @@ def preset(name: str) -> Preset:
         ValueError: an unknown name.
     """
     if name not in PRESETS:
-        raise ValueError(f"preset: got {name!r}, allowed are {', '.join(PRESETS)}")
+        raise UserError(f"preset: got {name!r}, allowed are {', '.join(PRESETS)}")
     return PRESETS[name]

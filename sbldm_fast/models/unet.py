@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sbldm_fast.kernels import GroupNormSiLU
 
+from ..errors import UserError
 from .config import UNetConfig
 from .layers import Attention, Downsample, ResBlock, Sum, Upsample, convolve, norm_of
 from .weights import Pretrained
@@ -156,10 +157,10 @@ class UNet2D(Pretrained[UNetConfig]):
             ValueError: a wrong shape of `x` or `t`, or a `cond` that this model has no input for.
         """
         if x.dim() != 4 or x.shape[1] != self.config.in_channels:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is [N, {self.config.in_channels}, H, W]")
+            raise UserError(f"x: got shape {tuple(x.shape)}, allowed is [N, {self.config.in_channels}, H, W]")
         if cond is not None:
-            raise ValueError("cond: got a value, allowed is None: this model is unconditional")
+            raise UserError("cond: got a value, allowed is None: this model is unconditional")
         t = torch.as_tensor(t, device=x.device).reshape(-1)
         if t.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"t: got {t.shape[0]} timesteps, allowed is 1 or the batch, {x.shape[0]}")
+            raise UserError(f"t: got {t.shape[0]} timesteps, allowed is 1 or the batch, {x.shape[0]}")
         return self.forward_rows(x, self.time_rows(t))

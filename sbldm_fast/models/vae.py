@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sbldm_fast.kernels import GroupNormSiLU
 
+from ..errors import UserError
 from .config import VAEConfig
 from .layers import Attention, Chain, Downsample, ResBlock
 from .weights import Pretrained
@@ -77,7 +78,7 @@ class AutoencoderKL(Pretrained[VAEConfig]):
         """
         c = self.config
         if x.dim() != 4 or tuple(x.shape[1:]) != (c.in_channels, c.sample_size, c.sample_size):
-            raise ValueError(
+            raise UserError(
                 f"x: got shape {tuple(x.shape)}, allowed is [N, {c.in_channels}, {c.sample_size}, {c.sample_size}]"
             )
         mean, logvar = self.encoder(x).chunk(2, dim=1)
@@ -90,6 +91,6 @@ class AutoencoderKL(Pretrained[VAEConfig]):
             ValueError: `z` is not `[N, latent_channels, h, w]`.
         """
         if z.dim() != 4 or z.shape[1] != self.config.latent_channels:
-            raise ValueError(f"z: got shape {tuple(z.shape)}, allowed is [N, {self.config.latent_channels}, h, w]")
+            raise UserError(f"z: got shape {tuple(z.shape)}, allowed is [N, {self.config.latent_channels}, h, w]")
         out: Tensor = self.decoder(z).tanh()
         return out

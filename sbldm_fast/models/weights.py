@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sbldm_fast.files import read_json, whole_file, write_json
 
+from ..errors import UserError
 from .config import Config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -50,7 +51,7 @@ class Pretrained(nn.Module, Generic[C]):
         """
         folder = Path(folder)
         if folder.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{folder} is a file, allowed is a folder with config.json and {WEIGHTS} (no pickle is ever read)"
             )
         config = cls.config_class.from_dict(read_json(folder / "config.json"))
@@ -85,11 +86,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             p.name for p in sorted(path.parent.glob("*")) if p.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl")
         ]
         beside = f"; {pickles[0]} beside it is a pickle, which is never read" if pickles else ""
-        raise ValueError(f"{path} does not exist{beside}")
+        raise UserError(f"{path} does not exist{beside}")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a safetensors file, and nothing else is read: {error}") from None
+        raise UserError(f"{path} is not a safetensors file, and nothing else is read: {error}") from None
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -107,15 +108,15 @@ def fit(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     own = model.state_dict()
     for name, value in own.items():
         if name not in tensors:
-            raise ValueError(f"{source}: tensor {name} is missing")
+            raise UserError(f"{source}: tensor {name} is missing")
         if tensors[name].shape != value.shape:
-            raise ValueError(
+            raise UserError(
                 f"{source}: tensor {name} has shape {list(tensors[name].shape)}, allowed is {list(value.shape)}"
             )
         if tensors[name].dtype not in FLOATS:
-            raise ValueError(
+            raise UserError(
                 f"{source}: tensor {name} is of {str(tensors[name].dtype)[6:]}, allowed are"
                 f" {', '.join(str(d)[6:] for d in FLOATS)}"
             )
     if extra := sorted(tensors.keys() - own.keys()):
-        raise ValueError(f"{source}: tensor {extra[0]!r:.100} is not in the model")
+        raise UserError(f"{source}: tensor {extra[0]!r:.100} is not in the model")

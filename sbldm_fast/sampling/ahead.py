@@ -23,14 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 KEPT = 8  # packages, each about as large as the weights
 
 
-class Unavailable(ValueError):
+class Unavailable(UserError):
     """Nothing can be compiled here, or nowhere be kept; the message says why."""
 
 
-class NotTraceable(ValueError):
+class NotTraceable(UserError):
     """torch.export cannot trace a model; the message is its own."""
 
 

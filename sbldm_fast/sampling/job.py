@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from sbldm_fast.files import read_json, whole_file, write_json
 
+from ..errors import MissingExtra, UserError
 from .images import NOTICE, save_grid, save_nifti, save_png, to_uint8
 from .modes import choose
 from .noise import numbered
@@ -68,9 +69,9 @@ def sample_to_folder(
         KeyboardInterrupt: what is finished stays.
     """
     if form not in FORMATS:
-        raise ValueError(f"format: got {form!r}, allowed are {', '.join(FORMATS)}")
+        raise UserError(f"format: got {form!r}, allowed are {', '.join(FORMATS)}")
     if form == "nifti" and importlib.util.find_spec("nibabel") is None:
-        raise ValueError("format: nifti needs nibabel: pip install 'sbldm_fast[data]'")
+        raise MissingExtra("format nifti", "nibabel", "data")
     world = _of_torchrun("WORLD_SIZE", 1, 1, 2**20)
     rank, local = (_of_torchrun(name, 0, 0, world - 1) for name in ("RANK", "LOCAL_RANK"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -140,7 +141,7 @@ def _identity(pipe: Pipeline) -> str:
 def _of_torchrun(name: str, default: int, least: int, most: int) -> int:
     text = os.environ.get(name) or str(default)
     if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-        raise ValueError(
+        raise UserError(
             f"{name}: got {text!r} in the environment, allowed is {least} to {most}: torchrun sets it with the others"
         )
     return int(text)
@@ -163,7 +164,7 @@ def _claim(out: Path, form: str, settings: dict[str, Any]) -> int:
             fcntl.flock(lock, fcntl.LOCK_SH)
             if (out / RECORD).exists() and (there := read_json(out / RECORD)) != settings:
                 k = next((k for k in settings if there.get(k) != settings[k]), "settings")
-                raise ValueError(
+                raise UserError(
                     f"{out} is where images of {k} {there.get(k)} are being made, this run's is {settings.get(k)}"
                 ) from None
             return lock
@@ -191,15 +192,15 @@ def _record(out: Path, form: str, settings: dict[str, Any]) -> None:
     images = [name for name in found if name in WHOLE.values() or re.fullmatch(r"\d{6}\.png", name)]
     images += [f"parts/{p.name}" for p in (out / "parts").glob("[0-9]" * 6 + ".npy")]
     if images and not ours:
-        raise ValueError(f"{out} holds {min(images)}, which no run of this command made; allowed is another folder")
+        raise UserError(f"{out} holds {min(images)}, which no run of this command made; allowed is another folder")
     other = [k for k in settings if there.get(k) != settings[k]]
     if other and images:
         k = other[0]
-        raise ValueError(
+        raise UserError(
             f"{out} holds images of {k} {there.get(k)}, this run's is {settings[k]}; allowed is another folder"
         )
     if stray := [name for name in images if name in WHOLE.values() and name != WHOLE[str(used)]]:
-        raise ValueError(f"{out} holds {stray[0]}, which no run of format {used} makes; allowed is another folder")
+        raise UserError(f"{out} holds {stray[0]}, which no run of format {used} makes; allowed is another folder")
     write_json(out / RECORD, settings)
 
 
@@ -233,7 +234,7 @@ def _load(path: Path) -> np.ndarray:
     try:
         return npy.read_array(BytesIO(path.read_bytes()), allow_pickle=False)
     except Exception:  # numpy meets a damaged file with any
-        raise ValueError(f"{path} is damaged; without it the same command makes it again") from None
+        raise UserError(f"{path} is damaged; without it the same command makes it again") from None
 
 
 def _save(array: np.ndarray, path: Path) -> None:

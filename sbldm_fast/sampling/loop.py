@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sbldm_fast.kernels import solver_step
 from sbldm_fast.models import UNet2D
 
+from ..errors import UserError
 from .ahead import NotTraceable, Unavailable, compiled_ahead, private_caches
 from .content import behind, survey
 from .model import Named, Predict, for_cpu, fused, predictor
@@ -25,7 +26,7 @@ Callback = Callable[[int, float, Tensor], None]
 _COMPILING = threading.RLock()
 
 
-class ModeFailed(ValueError):
+class ModeFailed(UserError):
     """The mode cannot be had: a model that cannot be captured, no compiler, no folder for what is compiled; the message
     says why."""
 
@@ -38,7 +39,7 @@ class Turn:
 
     def __enter__(self) -> None:
         if self._owner == threading.get_ident():
-            raise ValueError(
+            raise UserError(
                 "sampler: got a call from its own callback, model or decode, allowed is another sampler: this one is at"
                 " work"
             )
@@ -89,7 +90,7 @@ def make_step(
             h = torch.cat([h, h])
         m = predict(h, row, cond)
         if m.shape != h.shape:
-            raise ValueError(
+            raise UserError(
                 f"model: got an output of shape {tuple(m.shape)}, allowed is that of its input, {tuple(h.shape)}"
             )
         if not (m.is_contiguous() or (m.dim() == 4 and m.is_contiguous(memory_format=torch.channels_last))):

@@ -18,6 +18,8 @@ from sbldm_fast.kernels import group_norm_silu
 from sbldm_fast.models import UNet2D
 from sbldm_fast.models.layers import Attention, ResBlock, Upsample, added_by_norms
 
+from ..errors import UserError
+
 Cond = Tensor | Mapping[str, Any] | None  # what a caller gives
 # what the loop handles; "" is a tensor that came without a name, "a/b" one inside another mapping
 Named = dict[str, Tensor]
@@ -42,11 +44,11 @@ def named(cond: Cond, argument: str = "cond") -> Named:
         for key, value in cond.items():
             inside = argument not in ("cond", "uncond")  # where a tensor has a name, as one that comes alone has not
             if not isinstance(key, str) or (inside and not key) or "/" in key or (key[:1] == "#" and argument != LIST):
-                raise ValueError(f"{argument}: got the name {key!r}, allowed are names of arguments")
+                raise UserError(f"{argument}: got the name {key!r}, allowed are names of arguments")
             inner: Any = value
             if isinstance(value, (list, tuple)):
                 if any(v is None for v in value):
-                    raise ValueError(
+                    raise UserError(
                         f"{argument}[{key!r}]: got None in a list, allowed are tensors and arrays in each of its places"
                     )
                 inner = {f"#{i}": v for i, v in enumerate(value)}
@@ -56,7 +58,7 @@ def named(cond: Cond, argument: str = "cond") -> Named:
     tensor = torch.from_numpy(cond) if isinstance(cond, np.ndarray) else cond
     if not isinstance(tensor, Tensor) or not tensor.dim():
         got = "a number" if isinstance(tensor, Tensor) else type(cond).__name__
-        raise ValueError(
+        raise UserError(
             f"{argument}: got {got}, allowed are tensors and arrays with a row for each sample, and mappings of them"
         )
     return {"": tensor}
@@ -127,7 +129,7 @@ def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
         before = x._version if watched else 0
         out = model(x, t, *unnamed, **given, **options)
         if watched and x._version != before:
-            raise ValueError(
+            raise UserError(
                 "model: it writes into its input x, allowed is one that leaves x as it is: the step needs it"
             )
         prediction: Tensor = out if isinstance(out, Tensor) else out.sample if hasattr(out, "sample") else out[0]
@@ -274,7 +276,7 @@ def fused(predict: Predict, model: Callable[..., Any], x: Tensor, row: Tensor, c
     try:
         graph = torch.export.export(Traced(), (x, row, cond), strict=False).module()
     except Exception as failure:  # whatever the tracer raises on a foreign model
-        raise ValueError(f"fuse: {type(model).__name__} cannot be traced by torch.export: {failure}") from failure
+        raise UserError(f"fuse: {type(model).__name__} cannot be traced by torch.export: {failure}") from failure
     found = 0
     for norm in list(graph.graph.nodes):
         readers = list(norm.users)

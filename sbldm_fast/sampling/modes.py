@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import UserError
 from .ahead import Unavailable, cache_folder, compiler
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -52,14 +53,14 @@ def parse_mode(mode: str, device: torch.device) -> tuple[str | None, str | None]
         or len(compiles) > 1
         or (len(parts) > 1 and len(graphs) + len(compiles) < 2)
     ):
-        raise ValueError(f"mode: got {mode!r}, allowed are {', '.join(names)}, and a graph + a compile mode")
+        raise UserError(f"mode: got {mode!r}, allowed are {', '.join(names)}, and a graph + a compile mode")
     if graphs and compiles and compiles[0] in OWN_GRAPHS:
-        raise ValueError(
+        raise UserError(
             f"mode: got {mode!r}, allowed in a graph are compile, max-autotune-no-cudagraphs: the others capture"
             " their own"
         )
     if graphs and device.type != "cuda":
-        raise ValueError(
+        raise UserError(
             f"mode: got {mode!r}, which needs CUDA, and the model is on {device}; allowed here are eager, compile modes"
         )
     return next(iter(graphs), None), next(iter(compiles), None)

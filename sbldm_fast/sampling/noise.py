@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sbldm_fast.kernels import philox_normal
 
+from ..errors import UserError
 from .model import Cond, Named, named
 
 # of a batch: x, seeds, conditioning (unconditional first), guidance
@@ -45,23 +46,23 @@ class Request:
         self.size = count if batch_size is None else whole("batch_size", batch_size, 1)
         conds = self.conds = named(cond)
         if uncond is not None and guidance_scale is None:
-            raise ValueError("uncond: got a value, allowed without guidance_scale is None: there is no second pass")
+            raise UserError("uncond: got a value, allowed without guidance_scale is None: there is no second pass")
         others = self.others = named(uncond, "uncond") or {k: torch.zeros_like(v) for k, v in conds.items()}
         if bad := sorted(conds.keys() ^ others.keys()) or [
             k for k, v in conds.items() if others[k].shape != v.shape or len(v) != count
         ]:
-            raise ValueError(
+            raise UserError(
                 f"cond, uncond: got {bad[0] or 'tensors'} of another shape, allowed is one row for each of {count}"
                 " samples, in both alike"
             )
         if guidance_scale is not None:
             if cond is None:
-                raise ValueError("guidance_scale: got a value without cond, allowed is None")
+                raise UserError("guidance_scale: got a value without cond, allowed is None")
             guidance = torch.as_tensor(guidance_scale, dtype=torch.float32).reshape(-1)
             if not guidance.isfinite().all():
-                raise ValueError(f"guidance_scale: got {guidance_scale}, allowed are finite numbers")
+                raise UserError(f"guidance_scale: got {guidance_scale}, allowed are finite numbers")
             if len(guidance) not in (1, count):
-                raise ValueError(
+                raise UserError(
                     f"guidance_scale: got {len(guidance)} values, allowed is one, or one for each of {count} samples"
                 )
             self.guidance = guidance.expand(count)
@@ -101,36 +102,36 @@ def numbered(
     """
     given = None if noise is None else torch.as_tensor(noise)
     if given is not None and (not given.dim() or tuple(given.shape[1:]) != shape):
-        raise ValueError(f"noise: got shape {tuple(given.shape)}, allowed is [n, {', '.join(map(str, shape))}]")
+        raise UserError(f"noise: got shape {tuple(given.shape)}, allowed is [n, {', '.join(map(str, shape))}]")
     try:
         many = None if indices is None else list(indices)
     except TypeError:
-        raise ValueError(f"indices: got {indices!r}, allowed are whole numbers, one for each sample") from None
+        raise UserError(f"indices: got {indices!r}, allowed are whole numbers, one for each sample") from None
     asked = None if n is None else whole("n", n, 1)
     counts = [
         c for c in (asked, None if given is None else len(given), None if many is None else len(many)) if c is not None
     ]
     if not counts or min(counts) != max(counts):
-        raise ValueError(
+        raise UserError(
             f"n, noise, indices: got {counts or 'none of them'}, allowed is one of them, or the same number of samples"
         )
     count = counts[0]
     if count < 1:
-        raise ValueError(f"n: got {count}, allowed is 1 or more")
+        raise UserError(f"n: got {count}, allowed is 1 or more")
     one = isinstance(seed, SupportsIndex) and not isinstance(seed, (Tensor, np.ndarray))
     try:
         given_seeds: list[Any] = [seed] * count if one else list(seed)  # type: ignore[arg-type]  # a number is one
     except TypeError:
-        raise ValueError(f"seed: got {seed!r}, allowed is a whole number, or one for each sample") from None
+        raise UserError(f"seed: got {seed!r}, allowed is a whole number, or one for each sample") from None
     if len(given_seeds) != count:
-        raise ValueError(
+        raise UserError(
             f"seed: got {len(given_seeds)} seeds for {count} samples, allowed is one seed or one for each sample"
         )
     listed = [whole("seed", v) for v in given_seeds]
     numbers = [whole("indices", v) for v in many] if many is not None else list(range(count)) if one else [0] * count
     for name, values, top in (("seed", listed, 2**63), ("indices", numbers, 2**31)):
         if bad := [v for v in values if not 0 <= v < top]:
-            raise ValueError(f"{name}: got {bad[0]}, allowed is 0 to 2^{top.bit_length() - 1} - 1")
+            raise UserError(f"{name}: got {bad[0]}, allowed is 0 to 2^{top.bit_length() - 1} - 1")
     if given is not None:
         given = given.to(device, torch.float32).contiguous()
     return given, torch.tensor([listed, numbers], dtype=torch.int64).T.contiguous()
@@ -147,9 +148,9 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
     except (TypeError, RuntimeError):
         number = None
     if number is None or isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name}: got {value!r}, allowed is a whole number")
+        raise UserError(f"{name}: got {value!r}, allowed is a whole number")
     if least is not None and number < least:
-        raise ValueError(f"{name}: got {number}, allowed is {least} or more")
+        raise UserError(f"{name}: got {number}, allowed is {least} or more")
     return number
 
 

@@ -15,6 +15,7 @@ from sbldm_fast.diffusion import DDIMScheduler, DDPMScheduler, DPMSolverMultiste
 from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.models import AutoencoderKL, SchedulerConfig, UNet2D
 
+from ..errors import UserError
 from .content import fingerprint
 from .noise import whole
 from .sampler import MAX_LOOPS, FastSampler
@@ -46,7 +47,7 @@ class Pipeline:
         ):
             if not isinstance(part, kind):
                 got = f"{type(part).__module__.partition('.')[0]}'s {type(part).__name__}"
-                raise ValueError(
+                raise UserError(
                     f"{name}: got {got}, allowed is sbldm_fast's {kind.__name__}; FastSampler(unet, scheduler,"
                     " shape=...) takes others"
                 )
@@ -70,11 +71,11 @@ class Pipeline:
         """
         folder = BUNDLED.get(str(name_or_folder), Path(name_or_folder))
         if folder.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{folder} is a file, allowed is a pipeline folder (safetensors only, no pickle is ever read)"
             )
         if not (folder / "model_index.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"{folder} is not a pipeline folder: it has no model_index.json; allowed are {', '.join(BUNDLED)} or a"
                 " folder"
             )
@@ -89,7 +90,7 @@ class Pipeline:
         """
         there, path = sorted(p.name for p in Path(folder).glob("*")), Path(folder) / "model_index.json"
         if there and (not path.is_file() or read_json(path).get("_class_name") != "Pipeline"):
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds {there[0]}, which would be lost; allowed is a new folder or one that save wrote"
             )
         with whole_folder(folder) as aside:
@@ -139,7 +140,7 @@ class Pipeline:
         who: object = id(self.scheduler if scheduler is None else scheduler)
         if isinstance(scheduler, str):
             if scheduler not in SCHEDULERS:
-                raise ValueError(f"scheduler: got {scheduler!r}, allowed are {', '.join(SCHEDULERS)}")
+                raise UserError(f"scheduler: got {scheduler!r}, allowed are {', '.join(SCHEDULERS)}")
             spacing = {"timestep_spacing": "trailing"} if scheduler in ("dpm", "unipc") else {}
             who = scheduler, fingerprint(self.scheduler.config)
             scheduler = SCHEDULERS[scheduler].from_config(self.scheduler.config, **spacing)

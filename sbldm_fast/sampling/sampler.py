@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sbldm_fast.diffusion.table import NotLinear, SolverTable, prepared
 
+from ..errors import NotFinite, TooLarge, UserError
 from . import variations
 from .content import addresses, behind, digest, fingerprint, survey
 from .loop import Callback, Loop, ModeFailed, Turn, broken, float32_precision
@@ -104,23 +105,23 @@ class FastSampler:
         # a pipeline, an inferer
         if not callable(model) or (hasattr(model, "scheduler") and not isinstance(model, nn.Module)):
             inside = next((f", its .{name}" for name in ("unet", "transformer", "prior") if hasattr(model, name)), "")
-            raise ValueError(
+            raise UserError(
                 f"model: got {type(model).__name__}, allowed is the network that it runs{inside}, or a function of x"
                 " and t"
             )
         if stop is not None and stop not in STOPS:
-            raise ValueError(f"stop: got {stop!r}, allowed are {', '.join(STOPS)} and None")
+            raise UserError(f"stop: got {stop!r}, allowed are {', '.join(STOPS)} and None")
         if check_every < 1:
-            raise ValueError(f"check_every: got {check_every}, allowed is 1 or more")
+            raise UserError(f"check_every: got {check_every}, allowed is 1 or more")
         if threshold is not None and (stop is None or not threshold > 0):
-            raise ValueError(
+            raise UserError(
                 f"threshold: got {threshold}, allowed is above 0" + " and, without stop, None" * (stop is None)
             )
         self.stop, self.check_every, self.tf32 = stop, check_every, tf32
         self.threshold = threshold if threshold is not None else STOPS[stop] if stop else 0.0
         self.shape, self.eta, self.decode, self.fuse = tuple(whole("shape", s, 1) for s in shape), eta, decode, fuse
         if not self.shape:
-            raise ValueError("shape: got (), allowed is that of one sample, (C, H, W)")
+            raise UserError("shape: got (), allowed is that of one sample, (C, H, W)")
         self.counts, self.reason, self._captures = Counter[str](), "asked for", True
         self.scheduler, self._asked, self._start = scheduler, steps, 0
         self._mode, self._auto, self._dtype, self._device = mode, mode == "auto", dtype, torch.device(device or "cpu")
@@ -140,7 +141,7 @@ class FastSampler:
         self.dtype = self._dtype or (torch.float32 if parameter is None else parameter.dtype)
         parse_mode(self._mode, self.device)  # a graph stays on CUDA
         if ours(model) and self.shape[:-2] != (channels := model.config.in_channels,):
-            raise ValueError(f"shape: got {self.shape}, allowed for this model is ({channels}, H, W)")
+            raise UserError(f"shape: got {self.shape}, allowed for this model is ({channels}, H, W)")
         self._solve()
         self.model, self.layout = ready(model, self.dtype, self.device, len(self.shape))
         self.predict = predictor(self.model)
@@ -153,7 +154,7 @@ class FastSampler:
         name = type(scheduler).__name__
         if isinstance(scheduler, SolverTable):
             if self.eta:
-                raise ValueError(f"eta: got {self.eta}, allowed is 0 with a SolverTable, which has its own")
+                raise UserError(f"eta: got {self.eta}, allowed is 0 with a SolverTable, which has its own")
             table = scheduler.from_step(self._start)
         else:
             try:
@@ -161,7 +162,7 @@ class FastSampler:
             except NotLinear as why:
                 warnings.warn(f"{name} is stepped as it is, without a table: {why}", stacklevel=4)
                 if self.stop is not None or self._mode not in ("auto", "eager"):
-                    raise ValueError(
+                    raise UserError(
                         f"mode, stop: got {self._mode!r}, {self.stop!r}, allowed for {name} are 'eager', None"
                     ) from why
                 self.timesteps: list[float] = prepared(scheduler, self._asked, self.eta).timesteps.tolist()
@@ -178,7 +179,7 @@ class FastSampler:
             return
         table = self.table
         if self.stop is not None and not table.rows[:, :2].isfinite().all():
-            raise ValueError(f"stop: got {self.stop!r}, allowed is None: this scheduler does not tell what x0 is")
+            raise UserError(f"stop: got {self.stop!r}, allowed is None: this scheduler does not tell what x0 is")
         self.timesteps, self.init_noise_sigma = table.timesteps.tolist(), table.init_noise_sigma
         self.numbers = table.rows.to(self.device, torch.float32)
         self.input_scale = (
@@ -324,7 +325,7 @@ class FastSampler:
             batch_size=batch_size,
         )
         if asked.conds and ours(self.model):
-            raise ValueError("cond: got a value, allowed is None: this model is unconditional")
+            raise UserError("cond: got a value, allowed is None: this model is unconditional")
         for numbers, parts in asked.batches(1.0):
             with self.at_work(asked.count):
                 self.counts["samples"] += len(numbers)
@@ -427,7 +428,7 @@ class FastSampler:
                     tail._solve()
                 if not tail.linear or not (tail.table.alpha[0] + tail.table.sigma[0]).isfinite():
                     name = type(self.scheduler).__name__
-                    raise ValueError(
+                    raise UserError(
                         f"scheduler: got {name}, allowed to start from latents is one with add_noise and a table"
                     )
                 tail._load()
@@ -451,19 +452,17 @@ class FastSampler:
             if not out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # what the failed attempt still holds
-            raise MemoryError(what_fits(self._loops.clear, self._made, self.decode, parts)) from error
+            raise TooLarge(what_fits(self._loops.clear, self._made, self.decode, parts)) from error
         if bad := broken(out[: len(numbers)]):
 
             def name(i: int, t: float, x: Tensor) -> None:
                 if at := broken(x[: len(numbers)]):
-                    raise FloatingPointError(
+                    raise NotFinite(
                         f"model: NaN or infinity at step {i} (timestep {t:g}) in samples {[numbers[k] for k in at]}"
                     )
 
             self._made(parts, len(numbers), name)
-            raise FloatingPointError(
-                f"decode: NaN or infinity in samples {[numbers[k] for k in bad]}, whose latents are finite"
-            )
+            raise NotFinite(f"decode: NaN or infinity in samples {[numbers[k] for k in bad]}, whose latents are finite")
         return out
 
     def _made(self, parts: Parts, real: int, callback: Callback | None) -> Tensor:

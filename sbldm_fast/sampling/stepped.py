@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sbldm_fast.diffusion.table import prepared, scaled_input, scheduler_step
 
+from ..errors import NotFinite, UserError
 from .loop import Callback
 from .noise import Parts, draw
 
@@ -65,11 +66,11 @@ def stepped(
             raise
         except Exception as failure:  # whatever another library raises
             why = f"{type(failure).__name__}: {failure}"
-            raise ValueError(
+            raise UserError(
                 f"scheduler: {name} failed at step {i} of {len(times)} on what this model gives: {why}"
             ) from failure
         if not after.isfinite().all() and m.isfinite().all() and x.isfinite().all():
-            raise FloatingPointError(
+            raise NotFinite(
                 f"scheduler: {name} makes NaN or infinity of finite numbers at step {i} (timestep {float(t):g})"
             )
         x = after

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import NotFinite, UserError
 from .loop import broken, float32_precision
 from .model import Cond, named, ours
 from .noise import draw, numbered, whole
@@ -25,7 +26,7 @@ def trajectory(sampler: FastSampler, n: int, arguments: dict[str, Any]) -> Tenso
     """See `FastSampler.trajectory`."""
     for name, why in (("batch_size", "a trajectory is of one batch"), ("callback", "a trajectory has one of its own")):
         if arguments.get(name) is not None:
-            raise ValueError(f"{name}: got {arguments[name]}, allowed is None: {why}")
+            raise UserError(f"{name}: got {arguments[name]}, allowed is None: {why}")
     seen: list[Tensor] = []
     sampler(n, **arguments | {"callback": lambda i, t, x: seen.append(x.clone())})
     return torch.stack(seen)
@@ -34,11 +35,11 @@ def trajectory(sampler: FastSampler, n: int, arguments: dict[str, Any]) -> Tenso
 def interpolate(sampler: FastSampler, seeds: tuple[int, int], n: int, arguments: dict[str, Any]) -> Tensor:
     """See `FastSampler.interpolate`."""
     if len(seeds) != 2:
-        raise ValueError(f"seeds: got {len(seeds)}, allowed are two")
+        raise UserError(f"seeds: got {len(seeds)}, allowed are two")
     with sampler.at_work():  # the scheduler as it is now
         noisy = not sampler.linear or sampler.table.stochastic
     if noisy:
-        raise ValueError(
+        raise UserError(
             "scheduler: got one with noise in its steps, allowed is a deterministic one, such as DDIM with eta 0"
         )
     shape, device = sampler.shape, sampler.device
@@ -59,7 +60,7 @@ def from_latents(
 ) -> Tensor:
     """See `FastSampler.from_latents`."""
     if not 0 < strength <= 1:
-        raise ValueError(f"strength: got {strength}, allowed is above 0 up to 1")
+        raise UserError(f"strength: got {strength}, allowed is above 0 up to 1")
     x, seeds = numbered(sampler.shape, sampler.device, None, seed, z, indices)
     assert x is not None
     tail = sampler.tail(strength)
@@ -72,15 +73,15 @@ def invert(sampler: FastSampler, z: Tensor, cond: Cond) -> Tensor:
     s = sampler
     with s.at_work(), torch.no_grad(), float32_precision(s.device, s.tf32):
         if not s.linear or s.table.history or s.table.stochastic:
-            raise ValueError(
+            raise UserError(
                 "scheduler: got one with history or noise, allowed is a deterministic first-order one, such as DDIM"
             )
         if s.table.clip_range is not None:
-            raise ValueError(
+            raise UserError(
                 "scheduler: got one that clips x0, which nothing leads back from, allowed is one with clip_sample=False"
             )
         if bool((s.table.rows[:, 4].abs() < 1e-6).any()):
-            raise ValueError(
+            raise UserError(
                 "scheduler: got one with a step that forgets x, as x0 prediction does, allowed is one that can be led"
                 " back"
             )
@@ -88,7 +89,7 @@ def invert(sampler: FastSampler, z: Tensor, cond: Cond) -> Tensor:
         assert x is not None
         given = s.cast(named(cond))
         if given and ours(s.model):
-            raise ValueError("cond: got a value, allowed is None: this model is unconditional")
+            raise UserError("cond: got a value, allowed is None: this model is unconditional")
         for i in reversed(range(s.steps)):
             a, b = s.table.rows[i, 4:6].tolist()
             after = x
@@ -96,5 +97,5 @@ def invert(sampler: FastSampler, z: Tensor, cond: Cond) -> Tensor:
                 h = x if s.input_scale is None else x * s.input_scale[i]
                 x = (after - b * s.predict(h.to(s.dtype), s.rows[i : i + 1], given).float()) / a
     if not x.isfinite().all():
-        raise FloatingPointError(f"model: NaN or infinity while inverting samples {broken(x)}")
+        raise NotFinite(f"model: NaN or infinity while inverting samples {broken(x)}")
     return x / s.init_noise_sigma

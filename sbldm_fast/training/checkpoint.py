@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from sbldm_fast.files import read_json, whole_file, whole_folder, write_json
 from sbldm_fast.models.weights import load_tensors, read_tensors, write_tensors
 
+from ..errors import UserError
+
 NUMBER = (int, float)
 STATE: dict[str, tuple[type, ...]] = {
     "step": (int,),
@@ -83,12 +85,12 @@ def load(
     for key, kind in STATE.items():
         value, least = state.get(key), 0 if key in ("step", "since") else -math.inf
         if type(value) not in kind or (isinstance(value, (int, float)) and not least <= value < 2**53):
-            raise ValueError(
+            raise UserError(
                 f"{path / 'state.json'}: {key} is {short(value)}, which is no state of a run: the file is damaged"
             )
     for key, value in settings.items():
         if state["settings"].get(key) != value:
-            raise ValueError(
+            raise UserError(
                 f"{key}: got {value}, but {path} was made with {short(state['settings'].get(key))}; use that or another"
                 " run folder"
             )
@@ -100,10 +102,10 @@ def load(
     for key, value in read_tensors(path / "optimizer.safetensors").items():
         index, _, what = key.partition(".")
         if not index.isdecimal() or int(index) >= len(parameters) or what not in ("step", "exp_avg", "exp_avg_sq"):
-            raise ValueError(f"{path / 'optimizer.safetensors'}: tensor {key!r:.100} is of no parameter of this model")
+            raise UserError(f"{path / 'optimizer.safetensors'}: tensor {key!r:.100} is of no parameter of this model")
         like = parameters[int(index)]
         if value.shape != (like.shape if what != "step" else ()):
-            raise ValueError(
+            raise UserError(
                 f"{path / 'optimizer.safetensors'}: tensor {key} has shape {list(value.shape)}, allowed is"
                 f" {list(like.shape)}"
             )
@@ -135,7 +137,7 @@ def kept(folder: Path, name: str, steps: int) -> int:
         return steps
     step = read_json(path).get("step")
     if not isinstance(step, int):
-        raise ValueError(f"{path}: step is {short(step)}, allowed is a whole number: the file is damaged")
+        raise UserError(f"{path}: step is {short(step)}, allowed is a whole number: the file is damaged")
     return step
 
 
@@ -147,7 +149,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / "log.jsonl"
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is no file, allowed is the log of a run")
+        raise UserError(f"{path} is no file, allowed is the log of a run")
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
@@ -156,7 +158,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
                 rows.append(json.loads(line))
                 rows[-1]["stage"], rows[-1]["step"] + 0
             except (json.JSONDecodeError, RecursionError, KeyError, TypeError):
-                raise ValueError(f"{path}, line {number} is no row of a run: the file is damaged") from None
+                raise UserError(f"{path}, line {number} is no row of a run: the file is damaged") from None
     return rows
 
 

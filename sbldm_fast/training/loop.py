@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from sbldm_fast.files import recover
 
+from ..errors import NotFinite, UserError
 from . import checkpoint
 from .board import Board
 from .ranks import Ranks
@@ -65,19 +66,19 @@ class Optimisation:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "keep"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 1 or more")
+                raise UserError(f"{name}: got {getattr(self, name)}, allowed is 1 or more")
         for name, least in (("lr", 0.0), ("clip_norm", 0.0)):
             if not getattr(self, name) > least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is above 0")
+                raise UserError(f"{name}: got {getattr(self, name)}, allowed is above 0")
         for name in ("weight_decay", "warmup"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 0 or more")
+                raise UserError(f"{name}: got {getattr(self, name)}, allowed is 0 or more")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay: got {self.ema_decay}, allowed is 0 to below 1")
+            raise UserError(f"ema_decay: got {self.ema_decay}, allowed is 0 to below 1")
         if not 0 <= self.seed < SEEDS:
-            raise ValueError(f"seed: got {self.seed}, allowed is 0 to {SEEDS - 1}")
+            raise UserError(f"seed: got {self.seed}, allowed is 0 to {SEEDS - 1}")
         if self.amp not in AMP:
-            raise ValueError(f"amp: got {self.amp!r}, allowed are {', '.join(AMP)}")
+            raise UserError(f"amp: got {self.amp!r}, allowed are {', '.join(AMP)}")
 
     def lr_at(self, step: int) -> float:
         """Linear warmup, then a cosine to zero."""
@@ -224,7 +225,7 @@ class Step:
             first = torch.where(self.first_bad < 0, 2**62, self.first_bad)
             if self.ranks.size > 1:
                 dist.all_reduce(first, dist.ReduceOp.MIN)
-            raise FloatingPointError(int(first))
+            raise NotFinite(int(first))
         loss = self.total / steps
         self.loss.zero_()
         row = {"loss": loss, "grad_norm": float(self.norm)} | {
@@ -283,7 +284,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     batch_size = min(o.batch_size, count)
     if batch_size % ranks.size:
-        raise ValueError(f"batch_size: got {batch_size}, allowed are multiples of the {ranks.size} processes")
+        raise UserError(f"batch_size: got {batch_size}, allowed are multiples of the {ranks.size} processes")
     step_of = Step(model, loss_of, o, ranks)
     shared = {k: v for k, v in asdict(o).items() if k not in ("save_every", "keep", "compile")}
     settings = json.loads(json.dumps({"items": count, **shared, **(extra or {})}))  # as a checkpoint gives them back
@@ -331,7 +332,7 @@ def train(
         except FloatingPointError as error:
             bad = int(error.args[0])
             items = next(batches(count, batch_size, o.seed, bad)).tolist()
-            raise FloatingPointError(
+            raise NotFinite(
                 f"{name}: the loss or its gradient is not finite at step {bad}, items {items}; "
                 f"last good checkpoint: {checkpoint.newest(folder, name) or 'none yet'}"
             ) from None

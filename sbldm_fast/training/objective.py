@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sbldm_fast.kernels import frequency_loss, spectral_mse
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -39,17 +41,17 @@ class Objective:
     def __post_init__(self) -> None:
         for name in ("low_weight", "high_weight", "cutoff", "spectral_weight", "cutmix_prob"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 0 or more")
+                raise UserError(f"{name}: got {getattr(self, name)}, allowed is 0 or more")
         for name in ("cutoff", "cutmix_prob"):
             if getattr(self, name) > 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 0 to 1")
+                raise UserError(f"{name}: got {getattr(self, name)}, allowed is 0 to 1")
         if self.low_weight == self.high_weight == self.spectral_weight == 0:
-            raise ValueError(
+            raise UserError(
                 "low_weight, high_weight, spectral_weight: got 0 three times, allowed is above 0 for one: the loss"
                 " would be 0"
             )
         if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
-            raise ValueError(f"snr_gamma: got {self.snr_gamma}, allowed is above 0, or none")
+            raise UserError(f"snr_gamma: got {self.snr_gamma}, allowed is above 0, or none")
 
     def weights(self, alphas_cumprod: Tensor, prediction_type: str) -> Tensor:
         """`w_t`, float32 `[T]`."""

@@ -23,6 +23,7 @@ from sbldm_fast.models import AutoencoderKL, DiagonalGaussian, UNet2D
 from sbldm_fast.models.config import Preset, SchedulerConfig
 from sbldm_fast.models.weights import read_tensors, write_tensors
 
+from ..errors import UserError
 from . import checkpoint
 from .loop import LossOf, Optimisation, train
 from .objective import Objective
@@ -82,7 +83,7 @@ def train_vae(
         ValueError: `recon` is neither `"mse"` nor `"l1"`.
     """
     if recon not in ("mse", "l1"):
-        raise ValueError(f"recon: got {recon!r}, allowed are mse, l1")
+        raise UserError(f"recon: got {recon!r}, allowed are mse, l1")
     distance = F.mse_loss if recon == "mse" else F.l1_loss
     ranks = Ranks.of_torchrun()
     device = next(vae.parameters()).device
@@ -294,10 +295,10 @@ def train_pipeline(
     folder, size = Path(folder), Ranks.of_torchrun().size
     for o in (vae, unet):
         if o.batch_size % size:
-            raise ValueError(f"batch_size: got {o.batch_size}, allowed are multiples of the {size} processes")
+            raise UserError(f"batch_size: got {o.batch_size}, allowed are multiples of the {size} processes")
     found = checkpoint.checkpoints(folder)
     if found and not resume:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds a run ({found[-1].name}); allowed is a new folder, or --resume to go on with it"
         )
     manifest = read_manifest(data)
