@@ -281,7 +281,7 @@ def distribute(file: str | Path, folder: str | Path) -> tuple[dict[str, int], li
 
     Raises:
         ValueError: the file cannot be read or has no rows, or a row a target or a machine that no file can be called
-        by.
+            by.
     """
     rows, faults = read_rows(file)
     if not rows:

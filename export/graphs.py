@@ -112,14 +112,16 @@ def export(
         out: a new folder, or one that an export wrote.
         target: `"ort"`, opset 18, or `"tensorrt"`, opset 21.
         dtype: `"fp32"` or `"fp16"`, of the arithmetic between the float32 islands; `"int8"`, of the wide convolutions
-        of `unet` and
-            `step` on a CPU, for `ort`, calibrated on what the model meets while it samples.
+            of `unet` and `step` on a CPU, for `ort`, calibrated on what the model meets while it samples.
         batch: of `step`, whose shapes are fixed, and for `tensorrt` of every graph; `"dynamic"`: 1 in `step`, free
-        elsewhere. scheduler: a name of `Pipeline.sampler`, a scheduler object or a `SolverTable`.
+            elsewhere.
+        scheduler: a name of `Pipeline.sampler`, a scheduler object or a `SolverTable`.
         steps, eta: of the table in the manifest; a `SolverTable` has its own. `step` has as many rows; `sampler` takes
-        any number. shape: of one sample, `(C, H, W)`; a pipeline knows its own.
+            any number.
+        shape: of one sample, `(C, H, W)`; a pipeline knows its own.
         cond: an example of the conditioning, `[n, ...]` or a mapping of such; the graphs then take `cond`, `uncond`,
-        `guidance_scale`. licence: of the weights, for the manifest.
+            `guidance_scale`.
+        licence: of the weights, for the manifest.
         force: replace a folder that holds something else.
         progress: show which graph is being made.
 
@@ -128,9 +130,8 @@ def export(
 
     Raises:
         ValueError: an argument that is not allowed; a missing package; an operator without an ONNX form (named with its
-        module); a
-            graph that is not finite, or differs from PyTorch by more than `TOLERANCE` and twice what PyTorch itself
-            loses.
+            module); a graph that is not finite, or differs from PyTorch by more than `TOLERANCE` and twice what PyTorch
+            itself loses.
     """
     for name, value, allowed in (("target", target, OPSETS), ("dtype", dtype, TOLERANCE)):
         if value not in allowed:

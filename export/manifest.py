@@ -84,7 +84,7 @@ def manifest_of(folder: Path) -> tuple[dict[str, Any], SolverTable]:
 
     Raises:
         ValueError: there is none, it is of another format, or a value is missing or is not what its key allows; file
-        and key are named.
+            and key are named.
     """
     if not folder.is_dir():
         raise UserError(f"folder: {folder} is not a folder, allowed is one that sbldm-fast export wrote")

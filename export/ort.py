@@ -69,7 +69,7 @@ def session(data: bytes, providers: Sequence[Any] = CPU) -> Any:
 
     Raises:
         ValueError: onnxruntime is not installed, has not got a provider, or refuses the graph; the graph refers to
-        other files.
+            other files.
     """
     onnxruntime = runtime()
     parsed(data)
@@ -186,7 +186,8 @@ class ORTSampler:
 
         Raises:
             ValueError: as `FastSampler`; a batch size that the graph has not; conditioning of other names or shapes; a
-            callback in a loop. FloatingPointError: NaN or infinity, with the samples.
+                callback in a loop.
+            FloatingPointError: NaN or infinity, with the samples.
         """
         if self.batch is not None and batch_size not in (None, self.batch):
             raise UserError(

@@ -182,8 +182,7 @@ def ddim_step(
     Args:
         x, model_output: `[N, ...]`, one dtype, one dense layout.
         alpha_bar, alpha_bar_prev: alphas_cumprod now and at the previous timestep: a number, `[]` or one per sample
-        `[N]`.
-            Tensors must be on the device of `x`.
+            `[N]`. Tensors must be on the device of `x`.
         eta: 0 is deterministic, 1 has DDPM's variance.
         noise: like `x`; needed if `eta > 0`.
         prediction_type: what the model predicts: `"epsilon"`, `"sample"` (x0) or `"v_prediction"`.

@@ -185,10 +185,10 @@ def diffuse(
         timesteps: int64 `[N]`, 0 to T - 1; another one gives NaN.
         alphas_cumprod: float32 `[T]`, on the device of `z0`.
         seed, stream: of the noise, as in `philox_normal`; in training, the step is the stream. A tensor of one int64 on
-        the device
-            of `z0` can change under a captured graph.
+            the device of `z0` can change under a captured graph.
         first_index: the number of the first sample, so that a shard draws its part of a larger batch; CutMix stays
-        within the shard. prediction_type: the target: `"epsilon"`, `"sample"` (z0) or `"v_prediction"`.
+            within the shard.
+        prediction_type: the target: `"epsilon"`, `"sample"` (z0) or `"v_prediction"`.
         cutmix_prob: the probability that a box of a sample is its neighbour's.
 
     Returns:

@@ -284,8 +284,9 @@ def frequency_loss(
 
     Args:
         pred, target: `[N, C, H, W]`, float32, float16 or bfloat16 each, any strides; computed in float32, also under
-        autocast. low_weight, high_weight: of the modes at and below `cutoff`, and of the others; each new pair compiles
-        a kernel. cutoff: in cycles per pixel, 0 (the mean alone is low) to 1; from sqrt(1/2) on all modes are low.
+            autocast.
+        low_weight, high_weight: of the modes at and below `cutoff`, and of the others; each new pair compiles a kernel.
+        cutoff: in cycles per pixel, 0 (the mean alone is low) to 1; from sqrt(1/2) on all modes are low.
         return_means: return `(loss, mean_low, mean_high)`, the two means for logging, without gradient.
 
     Raises:

@@ -262,16 +262,15 @@ def solver_step(
         x: `[N, ...]`, contiguous.
         model_output: like `x`, in any float dtype; under guidance `[2 N, ...]`, the unconditional half first.
         table: `[steps, 6 + 2 K]` float32, rows `[c_x, c_m, d, s, a_0, b_0, ..., a_K, b_K]`. A step beyond its end gives
-        NaN. counter: int32 `[2]`, zero before the first step: the step to take, and a scratch word.
+            NaN.
+        counter: int32 `[2]`, zero before the first step: the step to take, and a scratch word.
         guidance_scale: w, a number, `[1]` or `[N]`; None: no guidance.
         history: `[K, 2, N, ...]`, the last K pairs of x and m, kept by the op; what it holds at first is not read where
-        its
-            coefficients are 0.
+            its coefficients are 0.
         seeds: int64 `[N, 2]`, seed and sample number of each sample's noise; None: no noise.
         frozen: bool `[N]`, samples that stay as they are.
         x0, statistics: given together, like `x` and float32 `[N, 2]`: x0 of this step, and of each sample the sums of
-        m^2 and of
-            (x0 - x0 of the step before)^2 (at the first step, before it, 0), 0 for a frozen one.
+            m^2 and of (x0 - x0 of the step before)^2 (at the first step, before it, 0), 0 for a frozen one.
         clip_range: clip x0 to [-clip_range, clip_range]; None for latents.
 
     Raises:

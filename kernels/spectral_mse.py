@@ -115,8 +115,9 @@ def spectral_mse(pred: Tensor, target: Tensor, *, norm: str = "backward") -> Ten
 
     Args:
         pred, target: `[N, C, H, W]`, float32, float16 or bfloat16 each, any strides; computed in float32, also under
-        autocast. norm: that of `torch.fft.fft2`: `"backward"` (H W times the mean squared error), `"ortho"` (once) or
-        `"forward"` (1 / (H W)).
+            autocast.
+        norm: that of `torch.fft.fft2`: `"backward"` (H W times the mean squared error), `"ortho"` (once) or `"forward"`
+            (1 / (H W)).
 
     Raises:
         ValueError: naming the argument, what came and what is allowed.

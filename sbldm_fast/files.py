@@ -43,7 +43,7 @@ def whole_folder(path: str | Path, lose: bool = False) -> Iterator[Path]:
 
     Raises:
         ValueError: `path` is a file, or holds something that the new folder does not and that must not be lost
-        (`lose`).
+            (`lose`).
     """
     with suppress(OSError):  # not there
         if not stat.S_ISDIR(Path(path).stat().st_mode):

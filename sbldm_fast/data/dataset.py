@@ -25,8 +25,7 @@ class Slices:
 
     Raises:
         ValueError: no prepared folder or one of another version, an array that does not match its manifest by shape or
-        checksums, or an
-            empty split.
+            checksums, or an empty split.
     """
 
     def __init__(self, folder: str | Path, split: str = "train") -> None:

@@ -79,13 +79,13 @@ def prepare(
     Args:
         sources: NIfTI files, folders of NIfTI, DICOM or PNG/JPG files, `mni152`, `synthetic` or `synthetic:COUNT`.
         split: `"subject"` keeps all slices of a subject in one of train/val/test (70/15/15); `"slice"` is the leaking
-        split of
-            paper 001.
+            split of paper 001.
         seed: of the split and of the synthetic population.
         volume: which volume of 4-D files.
         every: keep every n-th slice.
         subject: a regular expression whose first group is the subject in a file's name, where `subject_of` reads it
-        wrongly. covariates: a CSV file, see `Covariates`.
+            wrongly.
+        covariates: a CSV file, see `Covariates`.
         strict: raise at the first unusable file, or subject without covariates, instead of naming and skipping it.
         workers: processes that read at a time; more than one needs a `__main__` that can be imported.
 
@@ -95,8 +95,7 @@ def prepare(
 
     Raises:
         ValueError: a source that does not exist, has nothing to read or lies in the folder to be replaced, a folder
-        with other files, an
-            ambiguous table, an argument out of its bounds, or (`strict`) a broken file.
+            with other files, an ambiguous table, an argument out of its bounds, or (`strict`) a broken file.
     """
     if split not in ("subject", "slice"):
         raise UserError(f"split: got {split!r}, allowed are subject, slice")

@@ -64,9 +64,8 @@ class Volume:
     """A scan: `array[x, y, z]` with x to the right, y to the front, z upwards (RAS), `zooms` in mm.
 
     The middle of slice k is at the height `origin_z + k * rise`, mm. `straighten`, where a scan is too oblique to be
-    turned by its axes:
-    4 x 4, from voxels of a straight grid of `shape` to those of `array`. `tilt`: degrees between the slices and the
-    axial plane.
+    turned by its axes: 4 x 4, from voxels of a straight grid of `shape` to those of `array`. `tilt`: degrees between
+    the slices and the axial plane.
     """
 
     array: np.ndarray
@@ -112,9 +111,8 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
 
     Raises:
         Unusable: missing, truncated, damaged (a compressed file is read to its checksum), not NIfTI, without an
-        orientation or with two,
-            4-D without `volume`, not finite, constant, a label map, not numbers, or a header that promises what the
-            file does not hold.
+            orientation or with two, 4-D without `volume`, not finite, constant, a label map, not numbers, or a header
+            that promises what the file does not hold.
     """
     try:
         import nibabel as nib
@@ -224,8 +222,7 @@ def oriented(array: np.ndarray, affine: np.ndarray) -> Volume:
 
     Raises:
         Unusable: a singular affine, one that leads more than 10 m away or that straightens to more than 8 times the
-        voxels, voxels that
-            are not finite, all alike or a label map, or pixels too few or too large.
+            voxels, voxels that are not finite, all alike or a label map, or pixels too few or too large.
     """
     from nibabel.affines import obliquity, voxel_sizes
     from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation

@@ -78,7 +78,8 @@ class SolverTable:
         Args:
             steps: for `set_timesteps`; a solver of second order may make more model calls than that.
             eta: of schedulers whose `step` takes it, 0 deterministic to 1 the variance of DDPM; None: the scheduler's
-            own default. start: the timestep to begin with, counted from the first: the run of an img2img.
+                own default.
+            start: the timestep to begin with, counted from the first: the run of an img2img.
 
         Raises:
             NotLinear: no row describes a step (thresholding, a learned variance); a ValueError.
@@ -208,7 +209,7 @@ def prepared(scheduler: Any, steps: int, eta: float | None = None, start: int = 
 
     Raises:
         ValueError: it has no `set_timesteps` or `step`, or does not take `steps` or `eta`, or its timesteps are no list
-        of numbers.
+            of numbers.
     """
     name = type(scheduler).__name__
     if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):

@@ -46,8 +46,7 @@ class Pretrained(nn.Module, Generic[C]):
 
         Raises:
             ValueError: a missing, unreadable or pickled file, or a tensor that is missing, left over, of another shape
-            or of no
-                floating-point numbers.
+                or of no floating-point numbers.
         """
         folder = Path(folder)
         if folder.is_file():

@@ -42,7 +42,7 @@ def cache_folder() -> Path:
 
     Raises:
         Unavailable: the folder or one above it belongs to somebody else, or can be written by others, who could put
-        code there.
+            code there.
     """
     try:
         asked = (

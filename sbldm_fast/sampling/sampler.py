@@ -60,24 +60,23 @@ class FastSampler:
 
     Args:
         model: a `UNet2D`, a diffusers or MONAI UNet, or any callable `(x, t) -> prediction`, x `[n, *shape]`, t the
-        timestep `[1]`. A
-            module runs in evaluation mode.
+            timestep `[1]`. A module runs in evaluation mode.
         scheduler: ours, diffusers', MONAI's or a `SolverTable`. One that no table describes is stepped as it is, with a
-        warning, and
-            counted in `stats()["fallbacks"]`.
+            warning, and counted in `stats()["fallbacks"]`.
         shape: of one sample, `(C, H, W)`.
         steps: for `set_timesteps`; a `SolverTable` brings its own.
         mode: one of the above.
         dtype: of the model's arithmetic, on a copy; norms compute in float32, the solver stays in it. None: as the
-        model is. eta: of schedulers that take it, 0 deterministic to 1 the variance of DDPM; None: the scheduler's own
-        default. decode: applied to the final latents; None: latents are returned.
+            model is.
+        eta: of schedulers that take it, 0 deterministic to 1 the variance of DDPM; None: the scheduler's own default.
+        decode: applied to the final latents; None: latents are returned.
         fuse: replace each GroupNorm + SiLU of a foreign model by `group_norm_silu`; `stats()["fused"]` says how many
-        there were. stop, threshold: see above; a threshold of None is 0.05, 0.001, 0.01.
+            there were.
+        stop, threshold: see above; a threshold of None is 0.05, 0.001, 0.01.
         check_every: steps between two looks at whether all samples have stopped.
         tf32: on CUDA, let float32 convolutions and matrix products round their inputs to 10 bits of mantissa, as
-        PyTorch's convolutions do
-            by default: the paper's UNet is off by 2e-4 then and 2.5 times as fast on an H200; float16 is off by 3e-4
-            and 4 times as fast.
+            PyTorch's convolutions do by default: the paper's UNet is off by 2e-4 then and 2.5 times as fast on an H200;
+            float16 is off by 3e-4 and 4 times as fast.
         device: of a callable without parameters; others bring their own.
 
     Raises:
@@ -271,7 +270,8 @@ class FastSampler:
             seed: one for all samples, or one for each.
             noise: the starting noise `[n, *shape]` of unit variance; `init_noise_sigma` is applied inside.
             indices: the samples' numbers in the noise of their seed; None: 0, 1, ... n - 1, and 0 under a list of
-            seeds. cond: what the model is conditioned on, `[n, ...]`, or a mapping of such tensors that go in by name.
+                seeds.
+            cond: what the model is conditioned on, `[n, ...]`, or a mapping of such tensors that go in by name.
             uncond: the same for the unconditional pass of guidance; None: zeros.
             guidance_scale: w of `m_u + w (m_c - m_u)`, a number or one per sample; None: no second pass.
             callback: called after each step with its number, its timestep and x, which is overwritten by the next step.
@@ -351,7 +351,7 @@ class FastSampler:
 
         Raises:
             ValueError: not two seeds, n below 2, or a scheduler with noise in its steps, which would be of neither
-            seed.
+                seed.
         """
         return variations.interpolate(self, seeds, n, arguments)
 
@@ -379,8 +379,7 @@ class FastSampler:
         """The noise of unit variance from which a deterministic run would have come to `z`, both `[n, *shape]`.
 
         Step i backwards solves `x' = a_0 x + b_0 model(x, t_i)` for x by fixed-point iteration from x = x'. Source:
-        Song et al.
-        2021, arXiv:2010.02502, section 4.3; Pan et al. 2023, arXiv:2309.04907 for the iteration.
+        Song et al. 2021, arXiv:2010.02502, section 4.3; Pan et al. 2023, arXiv:2309.04907 for the iteration.
 
         Raises:
             ValueError: a solver with history, noise or clipping.

@@ -1,10 +1,9 @@
 """What both training stages share: precision, learning rate, EMA, the step without a wait, the loop that loses nothing.
 
 A step never waits for the device: the loss, the gradient's norm and the first step that was not finite stay there and
-are read every
-50 steps. On CUDA the whole step is one graph; with deterministic convolutions and plain attention it is to the bit what
-the step is without (a test, run on an H200). All randomness of a step is a function of the seed and of its number, so
-that a run that was cut off and continued is the uninterrupted run, to the bit on a CPU.
+are read every 50 steps. On CUDA the whole step is one graph; with deterministic convolutions and plain attention it is
+to the bit what the step is without (a test, run on an H200). All randomness of a step is a function of the seed and of
+its number, so that a run that was cut off and continued is the uninterrupted run, to the bit on a CPU.
 """
 
 from __future__ import annotations
@@ -270,15 +269,16 @@ def train(
 
     Args:
         loss_of: `loss_of(model, index, step)` gives the loss of this process's part of the items `index` and scalars to
-        log; `step`
-            is an int64 tensor `[1]` on the device.
+            log; `step` is an int64 tensor `[1]` on the device.
         validate, pictures: called at each checkpoint with the model to keep; images `[N, 1, H, W]` in [-1, 1] go to
-        TensorBoard. extra: what else a continued run must share with its checkpoint.
+            TensorBoard.
+        extra: what else a continued run must share with its checkpoint.
 
     Raises:
         ValueError: a checkpoint of another model, of other settings or of another number of items.
         FloatingPointError: a loss or gradient that is not finite, with the step, the items and the last good
-        checkpoint. Stopped: on a signal.
+            checkpoint.
+        Stopped: on a signal.
     """
     ranks = Ranks.of_torchrun()
     folder.mkdir(parents=True, exist_ok=True)

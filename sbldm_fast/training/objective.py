@@ -23,8 +23,7 @@ class Objective:
         spectral_weight: lambda of 001 equation 4, 0.1 there; by Parseval it rescales the loss by `1 + lambda H W`.
         cutmix_prob: of latent CutMix, 0.25 in 001 section III.B.
         snr_gamma: min-SNR weighting, 5 in its paper: `w_t = min(snr, gamma) / snr` for epsilon, `min(snr, gamma)` for
-        x0,
-            `min(snr, gamma) / (snr + 1)` for v, with `snr = a_t / (1 - a_t)`. None: `w_t = 1`. Source: Hang et al.
+            x0, `min(snr, gamma) / (snr + 1)` for v, with `snr = a_t / (1 - a_t)`. None: `w_t = 1`. Source: Hang et al.
             2023, arXiv:2303.09556.
 
     Raises:

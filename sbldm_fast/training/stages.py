@@ -286,7 +286,8 @@ def train_pipeline(
 
     Raises:
         ValueError: as `Slices`; a folder that holds a run, without `resume`; a checkpoint of another model or of other
-        settings. FloatingPointError: a loss or gradient that is not finite.
+            settings.
+        FloatingPointError: a loss or gradient that is not finite.
         OSError: a file could not be written, with the last good checkpoint.
         Stopped: on a signal.
     """
