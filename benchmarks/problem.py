@@ -113,13 +113,6 @@ class Problem:
         return path
 
 
-def native_half(device: torch.device) -> torch.dtype | None:
-    """The half precision that the device computes in, not one that it emulates; None on a processor without."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else None
-
-
 def stepped(model: Callable[[Tensor, Tensor], Tensor], scheduler: Any, steps: int, noise: Tensor) -> Tensor:
     """The textbook loop: the model, then `scheduler.step`, for each timestep. diffusers' objects and MONAI's."""
     scheduler.set_timesteps(steps, device=noise.device)

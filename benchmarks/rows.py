@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from sbldm_fast.doctor import environment
 from sbldm_fast.errors import UserError
+from sbldm_fast.machine import environment
 from sbldm_fast.models.config import PRESETS
 
 from .nvml import Gpu

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from sbldm_fast.errors import UserError
+from sbldm_fast.machine import native_half
 
 from .counts import step_work
 from .harness import interrupted, measure
-from .problem import Problem, native_half
+from .problem import Problem
 from .providers import FLOAT, Ours, Provider, Reference, brief, providers
 from .rows import Row, head
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from sbldm_fast import DDPMScheduler, UNet2D, preset
 from sbldm_fast.errors import UserError
+from sbldm_fast.machine import native_half
 from sbldm_fast.models import SchedulerConfig
 from sbldm_fast.training import Objective, Optimisation
 from sbldm_fast.training.loop import Step
 from sbldm_fast.training.stages import unet_loss
 
 from .harness import Case, Output, measure
-from .problem import native_half
 from .rows import Row, head
 
 # relative, of each loss of the warm-up: float32; in half precision what one of its numbers is rounded by

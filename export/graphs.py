@@ -18,8 +18,8 @@ from tqdm import tqdm
 from sbldm_fast import FastSampler, Pipeline, SolverTable
 from sbldm_fast.errors import MissingExtra, UserError
 from sbldm_fast.files import read_json, whole_folder, write_json
+from sbldm_fast.images import NOTICE
 from sbldm_fast.models.config import PRESETS
-from sbldm_fast.sampling.images import NOTICE
 from sbldm_fast.sampling.model import Cond, Named, named
 from sbldm_fast.sampling.noise import draw
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sbldm_fast.errors import UserError
-from sbldm_fast.sampling.images import NOTICE
+from sbldm_fast.images import NOTICE
 
 from .fusion import quiet
 from .modules import Tensors

@@ -275,7 +275,7 @@ def sample(
     """
     import torch
 
-    from sbldm_fast.sampling.images import NOTICE
+    from sbldm_fast.images import NOTICE
     from sbldm_fast.sampling.job import sample_to_folder
 
     start = time.monotonic()
@@ -472,7 +472,7 @@ def demo(
     from sbldm_fast.doctor import doctor as examine
     from sbldm_fast.export import export as run
     from sbldm_fast.files import whole_file
-    from sbldm_fast.sampling.images import save_grid, to_uint8
+    from sbldm_fast.images import save_grid, to_uint8
 
     start = time.monotonic()
     print("1/4 doctor")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import os
-import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,55 +19,21 @@ from sbldm_fast.kernels import (
     spectral_mse,
 )
 from sbldm_fast.kernels._backend import obstacle, resolve
+from sbldm_fast.machine import default_device, environment, native_half
 from sbldm_fast.sampling.modes import choose
-from sbldm_fast.training.loop import amp_dtype
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "diffusers",
-    "monai",
-    "onnx",
-    "onnxruntime",
-    "openvino",
-    "liger_kernel",
-    "nibabel",
-    "nilearn",
-)
 TOLERANCE = 1e-5
-
-
-def environment() -> dict[str, Any]:
-    """What a measurement depends on: versions, processor, threads, GPU."""
-    cuda = torch.cuda.is_available()
-    info: dict[str, Any] = {
-        "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "cpu": _cpu("model name") or platform.processor(),
-        "cpu_model": "/".join(_cpu(key) for key in ("cpu family", "model", "stepping")),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "no_gpu": _no_gpu(),
-    }
-    if cuda:
-        major, minor = torch.cuda.get_device_capability()
-        info |= {"sm": 10 * major + minor, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    return info
 
 
 def doctor() -> dict[str, Any]:
     """The environment, the backend of each op with its reason and parity error, and which mode `auto` takes here and
     why."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    half = amp_dtype("auto", device)
+    device = default_device()
     checks = parity(device)
     return {
         **environment(),
         "device": str(device),
-        "native_bf16": half is torch.bfloat16,
+        "native_bf16": native_half(device) is torch.bfloat16,
         "backend": dict(zip(("name", "reason"), resolve(device), strict=True)),
         "triton": obstacle(device) or "runs here",
         "parity": checks,
@@ -134,27 +96,3 @@ def op_errors(device: torch.device) -> dict[str, Callable[[], float]]:
         "philox_normal": normals,
     }
     return {name: lambda call=call: float(call().abs().max()) for name, call in differences.items()}  # type: ignore[misc]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu(key: str) -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == key), "")
-
-
-def _no_gpu() -> str | None:
-    """Why there is no CUDA device; an old driver, say."""
-    if torch.cuda.is_available():
-        return None
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return str(error).strip().splitlines()[0]
-    return "no device"

@@ -66,6 +66,12 @@ def test_imports_run_one_way(folder: str) -> None:
             assert floor is None or floor <= FLOORS[folder], f"{path.relative_to(ROOT)} imports {module}"
 
 
+def test_the_ground_floor_imports_nothing_above_it() -> None:
+    for name in GROUND:
+        for module in _imports(ROOT / f"{name.replace('.', '/')}.py"):
+            assert module.startswith(GROUND) or not module.startswith("sbldm_fast."), f"{name} imports {module}"
+
+
 def test_roof_imports_upper_floors_inside_commands() -> None:
     for name in ("cli.py", "cli_bench.py"):
         tree = ast.parse((ROOT / "sbldm_fast" / name).read_text())

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from sbldm_fast.files import printable, read_json, whole_folder, write_json
+from sbldm_fast.images import save_grid, to_uint8
 
 from ..errors import MissingExtra, UserError
 from .covariates import Covariates
@@ -246,8 +247,6 @@ def _rows(scan: Scan) -> Iterator[dict[str, Any]]:
 
 def _contact_sheet(folder: Path) -> None:
     """Every tenth slice, or of very many evenly spread ones, as one picture."""
-    from sbldm_fast.sampling.images import save_grid, to_uint8
-
     array = np.load(folder / "slices.npy", mmap_mode="r", allow_pickle=False)
     tiles = array[:: max(SHEET_EVERY, -(-len(array) // SHEET_TILES))]
     save_grid(

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from sbldm_fast.data import Slices
 from sbldm_fast.files import read_json, whole_folder, write_json
+from sbldm_fast.images import save_grid, to_uint8
 from sbldm_fast.models import AutoencoderKL
-from sbldm_fast.sampling.images import save_grid, to_uint8
 from sbldm_fast.sampling.pipeline import Pipeline
 
 from ..errors import UserError

@@ -23,9 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from sbldm_fast.files import read_json, whole_file, write_json
+from sbldm_fast.images import NOTICE, save_grid, save_nifti, save_png, to_uint8
 
 from ..errors import MissingExtra, UserError
-from .images import NOTICE, save_grid, save_nifti, save_png, to_uint8
 from .modes import choose
 from .noise import numbered
 from .pipeline import Pipeline, even_batch

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sbldm_fast.files import recover
+from sbldm_fast.machine import native_half
 
 from ..errors import NotFinite, UserError
 from . import checkpoint
@@ -88,17 +89,8 @@ class Optimisation:
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype that `name` means on `device`: bf16 where it is native, else fp16 on CUDA, else none."""
-    if name != "auto":
-        return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    native = (
-        device.type == "cpu"
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.cpu._is_amx_tile_supported()
-    )
-    return torch.bfloat16 if native else None
+    """The autocast dtype that `name` means on `device`: `auto` is what it computes in natively, or none."""
+    return native_half(device) if name == "auto" else {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
 def batches(count: int, batch_size: int, seed: int, start: int, device: torch.device | None = None) -> Iterator[Tensor]:

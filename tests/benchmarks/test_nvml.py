@@ -146,14 +146,3 @@ def test_rows_say_what_disturbed_them(
     )
     assert [r for r in row["remarks"] if not r.startswith("spread")] == remarks
     assert row["clock_mhz"] == {"start": clocks[0], "median": sorted(clocks)[len(clocks) // 2], "least": min(clocks)}
-
-
-def test_an_old_driver_is_the_reason_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sbldm_fast.doctor import environment
-
-    def too_old() -> None:
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "init", too_old)
-    assert environment()["no_gpu"] == "The NVIDIA driver on your system is too old (found version 11040)."

@@ -18,7 +18,7 @@ from sbldm_fast.benchmarks.kernels import OPS
 from sbldm_fast.benchmarks.providers import Ours
 
 from sbldm_fast.cli import main
-from sbldm_fast.sampling.images import NOTICE
+from sbldm_fast.images import NOTICE
 from sbldm_fast.sampling.modes import choose
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from sbldm_fast import Pipeline
-from sbldm_fast.sampling.images import NOTICE
+from sbldm_fast.images import NOTICE
 from sbldm_fast.sampling.job import sample_to_folder
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -28,8 +28,8 @@ from sbldm_fast import (
     UNetConfig,
     VAEConfig,
 )
+from sbldm_fast.images import NOTICE, save_grid, save_png, to_uint8
 from sbldm_fast.models.layers import ResBlock, Upsample
-from sbldm_fast.sampling.images import NOTICE, save_grid, save_png, to_uint8
 from sbldm_fast.sampling.model import _transposed, merged_biases, phase_upsampling
 
 SHAPE = (4, 8, 8)
