@@ -19,9 +19,9 @@ from sbldm_fast import DDPMScheduler, UNet2D, preset
 from sbldm_fast.errors import UserError
 from sbldm_fast.machine import native_half
 from sbldm_fast.models import SchedulerConfig
-from sbldm_fast.training import Objective, Optimisation
-from sbldm_fast.training.loop import Step
+from sbldm_fast.training import Objective, TrainConfig
 from sbldm_fast.training.stages import unet_loss
+from sbldm_fast.training.step import Step
 
 from .harness import Case, Output, measure
 from .rows import Row, head
@@ -146,7 +146,7 @@ class Loop:
 
 
 def _ours(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str, compiled: bool, batch: int) -> Any:
-    o = Optimisation(steps=10**6, batch_size=batch, lr=1e-4, ema_decay=0.999, amp=amp, compile=compiled)
+    o = TrainConfig(steps=10**6, batch_size=batch, lr=1e-4, ema_decay=0.999, amp=amp, compile=compiled)
     step = Step(model, unet_loss(latents, scheduler, Objective(), o.seed), o)
     model.train()
 
@@ -168,7 +168,7 @@ def _ours_eager(
 
 def _plain(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str, compiled: bool, batch: int) -> Any:
     device = latents.device
-    o = Optimisation(steps=10**6, batch_size=1, lr=1e-4)
+    o = TrainConfig(steps=10**6, batch_size=1, lr=1e-4)
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay)
     ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))

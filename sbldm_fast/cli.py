@@ -199,11 +199,11 @@ def train(
     import torch
 
     from sbldm_fast import preset as find
-    from sbldm_fast.training import Objective, Optimisation, Stopped, torchrun, train_pipeline
+    from sbldm_fast.training import Objective, Stopped, TrainConfig, torchrun, train_pipeline
     from sbldm_fast.training.checkpoint import read_log
 
-    def stage(steps: int, batch: int, lr: float, ema: float) -> Optimisation:
-        return Optimisation(
+    def stage(steps: int, batch: int, lr: float, ema: float) -> TrainConfig:
+        return TrainConfig(
             steps,
             batch,
             lr,

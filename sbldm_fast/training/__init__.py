@@ -1,8 +1,9 @@
 """Training of the autoencoder and of the UNet."""
 
-from .loop import Optimisation, Stopped
+from .config import TrainConfig
 from .objective import Objective
 from .ranks import torchrun
+from .run import Stopped
 from .stages import train_pipeline
 
-__all__ = ["Objective", "Optimisation", "Stopped", "torchrun", "train_pipeline"]
+__all__ = ["Objective", "Stopped", "TrainConfig", "torchrun", "train_pipeline"]

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sbldm_fast.errors import UserError
 from sbldm_fast.files import read_json, whole_file, whole_folder, write_json
 from sbldm_fast.models.weights import load_tensors, read_tensors, write_tensors
-
-from ..errors import UserError
 
 NUMBER = (int, float)
 STATE: dict[str, tuple[type, ...]] = {

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sbldm_fast.errors import UserError
 from sbldm_fast.kernels import frequency_loss, spectral_mse
-
-from ..errors import UserError
 
 
 @dataclass(frozen=True)

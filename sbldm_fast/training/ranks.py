@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sbldm_fast.errors import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -24,6 +26,11 @@ class Ranks:
     def of_torchrun(cls) -> Ranks:
         """The process group if there is one."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Refuse a batch that cannot be shared out evenly."""
+        if batch_size % self.size:
+            raise UserError(f"batch_size: got {batch_size}, allowed are multiples of the {self.size} processes")
 
     def own(self, batch: Tensor) -> Tensor:
         """This process's part of a whole batch."""

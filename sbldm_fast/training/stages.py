@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,20 @@ from tqdm import tqdm
 from sbldm_fast.data import Slices
 from sbldm_fast.data.dataset import read_manifest
 from sbldm_fast.diffusion import DDPMScheduler
+from sbldm_fast.errors import UserError
 from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.kernels import diffuse
 from sbldm_fast.models import AutoencoderKL, DiagonalGaussian, UNet2D
 from sbldm_fast.models.config import Preset, SchedulerConfig
 from sbldm_fast.models.weights import read_tensors, write_tensors
+from sbldm_fast.sampling.pipeline import Pipeline
 
-from ..errors import UserError
 from . import checkpoint
-from .loop import LossOf, Optimisation, train
+from .config import TrainConfig
 from .objective import Objective
 from .ranks import Ranks
+from .run import Context, Stage, train
+from .step import LossOf
 
 KL_WEIGHT = 1e-5
 KL_EPOCHS = 20  # linear anneal
@@ -68,33 +73,32 @@ class _Autoencode(nn.Module):
 def train_vae(
     vae: AutoencoderKL,
     data: Slices,
-    o: Optimisation,
-    folder: Path,
+    config: TrainConfig,
+    context: Context,
     *,
     recon: str = "mse",
     held_out: Slices | None = None,
-    extra: dict[str, Any] | None = None,
-    progress: bool = True,
 ) -> None:
-    """Train in place on `recon + beta * KL`, both per element, beta from 0 to 1e-5 over 20 epochs. Source: 001 equation
-    1.
+    """Train in place on `recon + beta * KL`, both per element, beta from 0 to 1e-5 over 20 epochs.
+
+    Source: 001 equation 1.
 
     Raises:
-        ValueError: `recon` is neither `"mse"` nor `"l1"`.
+        UserError: `recon` is neither `"mse"` nor `"l1"`.
     """
     if recon not in ("mse", "l1"):
         raise UserError(f"recon: got {recon!r}, allowed are mse, l1")
     distance = F.mse_loss if recon == "mse" else F.l1_loss
-    ranks = Ranks.of_torchrun()
+    ranks = context.ranks
     device = next(vae.parameters()).device
     data = data.to(device)
-    c = vae.config
-    anneal = KL_EPOCHS * max(1, len(data) // o.batch_size)
+    latent = vae.config.latent_channels, vae.config.latent_size, vae.config.latent_size
+    anneal = KL_EPOCHS * max(1, len(data) // config.batch_size)
 
     def loss_of(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # every process draws for the whole batch and takes its part: their number changes nothing
         draws = torch.rand(len(index), 5, device=device)
-        noise = torch.randn(len(index), c.latent_channels, c.latent_size, c.latent_size, device=device)
+        noise = torch.randn(len(index), *latent, device=device)
         x = augment(data[ranks.own(index)], ranks.own(draws))
         y, mean, logvar = (t.float() for t in model(x, ranks.own(noise)))
         error = distance(y, x)
@@ -105,23 +109,21 @@ def train_vae(
         assert held_out is not None
         return reconstruction_error(vae, held_out, distance)
 
-    def pictures(model: nn.Module) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def reconstruct_some(model: nn.Module) -> dict[str, Tensor]:
         x = data[torch.linspace(0, len(data) - 1, SHOWN, device=data.index.device).long()]
-        with torch.no_grad():
-            return {"slices": x, "synthetic reconstructions": vae.decode(vae.encode(x).mean)}
+        return {"slices": x, "synthetic reconstructions": vae.decode(vae.encode(x).mean)}
 
-    train(
+    stage = Stage(
+        "vae",
         _Autoencode(vae),
         loss_of,
         len(data),
-        o,
-        folder,
-        name="vae",
         validate=validate if held_out else None,
-        pictures=pictures,
-        extra={"recon": recon, "vae": c.to_dict(), **(extra or {})},
-        progress=progress,
+        pictures=reconstruct_some,
+        settings={"recon": recon, "vae": vae.config.to_dict()},
     )
+    train(stage, config, context)
     vae.eval()
 
 
@@ -153,20 +155,20 @@ def encode(vae: AutoencoderKL, data: Slices, views: int, seed: int, progress: bo
     return torch.cat(out)
 
 
-def _latents(
-    vae: AutoencoderKL, data: dict[str, Slices], folder: Path, views: int, seed: int, stamp: str, progress: bool
+def encode_splits(
+    vae: AutoencoderKL, data: dict[str, Slices], views: int, seed: int, context: Context
 ) -> dict[str, Tensor]:
-    """The latents of each split, encoded once: a run that goes on reads them back if weights, slices and views are the
+    """The latents of each split, encoded once: a resumed run reads them back if weights, slices and views are the
     same."""
-    made_of = {"stamp": stamp, "views": views, "seed": seed, "vae": _digest(vae)}
-    path = folder / "latents"
-    if Ranks.of_torchrun().rank == 0 and not (path.exists() and read_json(path / "state.json") == made_of):
+    made_of = {"stamp": context.settings["data"], "views": views, "seed": seed, "vae": _digest(vae)}
+    path = context.folder / "latents"
+    if context.ranks.rank == 0 and not (path.exists() and read_json(path / "state.json") == made_of):
         latents = {
-            split: encode(vae, slices, views if split == "train" else 1, seed, progress)
+            split: encode(vae, slices, views if split == "train" else 1, seed, context.progress).contiguous()
             for split, slices in data.items()
         }
         with whole_folder(path, lose=True) as aside:
-            write_tensors({k: v.contiguous() for k, v in latents.items()}, aside / "latents.safetensors")
+            write_tensors(latents, aside / "latents.safetensors")
             write_json(aside / "state.json", made_of)
     if dist.is_initialized():
         dist.barrier()
@@ -180,9 +182,11 @@ def _digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def unet_loss(latents: Tensor, scheduler: SchedulerConfig, objective: Objective, seed: int) -> LossOf:
+def unet_loss(
+    latents: Tensor, scheduler: SchedulerConfig, objective: Objective, seed: int, ranks: Ranks | None = None
+) -> LossOf:
     """The loss of scaled latents `[N, C, h, w]` at uniform times, all in fused ops: noise, target, weights, bands."""
-    ranks = Ranks.of_torchrun()
+    ranks = ranks or Ranks()
     device = latents.device
     alphas_cumprod = DDPMScheduler.from_config(scheduler).alphas_cumprod.to(device)
     kind, T = scheduler.prediction_type, scheduler.num_train_timesteps
@@ -206,18 +210,35 @@ def unet_loss(latents: Tensor, scheduler: SchedulerConfig, objective: Objective,
     return loss_of
 
 
+@torch.no_grad()
+def prediction_error(model: nn.Module, latents: Tensor, scheduler: SchedulerConfig, seed: int) -> float:
+    """The plain error of the prediction on scaled latents `[N, C, h, w]`, at evenly spread times and one draw of
+    noise."""
+    model.eval()
+    device = next(model.parameters()).device
+    alphas_cumprod = DDPMScheduler.from_config(scheduler).alphas_cumprod.to(device)
+    kind = scheduler.prediction_type
+    losses = []
+    z = latents[:: max(1, len(latents) // VALIDATION)].to(device)
+    t = torch.linspace(0, scheduler.num_train_timesteps - 1, len(z), device=device).long()
+    for z0, at, first in zip(z.split(64), t.split(64), range(0, len(z), 64), strict=True):
+        z_t, target = diffuse(
+            z0.contiguous(), at, alphas_cumprod, seed, first_index=first, stream=2**31 - 1, prediction_type=kind
+        )
+        losses.append((model(z_t, at).float() - target).square().mean((1, 2, 3)))
+    return float(torch.cat(losses).mean())
+
+
 def train_unet(
     unet: UNet2D,
     latents: Tensor,
     scheduler: SchedulerConfig,
-    o: Optimisation,
-    folder: Path,
+    config: TrainConfig,
+    context: Context,
     *,
     objective: Objective | None = None,
     held_out: Tensor | None = None,
-    pictures: Any = None,
-    extra: dict[str, Any] | None = None,
-    progress: bool = True,
+    pictures: Callable[[nn.Module], dict[str, Tensor]] | None = None,
 ) -> UNet2D:
     """Train on scaled latents with `objective`; return the EMA. Source: 001 equations 3 and 4.
 
@@ -225,38 +246,22 @@ def train_unet(
     changes only the rounding.
     """
     objective = objective or Objective()
-    device = next(unet.parameters()).device
-    alphas_cumprod = DDPMScheduler.from_config(scheduler).alphas_cumprod.to(device)
-    kind, T = scheduler.prediction_type, scheduler.num_train_timesteps
-    loss_of = unet_loss(latents.to(device), scheduler, objective, o.seed)
+    latents = latents.to(next(unet.parameters()).device)
 
-    @torch.no_grad()
     def validate(model: nn.Module) -> float:
-        """The plain error of the prediction at evenly spread times and one draw of noise."""
         assert held_out is not None
-        model.eval()
-        losses = []
-        z = held_out[:: max(1, len(held_out) // VALIDATION)].to(device)
-        t = torch.linspace(0, T - 1, len(z), device=device).long()
-        for z0, at, first in zip(z.split(64), t.split(64), range(0, len(z), 64), strict=True):
-            z_t, target = diffuse(
-                z0.contiguous(), at, alphas_cumprod, o.seed, first_index=first, stream=2**31 - 1, prediction_type=kind
-            )
-            losses.append((model(z_t, at).float() - target).square().mean((1, 2, 3)))
-        return float(torch.cat(losses).mean())
+        return prediction_error(model, held_out, scheduler, config.seed)
 
-    trained = train(
+    stage = Stage(
+        "unet",
         unet,
-        loss_of,
+        unet_loss(latents, scheduler, objective, config.seed, context.ranks),
         len(latents),
-        o,
-        folder,
-        name="unet",
         validate=None if held_out is None else validate,
         pictures=pictures,
-        extra={"unet": unet.config.to_dict(), "scheduler": scheduler.to_dict(), **asdict(objective), **(extra or {})},
-        progress=progress,
+        settings={"unet": unet.config.to_dict(), "scheduler": scheduler.to_dict(), **asdict(objective)},
     )
+    trained = train(stage, config, context)
     assert isinstance(trained, UNet2D)
     return trained
 
@@ -266,8 +271,8 @@ def train_pipeline(
     data: str | Path,
     folder: str | Path,
     *,
-    vae: Optimisation,
-    unet: Optimisation,
+    vae: TrainConfig,
+    unet: TrainConfig,
     recon: str = "mse",
     objective: Objective | None = None,
     views: int = 4,
@@ -277,80 +282,74 @@ def train_pipeline(
 ) -> dict[str, Any]:
     """Train both stages on a prepared folder and save the pipeline to `folder/pipeline`.
 
-    `resume`: go on with the run in `folder`, if there is one; the result is that of an uninterrupted run. Started by
-    torchrun, every process takes its part of each batch.
+    Started by torchrun, every process takes its part of each batch.
+
+    Args:
+        preset: the configurations of both models and of the noise schedule.
+        data: a folder that `prepare` wrote.
+        folder: for the log, the checkpoints, the latents and the pipeline.
+        vae: how the autoencoder is trained.
+        unet: how the UNet is trained.
+        recon: reconstruction loss of the autoencoder, `"mse"` or `"l1"`.
+        objective: what the UNet is trained on; the mean squared error by default.
+        views: the latents of each slice and of `views - 1` augmented copies of it are trained on.
+        resume: go on with the run in `folder`, if there is one; the result is that of an uninterrupted run.
+        device: of both models.
+        progress: whether bars are shown.
 
     Returns:
         The slices, subjects and scaling factor; of each stage the step that was kept (the last without a validation
         split); and `val_l1`, the mean absolute reconstruction error of the validation split (None if empty).
 
     Raises:
-        ValueError: as `Slices`; a folder that holds a run, without `resume`; a checkpoint of another model or of other
+        UserError: as `Slices`; a folder that holds a run, without `resume`; a checkpoint of another model or of other
             settings.
-        FloatingPointError: a loss or gradient that is not finite.
+        NotFinite: a loss or gradient that is not finite.
         OSError: a file could not be written, with the last good checkpoint.
         Stopped: on a signal.
     """
-    from sbldm_fast.sampling.pipeline import Pipeline
-
-    folder, size = Path(folder), Ranks.of_torchrun().size
-    for o in (vae, unet):
-        if o.batch_size % size:
-            raise UserError(f"batch_size: got {o.batch_size}, allowed are multiples of the {size} processes")
+    folder, ranks = Path(folder), Ranks.of_torchrun()
+    for config in (vae, unet):
+        ranks.check_batch_size(config.batch_size)
     found = checkpoint.checkpoints(folder)
     if found and not resume:
         raise UserError(
             f"{folder} holds a run ({found[-1].name}); allowed is a new folder, or --resume to go on with it"
         )
-    manifest = read_manifest(data)
-    splits = [s for s in ("train", "val") if s == "train" or any(row["split"] == s for row in manifest["slices"])]
-    slices = {split: Slices(data, split) for split in splits}
-    stamp = {"data": hashlib.sha256((Path(data) / "manifest.json").read_bytes()).hexdigest()}
+    rows = read_manifest(data)["slices"]
+    slices = {s: Slices(data, s) for s in ("train", "val") if s == "train" or any(row["split"] == s for row in rows)}
+    data_digest = hashlib.sha256((Path(data) / "manifest.json").read_bytes()).hexdigest()
+    context = Context(folder, ranks, {"data": data_digest}, progress)
     with checkpoint.naming(folder):
         torch.manual_seed(vae.seed)
         autoencoder = AutoencoderKL(preset.vae).to(device)
         network = UNet2D(preset.unet).to(device)
-        train_vae(
-            autoencoder,
-            slices["train"],
-            vae,
-            folder,
-            recon=recon,
-            held_out=slices.get("val"),
-            extra=stamp,
-            progress=progress,
-        )
-        latents = _latents(autoencoder, slices, folder, views, vae.seed, stamp["data"], progress)
+        train_vae(autoencoder, slices["train"], vae, context, recon=recon, held_out=slices.get("val"))
+        latents = encode_splits(autoencoder, slices, views, vae.seed, context)
         factor = float(1 / latents["train"].std())
         autoencoder.config = replace(preset.vae, scaling_factor=factor)
-
-        def pictures(model: nn.Module) -> dict[str, Tensor]:
-            assert isinstance(model, UNet2D)
-            return {
-                "synthetic samples": (
-                    Pipeline(autoencoder, model, preset.scheduler).sample(SHOWN, seed=0, steps=20, mode="eager")
-                )
-            }
-
         ema = train_unet(
             network,
             latents["train"] * factor,
             preset.scheduler,
             unet,
-            folder,
+            context,
             objective=objective,
-            pictures=pictures,
             held_out=latents["val"] * factor if "val" in latents else None,
-            extra=stamp,
-            progress=progress,
+            pictures=partial(_sample_some, autoencoder, preset.scheduler),
         )
-        if Ranks.of_torchrun().rank == 0:
+        if ranks.rank == 0:
             Pipeline(autoencoder, ema, preset.scheduler).save(folder / "pipeline")
-    kept = {name: checkpoint.kept(folder, name, o.steps) for name, o in (("vae", vae), ("unet", unet))}
     return {
         "slices": len(slices["train"]),
         "subjects": len({row["subject"] for row in slices["train"].rows}),
         "scaling_factor": factor,
-        "kept_steps": kept,
+        "kept_steps": {n: checkpoint.kept(folder, n, c.steps) for n, c in (("vae", vae), ("unet", unet))},
         "val_l1": reconstruction_error(autoencoder, slices["val"]) if "val" in slices else None,
     }
+
+
+def _sample_some(vae: AutoencoderKL, scheduler: SchedulerConfig, unet: nn.Module) -> dict[str, Tensor]:
+    assert isinstance(unet, UNet2D)
+    pipeline = Pipeline(vae, unet, scheduler)
+    return {"synthetic samples": pipeline.sample(SHOWN, seed=0, steps=20, mode="eager")}

@@ -23,8 +23,8 @@ from sbldm_fast.data import Slices
 from sbldm_fast.data.covariates import Covariates
 from sbldm_fast.diffusion import DDIMScheduler
 from sbldm_fast.files import recover
-from sbldm_fast.training import Optimisation
-from sbldm_fast.training.loop import train
+from sbldm_fast.training import TrainConfig
+from sbldm_fast.training.run import Context, Stage, train
 
 from .conftest import NIGHTLY, NO_FILES, Lie, Oracle, Runs, change, lay, lies, replaced
 from .test_pipelines import JSON
@@ -138,15 +138,8 @@ def trained(folder: Path) -> None:
     def loss_of(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return model(torch.ones(len(index), 2)).square().mean(), {}
 
-    train(
-        nn.Linear(2, 1),
-        loss_of,
-        8,
-        Optimisation(2, 4, 1e-3, ema_decay=0.9, amp="off"),
-        folder,
-        name="line",
-        progress=False,
-    )
+    stage = Stage("line", nn.Linear(2, 1), loss_of, 8)
+    train(stage, TrainConfig(2, 4, 1e-3, ema_decay=0.9, amp="off"), Context(folder, progress=False))
 
 
 @pytest.fixture(scope="session")

@@ -495,8 +495,8 @@ def test_a_pipeline_samples_with_the_parts_that_it_has_now() -> None:
 
 def test_training_and_sampling_may_take_turns(tmp_path: Any) -> None:
     """The library's own optimiser is a fused one, which leaves no trace in PyTorch's version counters."""
-    from sbldm_fast.training import Optimisation
-    from sbldm_fast.training.loop import Step
+    from sbldm_fast.training import TrainConfig
+    from sbldm_fast.training.step import Step
 
     torch.manual_seed(2)
     pipe = Pipeline(AutoencoderKL(VAE), UNet2D(UNET), SchedulerConfig(beta_schedule="cosine_ramp", clip_sample=False))
@@ -504,7 +504,7 @@ def test_training_and_sampling_may_take_turns(tmp_path: Any) -> None:
     step = Step(
         pipe.unet,
         lambda m, index, number: ((m(z[index], 10) - z[index]).square().mean(), {}),
-        Optimisation(9, 4, 5e-2, amp="off"),
+        TrainConfig(9, 4, 5e-2, amp="off"),
     )
     for number in range(3):
         before = pipe.sample(2, steps=3)

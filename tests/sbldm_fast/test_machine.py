@@ -7,7 +7,7 @@ import torch
 
 from sbldm_fast import doctor
 from sbldm_fast.machine import environment, native_half
-from sbldm_fast.training.loop import amp_dtype
+from sbldm_fast.training.config import amp_dtype
 
 CPU = torch.device("cpu")
 
