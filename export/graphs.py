@@ -20,7 +20,7 @@ from sbldm_fast.errors import MissingExtra, UserError
 from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.images import NOTICE
 from sbldm_fast.models.config import PRESETS
-from sbldm_fast.sampling.model import Cond, Named, named
+from sbldm_fast.sampling.model import Cond, TensorDict, tensors_by_name
 from sbldm_fast.sampling.noise import draw
 
 from .fusion import fused
@@ -149,7 +149,7 @@ def export(
         raise UserError(
             "target: got 'tensorrt' for a norm of one group, which TensorRT takes for an instance norm; allowed is ort"
         )
-    example = {k: v.detach().cpu()[torch.arange(EXAMPLES) % len(v)] for k, v in named(cond).items()}
+    example = {k: v.detach().cpu()[torch.arange(EXAMPLES) % len(v)] for k, v in tensors_by_name(cond).items()}
     asked: dict[str, Any] = {"cond": example, "guidance_scale": GUIDANCE} if example else {}
     fixed = None if batch == "dynamic" else int(batch)
     decode = source.decode if isinstance(source, Pipeline) else None
@@ -322,7 +322,7 @@ def _called(unet: UNetGraph) -> Any:
     """A traced network as a model that `FastSampler` calls."""
 
     def model(x: Tensor, t: Tensor, cond: Tensor | None = None, **others: Tensor) -> Tensor:
-        given = {conditioned("cond", k): v for k, v in (named(cond) | others).items()}
+        given = {conditioned("cond", k): v for k, v in (tensors_by_name(cond) | others).items()}
         out: Tensor = unet({"x": x, "t": t.expand(len(x)), **given})["prediction"]
         return out
 
@@ -330,7 +330,13 @@ def _called(unet: UNetGraph) -> Any:
 
 
 def _graphs(
-    parts: Networks, table: SolverTable, latents: Tensor, images: Tensor, cond: Named, fixed: int | None, target: str
+    parts: Networks,
+    table: SolverTable,
+    latents: Tensor,
+    images: Tensor,
+    cond: TensorDict,
+    fixed: int | None,
+    target: str,
 ) -> dict[str, Graph]:
     """The graphs with what they are traced on; only `step`, and for TensorRT all of them, have a fixed batch."""
     rows, solver = table_inputs(table), Solver.of(table)

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from sbldm_fast.diffusion.table import SolverTable
 from sbldm_fast.models import AutoencoderKL, UNet2D
 from sbldm_fast.models.layers import Chain
-from sbldm_fast.sampling.model import Named, phase_upsampling, predictor
+from sbldm_fast.sampling.model import TensorDict, phase_upsampling, predictor
 
 Tensors = dict[str, Tensor]
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, GroupNormSiLU)
@@ -156,7 +156,7 @@ class UNetGraph(nn.Module):
         """What `at` takes for timesteps `[N]`: all scales and shifts of a `UNet2D`, else the timesteps."""
         return self.model.time_rows(t) if isinstance(self.model, UNet2D) else t
 
-    def at(self, x: Tensor, row: Tensor, cond: Named) -> Tensor:
+    def at(self, x: Tensor, row: Tensor, cond: TensorDict) -> Tensor:
         """The prediction in float32."""
         return self.predict(
             x.to(self.dtype), row, {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in cond.items()}
@@ -168,7 +168,7 @@ def conditioned(prefix: str, key: str) -> str:
     return f"{prefix}_{key}" if key else prefix
 
 
-def conditioning(given: Tensors, prefix: str) -> Named:
+def conditioning(given: Tensors, prefix: str) -> TensorDict:
     """The inputs of a prefix, by the names that the model knows."""
     return {
         k.removeprefix(prefix).removeprefix("_"): v

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sbldm_fast.errors import MissingExtra, NotFinite, UserError
 from sbldm_fast.sampling.model import Cond
-from sbldm_fast.sampling.noise import Parts, Request, draw
+from sbldm_fast.sampling.noise import draw
+from sbldm_fast.sampling.request import Batch, SampleRequest
 
 from .fusion import external, fused
 from .manifest import MANIFEST, manifest_of, misdescribed, verified
@@ -199,10 +200,10 @@ class ORTSampler:
         if wanted and cond is not None and guidance_scale is None:
             guidance_scale = 1.0
         start = torch.as_tensor(noise) if noise is not None else None
-        asked = Request(
+        asked = SampleRequest(
             self.shape,
             torch.device("cpu"),
-            n=n,
+            n,
             seed=seed,
             noise=start,
             indices=indices,
@@ -211,23 +212,25 @@ class ORTSampler:
             guidance_scale=guidance_scale,
             batch_size=self.batch or batch_size,
         )
-        if {k: list(v.shape[1:]) for k, v in asked.conds.items()} != wanted:
+        if {k: list(v.shape[1:]) for k, v in asked.cond.items()} != wanted:
             raise UserError(
-                f"cond: got { ({k: list(v.shape) for k, v in asked.conds.items()}) }, allowed is one row each of"
+                f"cond: got { ({k: list(v.shape) for k, v in asked.cond.items()}) }, allowed is one row each of"
                 f" {wanted}"
             )
-        for numbers, parts in asked.batches(self.table.init_noise_sigma):
-            out = self._made(self._inputs(parts), callback)[: len(numbers)]
-            if broken := [numbers[i] for i in np.flatnonzero(~np.isfinite(out).all(axis=tuple(range(1, out.ndim))))]:
+        for batch in asked.batches():
+            out = self._made(self._inputs(batch), callback)[: len(batch.places)]
+            finite = np.isfinite(out).all(axis=tuple(range(1, out.ndim)))
+            if not finite.all():
+                broken = [batch.places[i] for i in np.flatnonzero(~finite)]
                 raise NotFinite(f"{self.mode}.onnx: NaN or infinity in samples {broken}")
             yield out
 
-    def _inputs(self, parts: Parts) -> dict[str, np.ndarray]:
-        x, seeds, cond, guidance = parts
-        given = {"x": x, **table_inputs(self.table)}
+    def _inputs(self, batch: Batch) -> dict[str, np.ndarray]:
+        x, seeds, guidance = batch.x, batch.seeds, batch.guidance
+        given = {"x": x * self.table.init_noise_sigma, **table_inputs(self.table)}
         if self.solver.stochastic:
             given["noise"] = torch.stack([draw(seeds, self.shape, x.device, i + 1) for i in range(self.solver.steps)])
-        for key, both in cond.items():
+        for key, both in batch.cond.items():
             given[conditioned("uncond", key)], given[conditioned("cond", key)] = both.chunk(2)
         if guidance is not None:
             given["guidance_scale"] = guidance

@@ -27,8 +27,8 @@ from sbldm_fast.images import NOTICE, save_grid, save_nifti, save_png, to_uint8
 
 from ..errors import MissingExtra, UserError
 from .modes import choose
-from .noise import numbered
 from .pipeline import Pipeline, even_batch
+from .request import seeds_and_noise
 
 FORMATS = ("png", "npy", "nifti")
 GRID = 64  # images in the grid
@@ -80,7 +80,7 @@ def sample_to_folder(
     if mode == "auto":  # settled by the whole job: a rank must not choose otherwise than one process would
         mode, reason = choose(device, n, steps)
     sampler = pipe.sampler(steps, mode, scheduler=scheduler, eta=eta, dtype=dtype)
-    numbered(pipe.latent_shape, device, 1, seed, None, None)  # a seed that is refused leaves no folder
+    seeds_and_noise(pipe.latent_shape, device, 1, seed, None, None)  # a seed that is refused leaves no folder
     claim = _claim(
         out,
         form,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,11 @@ from sbldm_fast.models import UNet2D
 from ..errors import UserError
 from .ahead import NotTraceable, Unavailable, compiled_ahead, private_caches
 from .content import behind, survey
-from .model import Named, Predict, for_cpu, fused, predictor
+from .model import Predict, TensorDict, for_cpu, fuse_norms, predictor
 from .modes import OWN_GRAPHS
-
-if TYPE_CHECKING:
-    from .sampler import FastSampler
+from .plan import Plan
+from .precision import float32_precision
+from .request import Batch
 
 Callback = Callable[[int, float, Tensor], None]
 _COMPILING = threading.RLock()
@@ -29,29 +30,6 @@ _COMPILING = threading.RLock()
 class ModeFailed(UserError):
     """The mode cannot be had: a model that cannot be captured, no compiler, no folder for what is compiled; the message
     says why."""
-
-
-class Turn:
-    """A lock for those who share buffers; who has it already is told so, instead of waiting for ever."""
-
-    def __init__(self) -> None:
-        self._lock, self._owner = threading.Lock(), 0
-
-    def __enter__(self) -> None:
-        if self._owner == threading.get_ident():
-            raise UserError(
-                "sampler: got a call from its own callback, model or decode, allowed is another sampler: this one is at"
-                " work"
-            )
-        self._lock.acquire()
-        self._owner = threading.get_ident()
-
-    def __exit__(self, *_: object) -> None:
-        self._owner = 0
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
-        return Turn, ()  # a copy of a sampler has its own
 
 
 def broken(x: Tensor) -> list[int]:
@@ -73,6 +51,26 @@ class Buffers(NamedTuple):
     last: Tensor | None
 
 
+def make_buffers(plan: Plan, n: int, guided: bool) -> Buffers:
+    """Those of a batch of n samples, all zero."""
+    shape = (n, *plan.options.shape)
+    history, stops = plan.table.history, plan.options.stop is not None
+
+    def zeros(wanted: bool, *size: int, dtype: torch.dtype = torch.float32) -> Any:
+        return torch.zeros(size, dtype=dtype, device=plan.network.device) if wanted else None
+
+    return Buffers(
+        counter=zeros(True, 2, dtype=torch.int32),
+        seeds=zeros(plan.table.stochastic, n, 2, dtype=torch.int64),
+        history=zeros(history > 0, history, 2, *shape),
+        guidance=zeros(guided, n),
+        frozen=zeros(stops, n, dtype=torch.bool),
+        x0=zeros(stops, *shape),
+        statistics=zeros(stops, n, 2),
+        last=zeros(stops, n),
+    )
+
+
 def make_step(
     predict: Predict,
     dtype: torch.dtype,
@@ -80,10 +78,10 @@ def make_step(
     clip_range: float | None,
     stop: str | None,
     threshold: float,
-) -> Callable[[Tensor, Tensor, Tensor | None, Tensor, Buffers, Named], Tensor]:
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor, Buffers, TensorDict], Tensor]:
     """One step as a function of tensors alone, so that it can be compiled and captured."""
 
-    def step(x: Tensor, row: Tensor, scale: Tensor | None, table: Tensor, b: Buffers, cond: Named) -> Tensor:
+    def step(x: Tensor, row: Tensor, scale: Tensor | None, table: Tensor, b: Buffers, cond: TensorDict) -> Tensor:
         # both at once, or cuDNN would turn it round
         h = (x if scale is None else x * scale).to(dtype, memory_format=layout)
         if b.guidance is not None:
@@ -124,118 +122,118 @@ def make_step(
 
 
 class Loop:
-    """The loop of a `FastSampler` for one batch size, with conditioning and guidance of one shape."""
+    """A plan for one batch size, with conditioning and guidance of one shape: buffers, a step, and its graphs.
 
-    def __init__(self, sampler: FastSampler, n: int, cond: Named, guided: bool) -> None:
-        s = self.sampler = sampler
-        shape = (n, *s.shape)
+    Attributes:
+        remark: what became of the mode that was asked for, if anything did.
+    """
 
-        def zeros(*size: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Any:
-            return torch.zeros(size, dtype=dtype, device=s.device) if wanted else None
-
-        stops = s.stop is not None
-        self.x: Tensor = zeros(*shape)
-        self.buffers = Buffers(
-            counter=zeros(2, dtype=torch.int32),
-            seeds=zeros(n, 2, dtype=torch.int64, wanted=s.table.stochastic),
-            history=zeros(s.table.history, 2, *shape, wanted=s.table.history > 0),
-            guidance=zeros(n, wanted=guided),
-            frozen=zeros(n, dtype=torch.bool, wanted=stops),
-            x0=zeros(*shape, wanted=stops),
-            statistics=zeros(n, 2, wanted=stops),
-            last=zeros(n, wanted=stops),
-        )
+    def __init__(self, plan: Plan, n: int, cond: TensorDict, guided: bool, counts: Counter[str]) -> None:
+        self.plan, self.counts, self.remark = plan, counts, ""
+        network, options, compiled = plan.network, plan.options, plan.mode.compiled
+        self.x = torch.zeros(n, *options.shape, device=network.device)
+        self.buffers = make_buffers(plan, n, guided)
         self.cond = {k: v.clone() for k, v in cond.items()}
-        predict, model = s.predict, s.model
-        if s.compiled and s.device.type == "cpu" and isinstance(model, nn.Module):
+        predict, model = network.predict, network.model
+        if compiled and network.device.type == "cpu" and isinstance(model, nn.Module):
             model = for_cpu(model)
             predict = predictor(model)
-        if s.fuse:
-            x = torch.cat([self.x] * (1 + guided)).to(s.dtype)
-            predict, s.counts["fused"] = fused(predict, model, x, s.rows[:1], self.cond)
-        self.step = make_step(predict, s.dtype, s.layout, s.table.clip_range, s.stop, s.threshold)
+        example = torch.cat([self.x] * (1 + guided)).to(network.dtype), plan.time_rows[:1], self.cond
+        if options.fuse:
+            predict, counts["fused"] = fuse_norms(predict, model, *example)
+        self.step = make_step(
+            predict, network.dtype, network.layout, plan.table.clip_range, options.stop, options.threshold or 0.0
+        )
         # a trace would not show that a model writes into its input
-        if (s.compiled or s.fuse) and not isinstance(model, UNet2D):
+        if (compiled or options.fuse) and not isinstance(model, UNet2D):
             with torch.no_grad():
-                s.predict(torch.cat([self.x] * (1 + guided)).to(s.dtype), s.rows[:1], self.cond)
-        self.traced = s.compiled is not None and (s.device.type != "cpu" or not self._ahead(model, s.compiled))
+                network.predict(*example)
+        self.traced = compiled is not None and (network.device.type != "cpu" or not self._ahead(model, compiled))
         if self.traced:
             # a graph break in our own model would be a defect; a foreign model may have its reasons
-            self.step = torch.compile(self.step, fullgraph=isinstance(s.model, UNet2D), dynamic=False, mode=s.compiled)
+            whole = isinstance(network.model, UNet2D)
+            self.step = torch.compile(self.step, fullgraph=whole, dynamic=False, mode=compiled)
         self.graphs: dict[str, Callable[[], Tensor]] = {}
         # a graph keeps addresses, not tensors: without this a model that moves away would leave it freed memory
-        self.held = [t.data for part in (s.model, s.decode) for t in survey(*behind(part))[1]]
+        parts = (network.model, options.decode)
+        self.held = [t.data for part in parts for t in survey(*behind(part))[1]]
 
-    def run(
-        self, x: Tensor, seeds: Tensor, cond: Named, guidance: Tensor | None, real: int, callback: Callback | None
-    ) -> Tensor:
-        """From the first x to the last, or to what `decode` makes of it; `real` of the samples are not padding."""
-        s, b = self.sampler, self.buffers
-        whole = s.graph == "loop-graph" and callback is None and s.stop is None
+    def run(self, batch: Batch, callback: Callback | None) -> Tensor:
+        """From the first x to the last `[N, *shape]`, or to what `decode` makes of it."""
+        plan, device = self.plan, self.plan.network.device
+        whole = plan.mode.graph == "loop-graph" and callback is None and plan.options.stop is None
         with (
             torch.no_grad(),
-            float32_precision(s.device, s.tf32),
-            compilation(s.device) if self.traced else nullcontext(),
+            float32_precision(device, plan.options.tf32),
+            compilation(device) if self.traced else nullcontext(),
         ):
             self.traced = False  # from its second run on there is nothing to compile
-            replay = self._captured(whole) if s.graph else None
-            self.x.copy_(x)
-            self._rewind()
-            pairs = [
-                (b.seeds, seeds),
-                (b.guidance, guidance),
-                *((self.cond[name], given) for name, given in cond.items()),
-            ]
-            for mine, given in pairs:
-                if mine is not None and given is not None:
-                    mine.copy_(given)
+            replay = self._captured(whole) if plan.mode.graph else None
+            self._load(batch)
             if whole and replay is not None:
                 return replay().clone()
-            x, looks = self.x, Looks(s.device)
-            for i, t in enumerate(s.timesteps):
-                x = self._advance(x, i) if replay is None else replay()
-                if callback is not None:
-                    callback(i, t, x)
-                if b.frozen is not None and (i + 1) % s.check_every == 0 and looks.all_stopped(b.frozen):
-                    s.counts["steps_saved"] += s.steps - i - 1
-                    break
-            if b.frozen is not None and b.x0 is not None:
-                s.counts["stopped"] += int(b.frozen[:real].sum())
-                x = torch.where(b.frozen.reshape(-1, *[1] * len(s.shape)), b.x0, x)
+            x = self._steps(replay, callback)
+            if (frozen := self.buffers.frozen) is not None and self.buffers.x0 is not None:
+                self.counts["stopped"] += int(frozen[: len(batch.places)].sum())
+                x = torch.where(frozen.reshape(-1, *[1] * (x.dim() - 1)), self.buffers.x0, x)
             x = x.clone()  # out of the memory of a graph, ours or torch.compile's
-            return x if s.decode is None else s.decode(x).clone()  # out of the memory of a decoder that has its own
+            decode = plan.options.decode
+            return x if decode is None else decode(x).clone()  # out of the memory of a decoder that has its own
+
+    def _load(self, batch: Batch) -> None:
+        """Put what a batch is made of into the buffers, and the counter at the first step."""
+        self.x.copy_(batch.x)
+        self._rewind()
+        pairs = [(self.buffers.seeds, batch.seeds), (self.buffers.guidance, batch.guidance)]
+        for mine, given in [*pairs, *((self.cond[name], value) for name, value in batch.cond.items())]:
+            if mine is not None and given is not None:
+                mine.copy_(given)
+
+    def _steps(self, replay: Callable[[], Tensor] | None, callback: Callback | None) -> Tensor:
+        x, frozen, options = self.x, self.buffers.frozen, self.plan.options
+        poll = StopPoll(self.plan.network.device)
+        for i, t in enumerate(self.plan.timesteps):
+            x = self._advance(x, i) if replay is None else replay()
+            if callback is not None:
+                callback(i, t, x)
+            if frozen is not None and (i + 1) % options.check_every == 0 and poll.all_stopped(frozen):
+                self.counts["steps_saved"] += len(self.plan.timesteps) - i - 1
+                break
+        return x
 
     def _advance(self, x: Tensor, i: int) -> Tensor:
-        s = self.sampler
-        scale = None if s.input_scale is None else s.input_scale[i]
-        if s.compiled in OWN_GRAPHS and s.device.type == "cuda":
+        plan = self.plan
+        scale = None if plan.input_scale is None else plan.input_scale[i]
+        if plan.mode.compiled in OWN_GRAPHS and plan.network.device.type == "cuda":
             # torch.compile's own graphs overwrite their last output
             torch.compiler.cudagraph_mark_step_begin()
             x = x.clone()
-        out: Tensor = self.step(x, s.rows[i : i + 1], scale, s.numbers, self.buffers, self.cond)
+        out: Tensor = self.step(x, plan.time_rows[i : i + 1], scale, plan.solver_rows, self.buffers, self.cond)
         return out
 
     def _ahead(self, model: object, mode: str) -> bool:
         """Compile the step for the CPU ahead of time; False where torch.export cannot trace the model."""
-        s, step = self.sampler, self.step
+        plan, step = self.plan, self.step
 
-        def packed(x: Tensor, row: Tensor, tensors: dict[str, Tensor], cond: Named) -> Tensor:
+        def packed(x: Tensor, row: Tensor, tensors: dict[str, Tensor], cond: TensorDict) -> Tensor:
             b = Buffers(**{name: tensors.get(name) for name in Buffers._fields})  # type: ignore[arg-type]
             return step(x, row, tensors.get("scale"), tensors["table"], b, cond)
 
-        kept = {name: t for name, t in self.buffers._asdict().items() if t is not None} | {"table": s.numbers}
-        scale = {} if s.input_scale is None else {"scale": s.input_scale[0]}
+        kept = {name: t for name, t in self.buffers._asdict().items() if t is not None} | {"table": plan.solver_rows}
+        scale = {} if plan.input_scale is None else {"scale": plan.input_scale[0]}
         try:
             with _COMPILING:
-                call, found = compiled_ahead(packed, model, (self.x, s.rows[:1], kept | scale, self.cond), mode)
+                example = self.x, plan.time_rows[:1], kept | scale, self.cond
+                call, found = compiled_ahead(packed, model, example, mode)
         except Unavailable as failure:
             raise ModeFailed(str(failure)) from failure
         except NotTraceable as failure:
-            s.reason += f"; torch.compile, for it cannot be compiled ahead of time: {str(failure).splitlines()[0]}"
+            why = str(failure).splitlines()[0]
+            self.remark = f"; torch.compile, for it cannot be compiled ahead of time: {why}"
             return False
-        s.counts["loaded" if found else "compiled"] += 1
+        self.counts["loaded" if found else "compiled"] += 1
 
-        def ahead(x: Tensor, row: Tensor, scale: Tensor | None, table: Tensor, b: Buffers, cond: Named) -> Tensor:
+        def ahead(x: Tensor, row: Tensor, scale: Tensor | None, table: Tensor, b: Buffers, cond: TensorDict) -> Tensor:
             return call(x, row, kept if scale is None else kept | {"scale": scale}, cond)
 
         self.step = ahead
@@ -247,37 +245,38 @@ class Loop:
                 buffer.zero_()
 
     def _captured(self, whole: bool) -> Callable[[], Tensor]:
-        s, name = self.sampler, "loop" if whole else "step"
+        """The replay of the whole loop or of a step, recorded the first time."""
+        plan, name = self.plan, "loop" if whole else "step"
 
         def loop() -> Tensor:
             x = self.x
-            for i in range(s.steps):
+            for i in range(len(plan.timesteps)):
                 x = self._advance(x, i)
-            return x if s.decode is None else s.decode(x)
+            return x if plan.options.decode is None else plan.options.decode(x)
 
         def step() -> Tensor:
             at = self.buffers.counter[:1]
-            scale = None if s.input_scale is None else s.input_scale.index_select(0, at)
-            self.x.copy_(self.step(self.x, s.rows.index_select(0, at), scale, s.numbers, self.buffers, self.cond))
+            scale = None if plan.input_scale is None else plan.input_scale.index_select(0, at)
+            row = plan.time_rows.index_select(0, at)
+            self.x.copy_(self.step(self.x, row, scale, plan.solver_rows, self.buffers, self.cond))
             return self.x
 
         if name not in self.graphs:
             try:
-                self.graphs[name] = capture(loop if whole else step, self._rewind, s.device, s.pool)
+                self.graphs[name] = capture(loop if whole else step, self._rewind, plan.network.device, plan.pool)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                raise ModeFailed(
-                    f"mode: got {s.graph!r}, and {type(s.model).__name__} or decode cannot be captured: {error}"
-                ) from error
-            s.counts["captures"] += 1
-        s.counts["replays"] += 1
+                who = f"{type(plan.network.model).__name__} or decode"
+                raise ModeFailed(f"mode: got {plan.mode.graph!r}, and {who} cannot be captured: {error}") from error
+            self.counts["captures"] += 1
+        self.counts["replays"] += 1
         return self.graphs[name]
 
 
-class Looks:
-    """Looks at whether every sample has stopped; on CUDA at a copy that was sent off at the look before, so that
-    nothing waits."""
+class StopPoll:
+    """Asks whether every sample has stopped; on CUDA a copy that was sent off when it asked before, so that nothing
+    waits."""
 
     def __init__(self, device: torch.device) -> None:
         self.event = torch.cuda.Event() if device.type == "cuda" else None
@@ -293,40 +292,6 @@ class Looks:
             self.sent.copy_(frozen.all(), non_blocking=True)
             self.event.record()
         return stopped
-
-
-@contextmanager
-def float32_precision(device: torch.device, tf32: bool) -> Iterator[None]:
-    """Inside, float32 convolutions and matrix products on CUDA are of float32, or with `tf32` of 10-bit mantissas on
-    tensor cores.
-
-    PyTorch's default is TF32 for convolutions and float32 for matrix products. What was set before comes back. The
-    settings are of the process: threads that sample at the same time must ask for the same.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    cudnn, matmul = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.cuda.matmul)
-    try:
-        before = cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by PyTorch's newer names: they must not be mixed
-        older = False
-        before = cudnn.conv.fp32_precision, matmul.fp32_precision
-    else:
-        older = True
-
-    def use(convolutions: Any, products: Any) -> None:
-        if older:  # not matmul.allow_tf32, after which Inductor could not ask for the precision
-            cudnn.allow_tf32 = convolutions
-            torch.set_float32_matmul_precision(products)
-        else:
-            cudnn.conv.fp32_precision, matmul.fp32_precision = convolutions, products
-
-    try:
-        use(*((tf32, "high" if tf32 else "highest") if older else ["tf32" if tf32 else "ieee"] * 2))
-        yield
-    finally:
-        use(*before)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise import Parts
+from .request import Batch
 
 
 class _Enough(Exception):
@@ -17,31 +17,32 @@ class _Enough(Exception):
 
 
 def what_fits(
-    clear: Callable[[], Any], made: Callable[..., Any], decode: Callable[[Tensor], Tensor] | None, parts: Parts
+    clear: Callable[[], Any],
+    run: Callable[[Batch, Callable[[int, float, Tensor], None]], Any],
+    decode: Callable[[Tensor], Tensor] | None,
+    batch: Batch,
 ) -> str:
     """The largest half, quarter, ... of a batch whose first step and decoding run when tried now, one after another."""
-    x, seeds, cond, guidance = parts
-    n = len(x)
+    total = n = len(batch.x)
     while n > 1:
         n //= 2
         clear()
-        some = {k: v[: n * (1 if guidance is None else 2)] for k, v in cond.items()}
         try:
             try:
-                made((x[:n], seeds[:n], some, None if guidance is None else guidance[:n]), n, _first_only)
+                run(batch.first(n), _first_only)
             except _Enough:
                 if decode is not None:
                     with torch.no_grad():
-                        decode(x[:n])
+                        decode(batch.x[:n])
                 return (
-                    f"n: {len(x)} at a time do not fit into memory; {n} do, a step of them ran just now: give a batch"
+                    f"n: {total} at a time do not fit into memory; {n} do, a step of them ran just now: give a batch"
                     f" size of {n}"
                 )
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)
-    return f"n: {len(x)} at a time do not fit into memory, nor does a single one, which was tried just now"
+    return f"n: {total} at a time do not fit into memory, nor does a single one, which was tried just now"
 
 
 def _first_only(i: int, t: float, x: Tensor) -> None:

@@ -21,16 +21,16 @@ from sbldm_fast.models.layers import Attention, ResBlock, Upsample, added_by_nor
 from ..errors import UserError
 
 Cond = Tensor | Mapping[str, Any] | None  # what a caller gives
-# what the loop handles; "" is a tensor that came without a name, "a/b" one inside another mapping
-Named = dict[str, Tensor]
+# what the loop handles, by name; "" is a tensor that came without a name, "a/b" one inside another mapping
+TensorDict = dict[str, Tensor]
 _EVALUATED = threading.Lock()
 _USERS: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
-Predict = Callable[[Tensor, Tensor, Named], Tensor]
+Predict = Callable[[Tensor, Tensor, TensorDict], Tensor]
 LIST = "a list in cond"
 COND_NAMES = ("encoder_hidden_states", "context", "class_labels", "cond")  # diffusers', MONAI's, both, ours
 
 
-def named(cond: Cond, argument: str = "cond") -> Named:
+def tensors_by_name(cond: Cond, argument: str = "cond") -> TensorDict:
     """A conditioning as tensors by name: what lies deeper, as SDXL's `added_cond_kwargs` does, by `outer/inner`; None
     is left out.
 
@@ -40,7 +40,7 @@ def named(cond: Cond, argument: str = "cond") -> Named:
     if cond is None:
         return {}
     if isinstance(cond, Mapping):
-        found: Named = {}
+        found: TensorDict = {}
         for key, value in cond.items():
             inside = argument not in ("cond", "uncond")  # where a tensor has a name, as one that comes alone has not
             if not isinstance(key, str) or (inside and not key) or "/" in key or (key[:1] == "#" and argument != LIST):
@@ -53,7 +53,7 @@ def named(cond: Cond, argument: str = "cond") -> Named:
                     )
                 inner = {f"#{i}": v for i, v in enumerate(value)}
             what = LIST if inner is not value else f"{argument}[{key!r}]"
-            found |= {f"{key}/{rest}" if rest else key: v for rest, v in named(inner, what).items()}
+            found |= {f"{key}/{rest}" if rest else key: v for rest, v in tensors_by_name(inner, what).items()}
         return found
     tensor = torch.from_numpy(cond) if isinstance(cond, np.ndarray) else cond
     if not isinstance(tensor, Tensor) or not tensor.dim():
@@ -64,8 +64,8 @@ def named(cond: Cond, argument: str = "cond") -> Named:
     return {"": tensor}
 
 
-def _nested(cond: Named) -> dict[str, Any]:
-    """What `named` took apart, a list as a tuple."""
+def _nested(cond: TensorDict) -> dict[str, Any]:
+    """What `tensors_by_name` took apart, a list as a tuple."""
     out: dict[str, Any] = {}
     for path, value in cond.items():
         *outer, last = path.split("/")
@@ -118,7 +118,7 @@ def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
     options = {"return_dict": False} if "return_dict" in takes else {}
     each = each or "timesteps" in takes
 
-    def predict(x: Tensor, row: Tensor, cond: Named) -> Tensor:
+    def predict(x: Tensor, row: Tensor, cond: TensorDict) -> Tensor:
         t = row.expand(x.shape[0]) if each else row
         given = _nested(cond)
         unnamed = [given.pop("")] if "" in given else []
@@ -258,7 +258,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
 
 
-def fused(predict: Predict, model: Callable[..., Any], x: Tensor, row: Tensor, cond: Named) -> tuple[Predict, int]:
+def fuse_norms(
+    predict: Predict, model: Callable[..., Any], x: Tensor, row: Tensor, cond: TensorDict
+) -> tuple[Predict, int]:
     """`predict` with every GroupNorm that only a SiLU reads replaced by `group_norm_silu`, and how many those were.
 
     Raises:
@@ -270,7 +272,7 @@ def fused(predict: Predict, model: Callable[..., Any], x: Tensor, row: Tensor, c
             super().__init__()
             self.model = model  # so that its weights stay shared parameters
 
-        def forward(self, x: Tensor, row: Tensor, cond: Named) -> Tensor:
+        def forward(self, x: Tensor, row: Tensor, cond: TensorDict) -> Tensor:
             return predict(x, row, cond)
 
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ..errors import UserError
@@ -14,13 +16,23 @@ WHOLE_LOOP = 100  # steps up to which `auto` puts the whole loop into one graph:
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # torch.compile modes that capture CUDA graphs of their own
 
 
+class Mode(NamedTuple):
+    """The graph around the loop or its step, and the torch.compile mode of the step; None for neither."""
+
+    graph: str | None
+    compiled: str | None
+
+    def __str__(self) -> str:
+        compiled = "compile" if self.compiled == "default" else self.compiled
+        return "+".join(filter(None, (self.graph, compiled))) or "eager"
+
+
 def choose(device: torch.device, n: int, steps: int) -> tuple[str, str]:
     """The mode that `auto` is for n samples, and why."""
     if device.type == "cuda":
         whole = steps <= WHOLE_LOOP
-        return ("loop-graph", "step-graph")[
-            not whole
-        ], f"CUDA device, {steps} steps: one launch a {'run' if whole else 'step'}"
+        why = f"CUDA device, {steps} steps: one launch a {'run' if whole else 'step'}"
+        return "loop-graph" if whole else "step-graph", why
     if n * steps >= COMPILE_PAYS:
         try:
             compiler()
@@ -28,17 +40,12 @@ def choose(device: torch.device, n: int, steps: int) -> tuple[str, str]:
         except Unavailable as why:
             return "eager", f"{n} samples of {steps} steps would win the minute of compiling back, but {why}"
         return "compile", f"{n} samples of {steps} steps win the minute of compiling back"
-    return (
-        "eager",
-        (
-            f"{device.type} has no CUDA graphs, and a few images take less than compiling; mode='compile' is faster"
-            " after it"
-        ),
-    )
+    short = f"{device.type} has no CUDA graphs, and a few images take less than compiling"
+    return "eager", f"{short}; mode='compile' is faster after it"
 
 
-def parse_mode(mode: str, device: torch.device) -> tuple[str | None, str | None]:
-    """The graph and the torch.compile mode of `mode`, None for neither.
+def parse_mode(mode: str, device: torch.device) -> Mode:
+    """The mode of a name, such as `"step-graph+compile"`; `"auto"` is none yet, and so eager.
 
     Raises:
         ValueError: an unknown mode, a graph without CUDA, or a graph around a compile mode that captures its own.
@@ -63,4 +70,4 @@ def parse_mode(mode: str, device: torch.device) -> tuple[str | None, str | None]
         raise UserError(
             f"mode: got {mode!r}, which needs CUDA, and the model is on {device}; allowed here are eager, compile modes"
         )
-    return next(iter(graphs), None), next(iter(compiles), None)
+    return Mode(next(iter(graphs), None), next(iter(compiles), None))

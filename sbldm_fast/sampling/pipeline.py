@@ -17,7 +17,7 @@ from sbldm_fast.models import AutoencoderKL, SchedulerConfig, UNet2D
 
 from ..errors import UserError
 from .content import fingerprint
-from .noise import whole
+from .request import whole
 from .sampler import MAX_LOOPS, FastSampler
 
 SCHEDULERS: dict[str, Any] = {

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import traceback
-import warnings
-import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sbldm_fast.diffusion.table import NotLinear, SolverTable, prepared
+from sbldm_fast.diffusion.table import SolverTable
 
 from ..errors import NotFinite, TooLarge, UserError
-from . import variations
-from .content import addresses, behind, digest, fingerprint, survey
-from .loop import Callback, Loop, ModeFailed, Turn, broken, float32_precision
+from .loop import Callback, Loop, ModeFailed, broken
 from .memory import out_of_memory, what_fits
-from .model import Cond, evaluating, ours, predictor, ready
-from .modes import choose, parse_mode
-from .noise import Parts, Request, whole
+from .model import Cond, evaluating, ours, tensors_by_name
+from .modes import Mode, choose, parse_mode
+from .plan import Options, Plan
+from .precision import float32_precision
+from .request import Arguments, Batch, SampleRequest, seeds_and_noise, whole
+from .source import Source
 from .stepped import stepped
+from .turn import Turn
+from .variations import invert, noise_arc, noised
 
-STOPS = {"eps_norm": 0.05, "convergence": 1e-3, "x0_delta": 0.01}  # with the threshold of each
 MAX_LOOPS = 4  # batch sizes kept captured at a time
 
 
@@ -101,140 +101,36 @@ class FastSampler:
         tf32: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        # a pipeline, an inferer
-        if not callable(model) or (hasattr(model, "scheduler") and not isinstance(model, nn.Module)):
-            inside = next((f", its .{name}" for name in ("unet", "transformer", "prior") if hasattr(model, name)), "")
-            raise UserError(
-                f"model: got {type(model).__name__}, allowed is the network that it runs{inside}, or a function of x"
-                " and t"
-            )
-        if stop is not None and stop not in STOPS:
-            raise UserError(f"stop: got {stop!r}, allowed are {', '.join(STOPS)} and None")
-        if check_every < 1:
-            raise UserError(f"check_every: got {check_every}, allowed is 1 or more")
-        if threshold is not None and (stop is None or not threshold > 0):
-            raise UserError(
-                f"threshold: got {threshold}, allowed is above 0" + " and, without stop, None" * (stop is None)
-            )
-        self.stop, self.check_every, self.tf32 = stop, check_every, tf32
-        self.threshold = threshold if threshold is not None else STOPS[stop] if stop else 0.0
-        self.shape, self.eta, self.decode, self.fuse = tuple(whole("shape", s, 1) for s in shape), eta, decode, fuse
-        if not self.shape:
-            raise UserError("shape: got (), allowed is that of one sample, (C, H, W)")
-        self.counts, self.reason, self._captures = Counter[str](), "asked for", True
-        self.scheduler, self._asked, self._start = scheduler, steps, 0
-        self._mode, self._auto, self._dtype, self._device = mode, mode == "auto", dtype, torch.device(device or "cpu")
-        parameter = _first(model)
-        self.graph, self.compiled = parse_mode(mode, self._device if parameter is None else parameter.device)
-        # in half precision the sampler has weights of its own, and the caller's need not live
-        own = parameter is not None and dtype not in (None, parameter.dtype)
-        self._given: Callable[[], Any] = weakref.ref(model) if own else lambda: model
-        self._turn, self._loops, self._tails = Turn(), OrderedDict[Any, Loop](), OrderedDict[int, FastSampler]()
-        self._read(model)
-        self._made_of = self._content(model)
+        options = Options(tuple(shape), decode, fuse, stop, threshold, check_every, tf32)
+        self._auto, self.reason = mode == "auto", "asked for"
+        self._turn, self._loops, self.counts = Turn(), OrderedDict[Any, Loop](), Counter[str]()
+        self.source = Source(model, scheduler, steps, eta, dtype, torch.device(device or "cpu"), options, mode)
+        self._choose(1)
+        self.source.note()
 
-    def _read(self, model: Any) -> None:
-        """Make what a run needs of the model and the scheduler, as they are now."""
-        parameter = _first(model)
-        self.device = self._device if parameter is None else parameter.device
-        self.dtype = self._dtype or (torch.float32 if parameter is None else parameter.dtype)
-        parse_mode(self._mode, self.device)  # a graph stays on CUDA
-        if ours(model) and self.shape[:-2] != (channels := model.config.in_channels,):
-            raise UserError(f"shape: got {self.shape}, allowed for this model is ({channels}, H, W)")
-        self._solve()
-        self.model, self.layout = ready(model, self.dtype, self.device, len(self.shape))
-        self.predict = predictor(self.model)
-        self._load()
-        self._settings = fingerprint(self.scheduler)
+    @property
+    def plan(self) -> Plan:
+        """What a run is; a scheduler that no table describes has none, a `ValueError`."""
+        return self.source.plan_from(0)
 
-    def _solve(self) -> None:
-        """The scheduler's numbers: its table, or without one its timesteps."""
-        scheduler, table = self.scheduler, None
-        name = type(scheduler).__name__
-        if isinstance(scheduler, SolverTable):
-            if self.eta:
-                raise UserError(f"eta: got {self.eta}, allowed is 0 with a SolverTable, which has its own")
-            table = scheduler.from_step(self._start)
-        else:
-            try:
-                table = SolverTable.from_scheduler(scheduler, self._asked, eta=self.eta, start=self._start)
-            except NotLinear as why:
-                warnings.warn(f"{name} is stepped as it is, without a table: {why}", stacklevel=4)
-                if self.stop is not None or self._mode not in ("auto", "eager"):
-                    raise UserError(
-                        f"mode, stop: got {self._mode!r}, {self.stop!r}, allowed for {name} are 'eager', None"
-                    ) from why
-                self.timesteps: list[float] = prepared(scheduler, self._asked, self.eta).timesteps.tolist()
-                self.init_noise_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
-        if table is not None:
-            self.table = table
-        self.linear, self._solved = table is not None, fingerprint(table)
+    @property
+    def scheduler(self) -> Any:
+        """What was given as such; it may be changed or replaced."""
+        return self.source.scheduler
 
-    def _load(self) -> None:
-        """Put the table's numbers on the device."""
-        self._loops.clear()
-        if not self.linear:
-            self._loaded = self._solved
-            return
-        table = self.table
-        if self.stop is not None and not table.rows[:, :2].isfinite().all():
-            raise UserError(f"stop: got {self.stop!r}, allowed is None: this scheduler does not tell what x0 is")
-        self.timesteps, self.init_noise_sigma = table.timesteps.tolist(), table.init_noise_sigma
-        self.numbers = table.rows.to(self.device, torch.float32)
-        self.input_scale = (
-            None if bool((table.input_scale == 1).all()) else table.input_scale.to(self.device, torch.float32)
-        )
-        self.rows = self._rows()
-        # one pool for all batch sizes: replays follow on one another, and outputs are copied out before the next
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        self._loaded = self._solved
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self.source.scheduler = scheduler
 
-    def _rows(self) -> Tensor:
-        """What the model is given of time at each step."""
-        times = self.table.timesteps.to(
-            self.device, torch.float32 if self.table.timesteps.is_floating_point() else torch.int64
-        )
-        plain = torch.autocast(self.device.type, enabled=False)
-        with torch.no_grad(), plain, float32_precision(self.device, self.tf32):
-            return self.model.time_rows(times).to(self.dtype) if ours(self.model) else times
+    @property
+    def table(self) -> SolverTable:
+        """The solver's rows."""
+        return self.plan.table
 
-    def _content(self, model: Any) -> tuple[Any, ...]:
-        """What the sampler holds copies, addresses or traces of, as it is now; nothing where it calls the caller's
-        module itself."""
-        copied = self.compiled is not None or self.model is not model
-        if not (copied or self.graph or self.fuse):
-            first = _first(model)
-            return () if first is None else (first.device, first.dtype)
-        found, tensors = survey(*behind(model))
-        read = addresses([*tensors, *survey(*behind(self.decode))[1]]) if self.graph or self.fuse else []
-        return found, read, digest(tensors) if copied else 0
-
-    def _refresh(self) -> None:
-        """Make anew what was made of weights, modules or settings that have been changed since."""
-        if fingerprint(self.scheduler) != self._settings:
-            self._settings = ""
-            self._solve()  # a run of the caller's own moves a scheduler's counters: its table is what it was
-            if self._loaded != self._solved:
-                self._tails.clear()
-                self._load()
-            self._settings = fingerprint(self.scheduler)  # last: what is refused is refused again
-        model = self._given()
-        if model is None:  # nobody can change it
-            return
-        now = self._content(model)
-        if now == self._made_of:
-            return
-        self._tails.clear()
-        if len(now) == len(self._made_of) == 3 and self.graph and not self.compiled and now[:2] == self._made_of[:2]:
-            # a graph goes on reading where it read when it was recorded: what is a copy is written there again
-            anew = ready(model, self.dtype, self.device, len(self.shape))[0]
-            with torch.no_grad():
-                for mine, fresh in zip(survey([self.model])[1], survey([anew])[1], strict=True):
-                    mine.copy_(fresh)
-                self.rows.copy_(self._rows())
-        else:
-            self._read(model)
-        self._made_of = self._content(model)
+    @property
+    def timesteps(self) -> list[float]:
+        """The timestep of each step."""
+        return self.source.timesteps
 
     @property
     def steps(self) -> int:
@@ -242,13 +138,37 @@ class FastSampler:
         return len(self.timesteps)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        return self.source.options.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.source.network.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's arithmetic."""
+        return self.source.network.dtype
+
+    @property
     def mode(self) -> str:
-        """The mode that runs, also where `auto` was asked for."""
-        if self._auto and self.reason == "asked for" and self.linear:  # nothing has chosen yet
-            self._choose(1)
-        return (
-            "+".join(filter(None, (self.graph, "compile" if self.compiled == "default" else self.compiled))) or "eager"
-        )
+        """The mode that runs; where `auto` was asked for, the one that was chosen last, at first for one sample."""
+        return str(self.source.mode)
+
+    @property
+    def decode(self) -> Callable[[Tensor], Tensor] | None:
+        """Applied to the final latents; it may be replaced."""
+        return self.source.options.decode
+
+    @decode.setter
+    def decode(self, decode: Callable[[Tensor], Tensor] | None) -> None:
+        self._replan(replace(self.source.options, decode=decode), self.source.mode)
+
+    def _replan(self, options: Options, mode: Mode) -> None:
+        self._loops.clear()
+        self.source.replan(options, mode)
 
     def __call__(
         self,
@@ -269,7 +189,7 @@ class FastSampler:
             n: how many; or give `noise` or `indices`.
             seed: one for all samples, or one for each.
             noise: the starting noise `[n, *shape]` of unit variance; `init_noise_sigma` is applied inside.
-            indices: the samples' numbers in the noise of their seed; None: 0, 1, ... n - 1, and 0 under a list of
+            indices: the samples' places in the noise of their seed; None: 0, 1, ... n - 1, and 0 under a list of
                 seeds.
             cond: what the model is conditioned on, `[n, ...]`, or a mapping of such tensors that go in by name.
             uncond: the same for the unconditional pass of guidance; None: zeros.
@@ -282,55 +202,25 @@ class FastSampler:
             FloatingPointError: NaN or infinity, with step and samples.
             MemoryError: out of memory, with the largest batch that fits.
         """
-        return torch.cat(
-            list(
-                self.stream(
-                    n,
-                    seed=seed,
-                    noise=noise,
-                    indices=indices,
-                    cond=cond,
-                    uncond=uncond,
-                    guidance_scale=guidance_scale,
-                    callback=callback,
-                    batch_size=batch_size,
-                )
-            )
-        )
+        given = Arguments(seed=seed, noise=noise, indices=indices, cond=cond, uncond=uncond)
+        given |= Arguments(guidance_scale=guidance_scale, batch_size=batch_size)
+        return torch.cat(list(self.stream(n, callback=callback, **given)))
 
     def stream(
-        self,
-        n: int | None = None,
-        *,
-        seed: int | Sequence[int] = 0,
-        noise: Tensor | None = None,
-        indices: Sequence[int] | None = None,
-        cond: Cond = None,
-        uncond: Cond = None,
-        guidance_scale: float | Tensor | None = None,
-        callback: Callback | None = None,
-        batch_size: int | None = None,
+        self, n: int | None = None, *, callback: Callback | None = None, **arguments: Unpack[Arguments]
     ) -> Iterator[Tensor]:
         """The samples of a call, batch by batch as they are made; arguments and errors as there."""
-        asked = Request(
-            self.shape,
-            self.device,
-            n=n,
-            seed=seed,
-            noise=noise,
-            indices=indices,
-            cond=cond,
-            uncond=uncond,
-            guidance_scale=guidance_scale,
-            batch_size=batch_size,
-        )
-        if asked.conds and ours(self.model):
+        yield from self._stream(SampleRequest(self.shape, self.device, n, **arguments), callback)
+
+    def _stream(self, request: SampleRequest, callback: Callback | None, start: int = 0) -> Iterator[Tensor]:
+        """The samples of a request, by a run that begins with step `start`."""
+        if request.cond and ours(self.source.network.model):
             raise UserError("cond: got a value, allowed is None: this model is unconditional")
-        for numbers, parts in asked.batches(1.0):
-            with self.at_work(asked.count):
-                self.counts["samples"] += len(numbers)
-                self.counts["pads"] += asked.size - len(numbers)
-                made = self._batch(numbers, parts, callback)[: len(numbers)]
+        for batch in request.batches():
+            with self.at_work(request.count):
+                self.counts["samples"] += len(batch.places)
+                self.counts["pads"] += request.size - len(batch.places)
+                made = self._checked(batch, callback, start)[: len(batch.places)]
             yield made
 
     def trajectory(self, n: int, **arguments: Any) -> Tensor:
@@ -340,20 +230,34 @@ class FastSampler:
         Raises:
             ValueError: a `batch_size`: all samples of a trajectory are made at once; or a `callback`.
         """
-        return variations.trajectory(self, n, arguments)
+        for name, why in (
+            ("batch_size", "a trajectory is of one batch"),
+            ("callback", "a trajectory has one of its own"),
+        ):
+            if arguments.get(name) is not None:
+                raise UserError(f"{name}: got {arguments[name]}, allowed is None: {why}")
+        seen: list[Tensor] = []
+        self(n, **arguments | {"callback": lambda i, t, x: seen.append(x.clone())})
+        return torch.stack(seen)
 
     def interpolate(self, seeds: tuple[int, int], n: int, **arguments: Any) -> Tensor:
-        """n samples, from that of one seed to that of another, along the arc between their noises; arguments as in a
-        call.
-
-        `z(p) = (sin((1 - p) w) z_a + sin(p w) z_b) / sin w`, w the angle between z_a and z_b, p from 0 to 1.
-        Source: Shoemake 1985, doi:10.1145/325334.325242.
+        """n samples, from that of one seed to that of another, along the arc between their noises (`noise_arc`);
+        arguments as in a call.
 
         Raises:
             ValueError: not two seeds, n below 2, or a scheduler with noise in its steps, which would be of neither
                 seed.
         """
-        return variations.interpolate(self, seeds, n, arguments)
+        if len(seeds) != 2:
+            raise UserError(f"seeds: got {len(seeds)}, allowed are two")
+        with self.at_work():  # the scheduler as it is now
+            deterministic = self.source.linear and not self.table.stochastic
+        if not deterministic:
+            raise UserError(
+                "scheduler: got one with noise in its steps, allowed is a deterministic one, such as DDIM with eta 0"
+            )
+        first, last = (whole("seeds", seed, 0) for seed in seeds)
+        return self(noise=noise_arc((first, last), whole("n", n, 2), self.shape, self.device), **arguments)
 
     def from_latents(
         self,
@@ -362,6 +266,7 @@ class FastSampler:
         *,
         seed: int | Sequence[int] = 0,
         indices: Sequence[int] | None = None,
+        callback: Callback | None = None,
         **arguments: Any,
     ) -> Tensor:
         """Samples near `z` `[n, *shape]`: noise is added as far as the last `strength` of the steps can take away
@@ -373,18 +278,34 @@ class FastSampler:
         Raises:
             ValueError: a strength that is not in (0, 1], or a run that cannot start in its middle.
         """
-        return variations.from_latents(self, z, strength, seed, indices, arguments)
+        if not 0 < strength <= 1:
+            raise UserError(f"strength: got {strength}, allowed is above 0 up to 1")
+        x, seeds = seeds_and_noise(self.shape, self.device, None, seed, z, indices)
+        assert x is not None
+        with self.at_work():
+            start = self.source.start_for(strength)
+            noise = noised(self.source.plan_from(start), x, seeds)
+        request = SampleRequest(self.shape, self.device, noise=noise, seed=seed, indices=indices, **arguments)
+        return torch.cat(list(self._stream(request, callback, start)))
 
     def invert(self, z: Tensor, *, cond: Cond = None) -> Tensor:
-        """The noise of unit variance from which a deterministic run would have come to `z`, both `[n, *shape]`.
-
-        Step i backwards solves `x' = a_0 x + b_0 model(x, t_i)` for x by fixed-point iteration from x = x'. Source:
-        Song et al. 2021, arXiv:2010.02502, section 4.3; Pan et al. 2023, arXiv:2309.04907 for the iteration.
+        """The noise of unit variance from which a deterministic run would have come to `z`, both `[n, *shape]`, by
+        fixed-point iteration backwards (`variations.invert`).
 
         Raises:
             ValueError: a solver with history, noise or clipping.
         """
-        return variations.invert(self, z, cond)
+        with self.at_work():
+            if not self.source.linear:
+                raise UserError(
+                    "scheduler: got one with history or noise, allowed is a deterministic first-order one, such as DDIM"
+                )
+            x, _ = seeds_and_noise(self.shape, self.device, None, 0, z, None)
+            assert x is not None
+            given = self.source.network.cast(tensors_by_name(cond))
+            if given and ours(self.source.network.model):
+                raise UserError("cond: got a value, allowed is None: this model is unconditional")
+            return invert(self.plan, x, given)
 
     def stats(self) -> dict[str, int]:
         """Counts since construction.
@@ -395,103 +316,81 @@ class FastSampler:
         return {name: count for name, count in self.counts.items() if count}
 
     def _choose(self, n: int) -> None:
-        if self.compiled is None and self._captures:
-            mode, self.reason = choose(self.device, n, self.steps)
-            self.graph, self.compiled = parse_mode(mode, self.device)
-            if self.compiled is not None:
-                self._loops.clear()
+        """Where `auto` was asked for, choose the mode for n samples; what has been compiled stays."""
+        if self._auto and self.source.linear and self.source.mode.compiled is None:
+            name, self.reason = choose(self.device, n, self.steps)
+            if (mode := parse_mode(name, self.device)) != self.source.mode:
+                self._replan(self.source.options, mode)
 
     @contextmanager
     def at_work(self, n: int = 1) -> Iterator[None]:
         """Inside, one thread has the sampler, made anew where it has to be, and its model evaluates; `auto` chooses for
         n samples."""
         with self._turn, torch.inference_mode(False):  # or buffers would be of it, and of no use outside
-            if self._auto and self.linear:
-                self._choose(n)
-            self._refresh()
+            self._choose(n)
+            if self.source.refresh():
+                self._loops.clear()
             captures = self.counts["captures"]
-            with evaluating(self.model):
+            with evaluating(self.source.network.model):
                 yield
             if captures != self.counts["captures"]:  # which ran the model's Python, and may have moved its counters
-                self._made_of = self._content(self._given())
+                self.source.note()
 
-    def tail(self, strength: float) -> FastSampler:
-        """The sampler of the last `strength` of the steps, kept; it shares the model and the turn."""
-        with self.at_work():
-            asked = self.steps if isinstance(self.scheduler, SolverTable) else self._asked
-            start = (asked - max(int(asked * strength), 1)) * getattr(self.scheduler, "order", 1)
-            if start not in self._tails:
-                tail = copy.copy(self)
-                tail._start, tail._loops, tail._tails = start, OrderedDict(), OrderedDict()
-                if tail.linear:
-                    tail._solve()
-                if not tail.linear or not (tail.table.alpha[0] + tail.table.sigma[0]).isfinite():
-                    name = type(self.scheduler).__name__
-                    raise UserError(
-                        f"scheduler: got {name}, allowed to start from latents is one with add_noise and a table"
-                    )
-                tail._load()
-                if len(self._tails) == MAX_LOOPS:
-                    self._tails.popitem(last=False)
-                self._tails[start] = tail
-            self._tails[start].decode = self.decode
-            return self._tails[start]
+    def _checked(self, batch: Batch, callback: Callback | None, start: int) -> Tensor:
+        """What becomes of a batch; and the two ways in which it can go wrong: memory, and numbers that are none."""
+        sigma = self.source.init_noise_sigma(start)
+        x = (batch.x * sigma).to(self.device)
+        batch = replace(batch, x=x, seeds=batch.seeds.to(self.device), cond=self.source.network.cast(batch.cond))
+        places = batch.places
 
-    def cast(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A conditioning where the model is, numbers that are not whole in its dtype."""
-        return {k: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for k, v in cond.items()}
+        def run(batch: Batch, callback: Callback | None) -> Tensor:
+            return self._run(batch, callback, start)
 
-    def _batch(self, numbers: range, parts: Parts, callback: Callback | None) -> Tensor:
-        """One batch, the samples `numbers` of the call and padding; and the two ways in which it can go wrong."""
-        x, seeds, cond, guidance = parts
-        parts = (x * self.init_noise_sigma).to(self.device), seeds.to(self.device), self.cast(cond), guidance
         try:
-            out = self._made(parts, len(numbers), callback)
+            out = run(batch, callback)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # what the failed attempt still holds
-            raise TooLarge(what_fits(self._loops.clear, self._made, self.decode, parts)) from error
-        if bad := broken(out[: len(numbers)]):
+            raise TooLarge(what_fits(self._loops.clear, run, self.decode, batch)) from error
+        if bad := broken(out[: len(places)]):
 
-            def name(i: int, t: float, x: Tensor) -> None:
-                if at := broken(x[: len(numbers)]):
+            def name_step(i: int, t: float, x: Tensor) -> None:
+                if at := broken(x[: len(places)]):
                     raise NotFinite(
-                        f"model: NaN or infinity at step {i} (timestep {t:g}) in samples {[numbers[k] for k in at]}"
+                        f"model: NaN or infinity at step {i} (timestep {t:g}) in samples {[places[k] for k in at]}"
                     )
 
-            self._made(parts, len(numbers), name)
-            raise NotFinite(f"decode: NaN or infinity in samples {[numbers[k] for k in bad]}, whose latents are finite")
+            run(batch, name_step)
+            raise NotFinite(f"decode: NaN or infinity in samples {[places[k] for k in bad]}, whose latents are finite")
         return out
 
-    def _made(self, parts: Parts, real: int, callback: Callback | None) -> Tensor:
-        x, seeds, cond, guidance = parts
-        if not self.linear:
+    def _run(self, batch: Batch, callback: Callback | None, start: int) -> Tensor:
+        if not self.source.linear:
             self.counts["fallbacks"] += 1
-            with torch.no_grad(), float32_precision(self.device, self.tf32):
-                x = stepped(self._predict_at, self.scheduler, self._asked, self.eta, parts, callback)
+            source = self.source
+            with torch.no_grad(), float32_precision(self.device, source.options.tf32):
+                x = stepped(source.network, source.scheduler, source.steps, source.eta, batch, callback)
                 return x if self.decode is None else self.decode(x).clone()
-        autocast = torch.is_autocast_enabled(self.device.type)
-        key = (len(x), guidance is not None, autocast, *((name, tuple(v.shape), v.dtype) for name, v in cond.items()))
-        if key not in self._loops and len(self._loops) == MAX_LOOPS:
-            self._loops.popitem(last=False)
-            self.counts["evictions"] += 1
         try:
-            if key not in self._loops:
-                self._loops[key] = Loop(self, len(x), cond, guidance is not None)
-            self._loops.move_to_end(key)
-            return self._loops[key].run(x, seeds, cond, guidance, real, callback)
+            return self._loop(batch, start).run(batch, callback)
         except ModeFailed as failure:
             if not self._auto:
                 raise
-            self.graph, self.compiled, self.reason, self._captures = None, None, f"eager: {failure}", False
-            self._loops.clear()
-            return self._made(parts, real, callback)
+            self._auto, self.reason = False, f"eager: {failure}"
+            self._replan(self.source.options, Mode(None, None))
+            return self._run(batch, callback, start)
 
-    def _predict_at(self, h: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        row = self.model.time_rows(t).to(self.dtype) if ours(self.model) else t
-        return self.predict(h.to(self.dtype), row, cond).float()
-
-
-def _first(model: Any) -> Tensor | None:
-    return next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    def _loop(self, batch: Batch, start: int) -> Loop:
+        """The loop for batches of this size and conditioning, kept."""
+        kinds = ((name, tuple(v.shape), v.dtype) for name, v in batch.cond.items())
+        guided, autocast = batch.guidance is not None, torch.is_autocast_enabled(self.device.type)
+        key = (start, len(batch.x), guided, autocast, *kinds)
+        if key not in self._loops:
+            if len(self._loops) == MAX_LOOPS:
+                self._loops.popitem(last=False)
+                self.counts["evictions"] += 1
+            loop = Loop(self.source.plan_from(start), len(batch.x), batch.cond, guided, self.counts)
+            self._loops[key], self.reason = loop, self.reason + loop.remark
+        self._loops.move_to_end(key)
+        return self._loops[key]

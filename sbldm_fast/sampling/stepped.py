@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,46 +14,54 @@ from sbldm_fast.diffusion.table import prepared, scaled_input, scheduler_step
 
 from ..errors import NotFinite, UserError
 from .loop import Callback
-from .noise import Parts, draw
+from .noise import draw
+from .plan import Network
+from .request import Batch
 
 
-def of_both(seed: int, number: int) -> int:
+def of_both(seed: int, index: int) -> int:
     """One number from a sample's two, spread over all its bits: a generator on a CPU takes the lower half alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7])
+    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:7])
 
 
 def stepped(
-    predict: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
+    network: Network,
     scheduler: Any,
     steps: int,
     eta: float | None,
-    parts: Parts,
+    batch: Batch,
     callback: Callback | None,
 ) -> Tensor:
-    """x after the scheduler's own steps; `predict` gets the timestep `[1]`, and the loop is the caller's `no_grad`.
+    """x after the scheduler's own steps; the loop is the caller's `no_grad`.
 
     Noise is each sample's own: a step that takes it, as `variance_noise`, gets ours; where it draws, each sample is
-    stepped by a copy of the scheduler with a generator of its seed and number.
+    stepped by a copy of the scheduler with a generator of its seed and index.
 
     Raises:
         ValueError: the scheduler's step fails on this model's output.
         FloatingPointError: the scheduler makes NaN or infinity of finite numbers.
     """
-    x, seeds, cond, guidance = parts
+
+    def predict(h: Tensor, t: Tensor) -> Tensor:
+        return network.predict(h.to(network.dtype), network.time_rows(t), batch.cond).float()
+
+    x, guidance = batch.x, batch.guidance
     name, shape, own = type(scheduler).__name__, tuple(x.shape[1:]), prepared(scheduler, steps, eta)
     takes = inspect.signature(own.step).parameters
     size = 1 if "generator" in takes and "variance_noise" not in takes else len(x)
     copies = [copy.deepcopy(own) for _ in range(len(x) // size)]
-    generators = [torch.Generator(x.device).manual_seed(of_both(*pair)) for pair in seeds.tolist()]
+    generators = [torch.Generator(x.device).manual_seed(of_both(*pair)) for pair in batch.seeds.tolist()]
     times = own.timesteps.to(x.device)
     for i, t in enumerate(own.timesteps):
         h = torch.cat([scaled_input(one, part, t) for one, part in zip(copies, x.split(size), strict=True)])
         if guidance is None:
-            m = predict(h, times[i : i + 1], cond)
+            m = predict(h, times[i : i + 1])
         else:
-            m_u, m_c = predict(torch.cat([h, h]), times[i : i + 1], cond).chunk(2)
+            m_u, m_c = predict(torch.cat([h, h]), times[i : i + 1]).chunk(2)
             m = m_u + guidance.to(x.device).reshape(-1, *[1] * len(shape)) * (m_c - m_u)
-        noise: list[Any] = [draw(seeds.cpu(), shape, x.device, i + 1)] if "variance_noise" in takes else generators
+        noise: list[Any] = (
+            [draw(batch.seeds.cpu(), shape, x.device, i + 1)] if "variance_noise" in takes else generators
+        )
         try:
             after = torch.cat(
                 [

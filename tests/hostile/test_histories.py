@@ -31,7 +31,8 @@ UNET = UNetConfig(
 )
 HISTORIES, LENGTH = (1000, 12) if os.environ.get("SBLDM_FAST_FUZZ") == "nightly" else (12, 8)
 loop = importlib.import_module("sbldm_fast.sampling.loop")
-sampler_module = importlib.import_module("sbldm_fast.sampling.sampler")
+source_module = importlib.import_module("sbldm_fast.sampling.source")
+Mode = importlib.import_module("sbldm_fast.sampling.modes").Mode
 
 
 class Small(nn.Module):
@@ -122,9 +123,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         return work
 
     monkeypatch.setattr(loop, "capture", record)
-    real = sampler_module.parse_mode
+    real = source_module.parse_mode
     monkeypatch.setattr(
-        sampler_module, "parse_mode", lambda mode, device: (mode, None) if "graph" in mode else real(mode, device)
+        source_module, "parse_mode", lambda mode, device: Mode(mode, None) if "graph" in mode else real(mode, device)
     )
 
 

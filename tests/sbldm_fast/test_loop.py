@@ -21,7 +21,7 @@ from sbldm_fast import (
     UNetConfig,
     VAEConfig,
 )
-from sbldm_fast.sampling.loop import Turn
+from sbldm_fast.sampling.turn import Turn
 
 UNET = UNetConfig(
     sample_size=8,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sbldm_fast import DDIMScheduler, FastSampler
-from sbldm_fast.sampling.model import _nested, evaluating, named
+from sbldm_fast.sampling.model import _nested, evaluating, tensors_by_name
 
 SHAPE = (4, 8, 8)
 
@@ -186,7 +186,7 @@ def test_what_lies_inside_another_mapping_reaches_the_model_there() -> None:
         alone = make(lambda x, t, at=at: guided(x, t, at))(indices=range(3)[at], seed=1)
         assert relative(got[at], alone) < 1e-5
     many = [torch.full((2,), float(i)) for i in range(11)]
-    taken = _nested(named({"a": {"b": many}, "c": np.ones(2)}))
+    taken = _nested(tensors_by_name({"a": {"b": many}, "c": np.ones(2)}))
     assert all(torch.equal(x, y) for x, y in zip(taken["a"]["b"], many, strict=True))
     assert isinstance(taken["a"]["b"], tuple)
     assert torch.equal(taken["c"], torch.ones(2, dtype=torch.float64))
@@ -265,7 +265,7 @@ def test_names_that_would_be_taken_for_others_are_refused(cond: Any, message: st
 
 
 def test_a_mapping_of_numbers_stays_a_mapping() -> None:
-    taken = _nested(named({"a": {"0": torch.ones(2)}, "b": [torch.ones(2)]}))
+    taken = _nested(tensors_by_name({"a": {"0": torch.ones(2)}, "b": [torch.ones(2)]}))
     assert (type(taken["a"]), type(taken["b"])) == (dict, tuple)
 
 

@@ -47,6 +47,7 @@ VAE = VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), l
 module = importlib.import_module("sbldm_fast.sampling.sampler")
 modes = importlib.import_module("sbldm_fast.sampling.modes")
 loop = importlib.import_module("sbldm_fast.sampling.loop")
+precision = importlib.import_module("sbldm_fast.sampling.precision")
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def graphed(model: Any, sched: Any, graph: str, **arguments: Any) -> FastSampler:
         sampler = FastSampler(model, sched, **({"shape": SHAPE, "steps": 6, "mode": "eager"} | arguments))
-        sampler.graph = graph  # the constructor rightly refuses it on a CPU
+        # the constructor rightly refuses it on a CPU
+        sampler._replan(sampler.source.options, modes.Mode(graph, None))
         return sampler
 
     return graphed
@@ -293,11 +295,11 @@ def test_float32_is_float32_inside_and_what_it_was_outside(
     try:
         cuda = torch.device("cuda")
         for asked in (True, False):
-            with pytest.raises(RuntimeError, match="out"), loop.float32_precision(cuda, asked):  # noqa: PT012
+            with pytest.raises(RuntimeError, match="out"), precision.float32_precision(cuda, asked):  # noqa: PT012
                 assert settings() == (asked, "high" if asked else "highest")
                 raise RuntimeError("out")
             assert settings() == (convolutions, products)
-            with loop.float32_precision(torch.device("cpu"), asked):
+            with precision.float32_precision(torch.device("cpu"), asked):
                 assert settings() == (convolutions, products), "of CUDA alone"
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -306,7 +308,7 @@ def test_float32_is_float32_inside_and_what_it_was_outside(
 def test_float32_is_float32_where_pytorchs_newer_names_are_used() -> None:
     code = (
         "import torch\n"
-        "from sbldm_fast.sampling.loop import float32_precision\n"
+        "from sbldm_fast.sampling.precision import float32_precision\n"
         "conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul\n"
         "conv.fp32_precision = matmul.fp32_precision = 'ieee'\n"
         "with float32_precision(torch.device('cuda'), True):\n"
@@ -571,7 +573,10 @@ def test_rows_of_time_are_the_embedding_of_each_step(unet: UNet2D) -> None:
     with torch.no_grad():
         for i, t in enumerate(sampler.timesteps):
             torch.testing.assert_close(
-                sampler.predict(x, sampler.rows[i : i + 1], {}), unet(x, int(t)), rtol=1e-5, atol=1e-5
+                sampler.plan.network.predict(x, sampler.plan.time_rows[i : i + 1], {}),
+                unet(x, int(t)),
+                rtol=1e-5,
+                atol=1e-5,
             )
 
 
@@ -917,7 +922,7 @@ def pipeline() -> Pipeline:
 def test_a_pipeline_notices_new_weights_and_shares_the_old(pipeline: Pipeline) -> None:
     before = pipeline.sample(1, steps=2)
     shared = {p.data_ptr() for p in pipeline.unet.parameters()}
-    own = [p for p in pipeline.sampler(2).model.parameters() if p.data_ptr() not in shared]
+    own = [p for p in pipeline.sampler(2).source.network.model.parameters() if p.data_ptr() not in shared]
     assert len(own) == 1, "the transposed convolution alone"
     with torch.no_grad():
         pipeline.unet.conv_out.weight.mul_(2)
