@@ -1,7 +1,7 @@
 """Trained models to ONNX, for ONNX Runtime and TensorRT."""
 
-from .check import check
-from .graphs import export
+from .exporter import export
 from .ort import ORTSampler
+from .verify import check
 
 __all__ = ["ORTSampler", "check", "export"]

@@ -14,7 +14,7 @@ from sbldm_fast.sampling.pipeline import BUNDLED
 
 
 def load(folder: str) -> tuple[Pipeline | nn.Module, dict[str, Any]]:
-    """A pipeline, or the UNet of a diffusers pipeline folder, and what `export` is to know of it: licence, or shape and
+    """A pipeline, or the UNet of a diffusers pipeline folder, and what `export` is to know of it: license, or shape and
     scheduler.
 
     Raises:
@@ -25,7 +25,7 @@ def load(folder: str) -> tuple[Pipeline | nn.Module, dict[str, Any]]:
         read_json(where / "model_index.json") if (where / "model_index.json").is_file() else {"_class_name": "Pipeline"}
     )
     if parts.get("_class_name") == "Pipeline":
-        return Pipeline.from_pretrained(folder), {"licence": parts["license"]} if "license" in parts else {}
+        return Pipeline.from_pretrained(folder), {"license": parts["license"]} if "license" in parts else {}
     if parts.get("unet") != ["diffusers", "UNet2DModel"]:
         raise UserError(
             f"{folder}: got a pipeline of {parts.get('unet')}, allowed are ours and diffusers' with a UNet2DModel"

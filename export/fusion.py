@@ -21,7 +21,7 @@ def nodes(graph: Any) -> Iterator[Any]:
                 yield from nodes(attribute.g)
 
 
-def external(model: Any) -> bool:
+def has_external_data(model: Any) -> bool:
     """Whether any tensor of a model, however deep, is in another file."""
     import onnx
 
@@ -45,7 +45,7 @@ def quiet(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def fused(data: bytes) -> tuple[bytes, int]:
+def fuse_group_norms(data: bytes) -> tuple[bytes, int]:
     """A graph of opset 18 for CUDA, and how many group norms of it are fused (compiled, not run: `NhwcConv` has no CPU
     kernel).
 

@@ -20,8 +20,8 @@ from .fusion import quiet
 WIDE = 128
 
 
-def quantised(data: bytes, feeds: Sequence[dict[str, np.ndarray]]) -> bytes:
-    """The graph with quantisation around its wide convolutions; `feeds` are inputs to calibrate the ranges on.
+def quantize(data: bytes, feeds: Sequence[dict[str, np.ndarray]]) -> bytes:
+    """The graph with quantization around its wide convolutions; `feeds` are inputs to calibrate the ranges on.
 
     Raises:
         ValueError: the graph has no wide convolution.

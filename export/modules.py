@@ -14,7 +14,8 @@ autoencoder stay in float32: float16 overflows in the first two (65,504) and lea
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -32,21 +33,8 @@ from sbldm_fast.sampling.model import TensorDict, phase_upsampling, predictor
 Tensors = dict[str, Tensor]
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, GroupNormSiLU)
 _ATTENTION = F.scaled_dot_product_attention
-_WIDE = (
-    F.group_norm,
-    F.layer_norm,
-    F.rms_norm,
-    F.instance_norm,
-    F.batch_norm,
-    F.softmax,
-    torch.rms_norm,
-    torch.group_norm,
-    torch.layer_norm,
-    torch.instance_norm,
-    torch.batch_norm,
-    torch.softmax,
-    Tensor.softmax,
-)
+_NORMALIZATIONS = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm", "softmax")
+_WIDE = (Tensor.softmax, *(getattr(module, name) for module in (F, torch) for name in _NORMALIZATIONS))
 
 
 class Float32Islands(TorchFunctionMode):
@@ -95,7 +83,7 @@ def _softmax(x: Tensor, dim: int) -> Tensor:
     return torch.softmax(x.float(), dim=dim).to(x.dtype)
 
 
-def narrowed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in `dtype` whose norms keep float32 weights."""
     model = nn.Module.to(copy.deepcopy(model).float().eval(), dtype)  # not diffusers' own, which warns
     for module in model.modules():
@@ -145,12 +133,12 @@ class UNetGraph(nn.Module):
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.model = narrowed(phase_upsampling(model) if isinstance(model, UNet2D) else model, dtype)
+        self.model = cast_weights(phase_upsampling(model) if isinstance(model, UNet2D) else model, dtype)
         self.predict = predictor(self.model, each=True)
 
     def forward(self, given: Tensors) -> Tensors:
         with Float32Islands():
-            return {"prediction": self.at(given["x"], self.row(given["t"]), conditioning(given, "cond"))}
+            return {"prediction": self.at(given["x"], self.row(given["t"]), inputs_named(given, "cond"))}
 
     def row(self, t: Tensor) -> Tensor:
         """What `at` takes for timesteps `[N]`: all scales and shifts of a `UNet2D`, else the timesteps."""
@@ -163,12 +151,12 @@ class UNetGraph(nn.Module):
         ).float()
 
 
-def conditioned(prefix: str, key: str) -> str:
+def input_name(prefix: str, key: str) -> str:
     """The name of an input: `cond`, or `cond_NAME` of a conditioning that the model knows by name."""
     return f"{prefix}_{key}" if key else prefix
 
 
-def conditioning(given: Tensors, prefix: str) -> TensorDict:
+def inputs_named(given: Tensors, prefix: str) -> TensorDict:
     """The inputs of a prefix, by the names that the model knows."""
     return {
         k.removeprefix(prefix).removeprefix("_"): v
@@ -213,7 +201,7 @@ class StepGraph(nn.Module):
         return y, history
 
     def _guided(self, h: Tensor, row: Tensor, given: Tensors) -> Tensor:
-        cond, uncond = conditioning(given, "cond"), conditioning(given, "uncond")
+        cond, uncond = inputs_named(given, "cond"), inputs_named(given, "uncond")
         if not cond:
             return self.unet.at(h, row, {})
         both = self.unet.at(torch.cat([h, h]), row, {k: torch.cat([uncond[k], v]) for k, v in cond.items()})
@@ -259,7 +247,10 @@ class EncoderGraph(nn.Module):
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
         super().__init__()
         layers, self.dtype, self.scaling_factor = list(vae.encoder), dtype, vae.config.scaling_factor
-        self.first, self.last = narrowed(Chain(*layers[:-2]), dtype), narrowed(Chain(*layers[-2:]), torch.float32)
+        self.first, self.last = (
+            cast_weights(Chain(*layers[:-2]), dtype),
+            cast_weights(Chain(*layers[-2:]), torch.float32),
+        )
 
     def forward(self, given: Tensors) -> Tensors:
         with Float32Islands():
@@ -275,47 +266,51 @@ class DecoderGraph(nn.Module):
         super().__init__()
         layers, self.dtype, self.scaling_factor = list(vae.decoder), dtype, vae.config.scaling_factor
         cut = 1 + max((i for i, layer in enumerate(layers) if isinstance(layer, nn.ConvTranspose2d)), default=-1)
-        self.first, self.last = narrowed(Chain(*layers[:cut]), dtype), narrowed(Chain(*layers[cut:]), torch.float32)
+        self.first, self.last = (
+            cast_weights(Chain(*layers[:cut]), dtype),
+            cast_weights(Chain(*layers[cut:]), torch.float32),
+        )
 
     def forward(self, given: Tensors) -> Tensors:
         with Float32Islands():
             return {"image": self.last(self.first((given["z"] / self.scaling_factor).to(self.dtype)).float()).tanh()}
 
 
-def norms(module: nn.Module, given: Tensors) -> int:
-    """How many group norms a run of a module computes."""
-    found: list[nn.Module] = []
-    handles = [
-        m.register_forward_hook(lambda m, *_: found.append(m))
-        for m in module.modules()
-        if isinstance(m, nn.GroupNorm | GroupNormSiLU)
-    ]
+@contextmanager
+def _hooks(modules: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Forward hooks that are gone after the block."""
+    handles = [module.register_forward_hook(hook) for module, hook in modules]
     try:
-        module(given)
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def count_norms(module: nn.Module, given: Tensors) -> int:
+    """How many group norms a run of a module computes."""
+    found: list[nn.Module] = []
+
+    def hook(norm: nn.Module, *_: Any) -> None:
+        found.append(norm)
+
+    with _hooks((m, hook) for m in module.modules() if isinstance(m, nn.GroupNorm | GroupNormSiLU)):
+        module(given)
     return len(found)
 
 
-def first_not_finite(module: nn.Module, call: Callable[[], Any]) -> str:
+def find_not_finite(module: nn.Module, call: Callable[[], Any]) -> str:
     """The name of the first submodule whose output is NaN or infinite in a run, or ''."""
     found: list[str] = []
 
     def look(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, out: Any) -> None:
             tensors = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
-            if not found and not all(t.isfinite().all() for t in tensors):
+            if not all(t.isfinite().all() for t in tensors):
                 found.append(name)
 
         return hook
 
-    handles = [
-        m.register_forward_hook(look(name)) for name, m in module.named_modules() if name and not list(m.children())
-    ]
-    try:
+    with _hooks((m, look(name)) for name, m in module.named_modules() if name and not list(m.children())):
         call()
-    finally:
-        for handle in handles:
-            handle.remove()
     return found[0] if found else ""

@@ -16,15 +16,15 @@ from sbldm_fast.sampling.model import Cond
 from sbldm_fast.sampling.noise import draw
 from sbldm_fast.sampling.request import Batch, SampleRequest
 
-from .fusion import external, fused
-from .manifest import MANIFEST, manifest_of, misdescribed, verified
-from .modules import Solver, conditioned, table_inputs
+from .fusion import fuse_group_norms, has_external_data
+from .manifest import MANIFEST, Manifest, find_misdescribed, read_manifest
+from .modules import Solver, input_name, table_inputs
 
 Given = Cond | np.ndarray | Mapping[str, np.ndarray]  # what a caller gives
 CPU = ("CPUExecutionProvider",)
 
 
-def runtime() -> Any:
+def import_runtime() -> Any:
     """The onnxruntime package.
 
     Raises:
@@ -38,26 +38,26 @@ def runtime() -> Any:
     return onnxruntime
 
 
-def parsed(data: bytes) -> Any:
+def parse_graph(data: bytes) -> Any:
     """An ONNX graph in memory.
 
     Raises:
         ValueError: it is no graph, or refers to other files; onnx or onnxruntime is not installed.
     """
-    runtime()
+    import_runtime()
     import onnx
 
     try:
         model = onnx.load_model_from_string(data)
     except Exception:  # protobuf's own class
         raise UserError("not an ONNX graph") from None
-    if external(model):
+    if has_external_data(model):
         raise UserError("the graph refers to other files, allowed is one in a single file")
     return model
 
 
 @contextmanager
-def named(what: str) -> Iterator[None]:
+def translate_errors(what: str) -> Iterator[None]:
     """ONNX Runtime's errors in the block, whose classes are private, as one."""
     try:
         yield
@@ -65,23 +65,45 @@ def named(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {(str(failure).strip() or type(failure).__name__).splitlines()[0]}") from failure
 
 
-def session(data: bytes, providers: Sequence[Any] = CPU) -> Any:
+def open_session(data: bytes, providers: Sequence[Any] = CPU) -> Any:
     """An ONNX Runtime session of a graph in memory, with as many threads as PyTorch has.
 
     Raises:
         ValueError: onnxruntime is not installed, has not got a provider, or refuses the graph; the graph refers to
             other files.
     """
-    onnxruntime = runtime()
-    parsed(data)
+    onnxruntime = import_runtime()
+    parse_graph(data)
     here = onnxruntime.get_available_providers()
     if missing := [p for p in (p if isinstance(p, str) else p[0] for p in providers) if p not in here]:
         raise UserError(f"providers: got {missing[0]}, allowed on this machine are {', '.join(here)}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # its warnings are about what it folded
-    with named("ONNX Runtime refuses the graph"):
+    with translate_errors("ONNX Runtime refuses the graph"):
         return onnxruntime.InferenceSession(data, options, providers=list(providers))
+
+
+def _providers(providers: Sequence[Any] | None) -> list[tuple[str, dict[str, Any]]]:
+    """The providers of ONNX Runtime with their options; None: CUDA if it is there, then the CPU."""
+    if providers is None:
+        # without TF32, so that float32 means float32
+        cuda = [("CUDAExecutionProvider", {"use_tf32": "0"})]
+        here = import_runtime().get_available_providers()
+        return [*(cuda if cuda[0][0] in here else []), ("CPUExecutionProvider", {})]
+    if not providers:
+        raise UserError("providers: got none, allowed is one or more, or None")
+    return [(p, {}) if isinstance(p, str) else (p[0], p[1]) for p in providers]
+
+
+def _open(manifest: Manifest, name: str, providers: Sequence[Any], fuse: bool) -> Any:
+    """A session of a graph that is the one that was written."""
+    path, data = manifest.folder / f"{name}.onnx", manifest.read_graph(name)
+    with translate_errors(str(path)):
+        model = parse_graph(data)
+    if other := find_misdescribed(model, manifest.graphs[name]):
+        raise UserError(f"{path}: its {other} are not those in {MANIFEST}: export again")
+    return open_session(fuse_group_norms(data)[0] if fuse else data, providers)
 
 
 class ORTSampler:
@@ -95,7 +117,7 @@ class ORTSampler:
     measured it yet.
 
     Args:
-        folder: what `export` wrote; every file is checked against its sha256.
+        folder: what `export` wrote, or its manifest; every file is checked against its sha256.
         providers: of ONNX Runtime, by name or with options; None: CUDA if it is there, without TF32, then the CPU.
         mode: one of the above.
         cuda_graph: let the CUDA provider capture `step`.
@@ -107,60 +129,38 @@ class ORTSampler:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | Manifest,
         *,
         providers: Sequence[Any] | None = None,
         mode: str = "step",
         cuda_graph: bool = False,
         fuse: bool = False,
     ) -> None:
-        folder = Path(folder)
         if mode not in ("step", "sampler"):
             raise UserError(f"mode: got {mode!r}, allowed are step, sampler")
-        self.manifest, self.table = manifest_of(folder)
-        self.mode = mode
-        onnxruntime = runtime()
-        if providers is None:
-            here = onnxruntime.get_available_providers()
-            # without TF32, so that float32 means float32
-            cuda = [("CUDAExecutionProvider", {"use_tf32": "0"})] if "CUDAExecutionProvider" in here else []
-            providers = [*cuda, "CPUExecutionProvider"]
-        if not providers:
-            raise UserError("providers: got none, allowed is one or more, or None")
-        first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        manifest = folder if isinstance(folder, Manifest) else read_manifest(Path(folder))
+        providers = _providers(providers)
+        first, options = providers[0]
+        self.manifest, self.table, self.mode, self.graph = manifest.content, manifest.table, mode, cuda_graph
         self.device = "cuda" if first == "CUDAExecutionProvider" else "cpu"
-        if fuse and (self.device != "cuda" or self.manifest["target"] != "ort"):
-            raise UserError(
-                f"fuse: got True for {first} and {self.manifest['target']!r}, allowed is CUDAExecutionProvider and"
-                " 'ort'"
-            )
-        if cuda_graph and (self.device != "cuda" or self.mode != "step"):
-            raise UserError(
-                f"cuda_graph: got True for {first} and {self.mode!r}, allowed is CUDAExecutionProvider and 'step'"
-            )
-        graphs = self.manifest["graphs"]
-        if missing := [
-            n for n in (self.mode, "vae_decoder" if self.manifest["decodes"] else self.mode) if n not in graphs
-        ]:
-            raise UserError(f"{folder / MANIFEST}: got no graph {missing[0]}, allowed is one with it: export again")
-        options = {} if isinstance(providers[0], str) else providers[0][1]
-        captured = [(first, options | {"enable_cuda_graph": "1"}), *providers[1:]] if cuda_graph else providers
-        self.graph = cuda_graph
-
-        def opened(name: str, providers: Sequence[Any]) -> Any:
-            data = verified(folder, f"{name}.onnx", graphs[name])
-            with named(str(folder / f"{name}.onnx")):
-                model = parsed(data)
-            if other := misdescribed(model, graphs[name]):
-                raise UserError(f"{folder / name}.onnx: its {other} are not those in {MANIFEST}: export again")
-            return session(fused(data)[0] if fuse else data, providers)
-
         self.device_id = int(options.get("device_id", 0))
-        self.run = opened(self.mode, captured)
-        self.decoder = opened("vae_decoder", providers) if self.mode == "step" and self.manifest["decodes"] else None
+        target = self.manifest["target"]
+        if fuse and (self.device != "cuda" or target != "ort"):
+            raise UserError(f"fuse: got True for {first} and {target!r}, allowed is CUDAExecutionProvider and 'ort'")
+        if cuda_graph and (self.device != "cuda" or mode != "step"):
+            raise UserError(
+                f"cuda_graph: got True for {first} and {mode!r}, allowed is CUDAExecutionProvider and 'step'"
+            )
+        captured = [(first, options | {"enable_cuda_graph": "1"}), *providers[1:]] if cuda_graph else providers
+        decodes = mode == "step" and self.manifest["decodes"]
+        if missing := [n for n in (mode, *(["vae_decoder"] if decodes else [])) if n not in manifest.graphs]:
+            path = manifest.folder / MANIFEST
+            raise UserError(f"{path}: got no graph {missing[0]}, allowed is one with it: export again")
+        self.run = _open(manifest, mode, captured, fuse)
+        self.decoder = _open(manifest, "vae_decoder", providers, fuse) if decodes else None
         self.solver = Solver.of(self.table)
         self.shape = tuple(self.manifest["latent_shape"])
-        size = graphs[self.mode]["inputs"]["x"]["shape"][0]
+        size = manifest.graphs[mode]["inputs"]["x"]["shape"][0]
         self.batch: int | None = size if isinstance(size, int) else None
         self._loop: _Loop | None = None
 
@@ -218,7 +218,7 @@ class ORTSampler:
                 f" {wanted}"
             )
         for batch in asked.batches():
-            out = self._made(self._inputs(batch), callback)[: len(batch.places)]
+            out = self._run_batch(self._inputs(batch), callback)[: len(batch.places)]
             finite = np.isfinite(out).all(axis=tuple(range(1, out.ndim)))
             if not finite.all():
                 broken = [batch.places[i] for i in np.flatnonzero(~finite)]
@@ -231,18 +231,18 @@ class ORTSampler:
         if self.solver.stochastic:
             given["noise"] = torch.stack([draw(seeds, self.shape, x.device, i + 1) for i in range(self.solver.steps)])
         for key, both in batch.cond.items():
-            given[conditioned("uncond", key)], given[conditioned("cond", key)] = both.chunk(2)
+            given[input_name("uncond", key)], given[input_name("cond", key)] = both.chunk(2)
         if guidance is not None:
             given["guidance_scale"] = guidance
         kinds = self.manifest["graphs"][self.mode]["inputs"]
         # a buffer takes whatever bytes it is given
         return {k: np.ascontiguousarray(v.detach().cpu().numpy(), dtype=kinds[k]["dtype"]) for k, v in given.items()}
 
-    def _made(
+    def _run_batch(
         self, given: dict[str, np.ndarray], callback: Callable[[int, float, np.ndarray], None] | None
     ) -> np.ndarray:
         if self.mode == "sampler":
-            with named("sampler.onnx"):
+            with translate_errors("sampler.onnx"):
                 out: np.ndarray = self.run.run(None, given)[0]
             return out
         if self._loop is None:
@@ -253,7 +253,7 @@ class ORTSampler:
         bound = self.decoder.io_binding()
         bound.bind_ortvalue_input("z", latent)
         bound.bind_output("image", "cpu")
-        with named("vae_decoder.onnx"):
+        with translate_errors("vae_decoder.onnx"):
             self.decoder.run_with_iobinding(bound)
         image: np.ndarray = bound.get_outputs()[0].numpy()
         return image
@@ -269,7 +269,7 @@ class _Loop:
     """The buffers of `step`, made once, on the device, and the two ways they are bound: from a to b and from b to a."""
 
     def __init__(self, sampler: ORTSampler, given: dict[str, np.ndarray]) -> None:
-        onnxruntime, run, solver = runtime(), sampler.run, sampler.solver
+        onnxruntime, run, solver = import_runtime(), sampler.run, sampler.solver
 
         def value(array: np.ndarray) -> Any:
             return onnxruntime.OrtValue.ortvalue_from_numpy(np.array(array), sampler.device, sampler.device_id)
@@ -303,7 +303,7 @@ class _Loop:
         for name, array in (self.start | given).items():
             (self.states[0] if name in self.start else self.fixed)[name].update_inplace(array)
         for i, t in enumerate(times):
-            with named("step.onnx"):
+            with translate_errors("step.onnx"):
                 self.session.run_with_iobinding(self.bindings[i % 2], self.options[i % 2])
             if callback is not None:
                 callback(i, t, np.array(self.states[1 - i % 2]["x"].numpy()))

@@ -1,5 +1,4 @@
-"""Build one ONNX file for a T4 (SM75) with TensorRT-RTX, which needs no GPU for it. Run as a script: the builder can
-crash.
+"""Engines for a T4 by TensorRT-RTX, which needs no GPU to build them. Its builder can crash: it runs as a script.
 
 python rtx.py GRAPH.onnx SM75     prints a line of JSON: {"built": true, "bytes": ..., "seconds": ...} or {"built":
 false, "why": ...}
@@ -8,12 +7,52 @@ false, "why": ...}
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+BUILDER, BUILD_SECONDS = Path(__file__), 300
 RANGES = {"batch": (1, 4, 16), "steps": (1, 50, 1000)}  # of the free axes: least, best, most
+# TensorRT-RTX compiles no float32 matrix product for Turing; TensorRT, its sibling for T4s, may
+KNOWN_LIMIT = "FP32 GEMM is not supported"
+
+
+def build_in_process(data: bytes, dtype: str) -> tuple[dict[str, Any], str]:
+    """Build the engine of a graph in another process, which may crash: for SM75, else, where only the known limit of
+    float32 forbids that, for RTX's defaults.
+
+    Returns:
+        What was found for each capability, and why no engine was built, or ''.
+    """
+    found: dict[str, Any] = {}
+    for capability in ("SM75", "default"):
+        found[f"engine for {capability}"] = result = _run_builder(data, capability)
+        if result.get("built"):
+            return found, ""
+        why = re.sub(r"\s+", " ", result.get("why", "no answer"))
+        if capability != "SM75" or dtype != "fp32" or KNOWN_LIMIT not in why:
+            break
+    return found, f"TensorRT-RTX cannot build it for {capability}: {why[:300]}"
+
+
+def _run_builder(data: bytes, capability: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "graph.onnx"
+        path.write_bytes(data)
+        command = [sys.executable, str(BUILDER), str(path), capability]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            return {"why": f"not built in {BUILD_SECONDS} s"}
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()[-1:]
+        return {"why": " ".join([f"the builder ended with code {done.returncode}", *said])}
+    result: dict[str, Any] = json.loads((done.stdout.strip().splitlines() or ["{}"])[-1])
+    return result
 
 
 def build(path: Path, capability: str) -> dict[str, Any]:

@@ -76,10 +76,10 @@ def onnx_bytes(name: str, graph: Graph, opset: int) -> bytes:
     }
     if fallen := [word for word in words if not word]:
         raise UserError(f"{name}: {len(fallen)} free axes became fixed; the exporter fell back to a static shape")
-    _cleaned(model.graph, words)
+    _clean(model.graph, words)
     for node in model.graph.node:
         if node.op_type == "Loop":
-            _weights_into(next(a.g for a in node.attribute if a.name == "body"), model.graph)
+            _move_weights_into(next(a.g for a in node.attribute if a.name == "body"), model.graph)
     model.metadata_props.append(onnx.StringStringEntryProto(key="notice", value=NOTICE))
     return bytes(model.SerializeToString())
 
@@ -89,13 +89,13 @@ def _outputs(program: torch.export.ExportedProgram) -> list[str]:
     return list(spec.unflatten(range(spec.num_leaves)))
 
 
-def _cleaned(graph: Any, words: dict[str, str]) -> None:
+def _clean(graph: Any, words: dict[str, str]) -> None:
     for node in graph.node:
         node.ClearField("metadata_props")  # stack traces, with the paths of the machine
         node.ClearField("doc_string")
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                _cleaned(attribute.g, words)
+                _clean(attribute.g, words)
     for value in (*graph.input, *graph.output, *graph.value_info):
         value.ClearField("metadata_props")
         for d in value.type.tensor_type.shape.dim:
@@ -104,7 +104,7 @@ def _cleaned(graph: Any, words: dict[str, str]) -> None:
     graph.ClearField("metadata_props")
 
 
-def _weights_into(body: Any, graph: Any) -> None:
+def _move_weights_into(body: Any, graph: Any) -> None:
     # ONNX Runtime blocks the layout of convolutions only where their weights are initialisers of the same graph (LOG
     # 18)
     outside = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}

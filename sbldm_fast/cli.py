@@ -7,7 +7,9 @@ import json
 import os
 import re
 import reprlib
+import signal
 import sys
+import threading
 import time
 import warnings
 from dataclasses import replace
@@ -363,7 +365,7 @@ def export(
     scheduler: Annotated[Scheduler | None, typer.Option(help="Default: ddim, or that of a diffusers folder.")] = None,
     steps: Annotated[int, typer.Option(help="Solver steps, 1 to 1000.")] = 50,
     eta: Annotated[float, typer.Option(help="0: DDIM, 1: the noise of DDPM.")] = 0.0,
-    licence: Annotated[
+    license: Annotated[
         str | None, typer.Option(help="Of the weights, for the manifest (default: as in model_index.json).")
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace a folder that holds something else.")] = False,
@@ -376,8 +378,8 @@ def export(
     from sbldm_fast import Pipeline
     from sbldm_fast.export import check
     from sbldm_fast.export import export as run
+    from sbldm_fast.export.exporter import MAX_BATCH
     from sbldm_fast.export.foreign import load
-    from sbldm_fast.export.graphs import MOST
 
     if checked is not None:
         report = check(checked, None if pipeline is None else Pipeline.from_pretrained(pipeline))
@@ -387,8 +389,10 @@ def export(
         raise typer.BadParameter(
             "got none, allowed is PIPELINE -o OUT, or --check FOLDER", param_hint="PIPELINE, --out"
         )
-    if batch != "dynamic" and not (re.fullmatch("[0-9]{1,9}", batch) and 1 <= int(batch) <= MOST):
-        raise typer.BadParameter(f"got {reprlib.repr(batch)}, allowed is 1 to {MOST}, or dynamic", param_hint="--batch")
+    if batch != "dynamic" and not (re.fullmatch("[0-9]{1,9}", batch) and 1 <= int(batch) <= MAX_BATCH):
+        raise typer.BadParameter(
+            f"got {reprlib.repr(batch)}, allowed is 1 to {MAX_BATCH}, or dynamic", param_hint="--batch"
+        )
     source, own = load(pipeline)
     if scheduler is not None and "scheduler" in own:
         raise typer.BadParameter(
@@ -397,7 +401,7 @@ def export(
     own = (
         {"scheduler": "ddim" if scheduler is None else scheduler.value}
         | own
-        | ({} if licence is None else {"licence": licence})
+        | ({} if license is None else {"license": license})
     )
     manifest = run(
         source,
@@ -440,10 +444,12 @@ def _print_check(folder: Path, report: dict[str, Any], as_json: bool) -> None:
 def _verdict(folder: Path, report: dict[str, Any]) -> str:
     if report["failures"]:
         return f"FAILED: {folder}, {_many(len(report['failures']), 'fault')}"
-    alone = report["not_compared"]
-    return f"OK: {folder}" + (
-        f"; what {', '.join(alone)} make was compared with nothing: that needs PIPELINE" if alone else ""
-    )
+    lines = [f"PASSED: {folder}"]
+    if alone := report["not_compared"]:
+        how = f"sbldm-fast export PIPELINE --check {folder}" if "vae_encoder" in report["graphs"] else ""
+        why = f"to compare them: {how}" if how else "only their export could: the model is not here"
+        lines.insert(0, f"not compared with PyTorch: {', '.join(alone)}; {why}")
+    return "\n".join(lines)
 
 
 def _brief(value: Any) -> str:
@@ -516,6 +522,9 @@ def main() -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  # as long as the process
         elif hasattr(stream, "reconfigure"):  # a name that the terminal cannot show is no reason to end
             stream.reconfigure(errors="backslashreplace")
+    if threading.current_thread() is threading.main_thread():
+        # as an exception, so that what is half written is cleared; training has its own handler while it runs
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"warning: {printable(str(message))}", file=sys.stderr)

@@ -15,14 +15,12 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from sbldm_fast.export import ORTSampler, check, export
-from sbldm_fast.export import check as check_function
+from sbldm_fast.export import ORTSampler, check, export, rtx
 
 from sbldm_fast import DDIMScheduler, Pipeline
 
 Exported = Callable[..., Path]
 RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="the tensorrt extra is not installed")
-module: Any = importlib.import_module(check_function.__module__)
 
 
 @pytest.fixture
@@ -222,8 +220,8 @@ def test_a_builder_that_crashes_hangs_or_refuses(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, why: str
 ) -> None:
     (tmp_path / "builder.py").write_text(script)
-    monkeypatch.setattr(module, "BUILDER", tmp_path / "builder.py")
-    monkeypatch.setattr(module, "BUILD_SECONDS", 1)
+    monkeypatch.setattr(rtx, "BUILDER", tmp_path / "builder.py")
+    monkeypatch.setattr(rtx, "BUILD_SECONDS", 1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     export(tiny(), tmp_path / "o", target="tensorrt", dtype="fp16", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))
     failures = check(tmp_path / "o")["failures"]
@@ -234,7 +232,7 @@ def test_a_builder_that_crashes_hangs_or_refuses(
 
 def test_the_known_limit_excuses_sm75_alone(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "builder.py").write_text('print(\'{"why": "FP32 GEMM is not supported"}\')')
-    monkeypatch.setattr(module, "BUILDER", tmp_path / "builder.py")
+    monkeypatch.setattr(rtx, "BUILDER", tmp_path / "builder.py")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     export(tiny(), tmp_path / "o", target="tensorrt", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))
     report = check(tmp_path / "o")

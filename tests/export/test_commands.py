@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Callable
 from pathlib import Path
@@ -40,10 +42,11 @@ def test_check_says_what_it_found(run: Any, exported: Exported) -> None:
     assert (code, err) == (0, "")
     assert re.search(r"unet.onnx: bytes \d+, operators \d+, norms (\d+), fused_norms \1\n", out)
     assert "error against example.npz" in out
-    assert (
-        out.splitlines()[-1]
-        == f"OK: {folder}; what unet, vae_encoder, vae_decoder make was compared with nothing: that needs PIPELINE"
-    )
+    assert out.splitlines()[-2:] == [
+        "not compared with PyTorch: unet, vae_encoder, vae_decoder; to compare them: "
+        f"sbldm-fast export PIPELINE --check {folder}",
+        f"PASSED: {folder}",
+    ]
     code, out, _ = run("export", "--check", folder, "--json")
     assert code == 0
     assert json.loads(out)["failures"] == []
@@ -68,7 +71,19 @@ def test_with_the_pipeline_every_graph_is_compared(
     folder = exported(target="ort")
     code, out, _ = run("export", tmp_path / "p", "--check", folder)
     assert code == 0
-    assert out.splitlines()[-1] == f"OK: {folder}"
+    assert out.splitlines()[-1] == f"PASSED: {folder}"
+
+
+def test_an_export_that_is_ended_leaves_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.save(tmp_path / "p")
+    command = [sys.executable, "-m", "sbldm_fast", "export", "p", "-o", "o", "--steps", "3"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob(".o.*.part")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
 def test_a_diffusers_folder_is_exported(run: Any, tmp_path: Path) -> None:
@@ -83,9 +98,9 @@ def test_a_diffusers_folder_is_exported(run: Any, tmp_path: Path) -> None:
         up_block_types=("UpBlock2D",),
     )
     diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler()).save_pretrained(tmp_path / "p")
-    code, out, _ = run("export", tmp_path / "p", "-o", tmp_path / "o", "--steps", "3", "--licence", "CC0-1.0", "--json")
+    code, out, _ = run("export", tmp_path / "p", "-o", tmp_path / "o", "--steps", "3", "--license", "CC0-1.0", "--json")
     assert code == 0
-    assert json.loads(out)["licence"] == "CC0-1.0"
+    assert json.loads(out)["license"] == "CC0-1.0"
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
         "example.npz",
         "manifest.json",

@@ -28,10 +28,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "p"
 
 
-def test_ours_come_with_their_licence() -> None:
+def test_ours_come_with_their_license() -> None:
     source, known = load("demo")
     assert isinstance(source, Pipeline)
-    assert "Apache-2.0" in known["licence"]
+    assert "Apache-2.0" in known["license"]
 
 
 def test_a_diffusers_pipeline_comes_with_shape_and_scheduler(folder: Path) -> None:

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from sbldm_fast.export import check, export
-from sbldm_fast.export.fusion import fused, nodes, quiet
+from sbldm_fast.export.fusion import fuse_group_norms, nodes, quiet
 from torch import Tensor, nn
 
 from sbldm_fast import DDIMScheduler
@@ -23,7 +23,7 @@ from sbldm_fast import DDIMScheduler
 def test_every_norm_fuses_and_no_shape_is_left(exported: Callable[..., Path], name: str) -> None:
     folder = exported(target="ort")
     entry = json.loads((folder / "manifest.json").read_text())["graphs"][name]
-    data, count = fused((folder / f"{name}.onnx").read_bytes())
+    data, count = fuse_group_norms((folder / f"{name}.onnx").read_bytes())
     kinds = Counter(node.op_type for node in nodes(onnx.load_model_from_string(data).graph))
     assert count == kinds["GroupNorm"] + kinds["SkipGroupNorm"] == entry["norms"] > 0
     assert not kinds["InstanceNormalization"]

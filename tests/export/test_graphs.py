@@ -112,8 +112,8 @@ def test_the_sampler_takes_another_number_of_steps(exported: Exported, pipeline:
 
 
 def test_real_scans_through_the_bundled_encoder_and_decoder(ms_scans: Path, tmp_path: Path) -> None:
-    from sbldm_fast.export.graphs import _graphs, _networks
-    from sbldm_fast.export.ort import session
+    from sbldm_fast.export.graphs import Networks, Run, build_graphs
+    from sbldm_fast.export.ort import open_session
     from sbldm_fast.export.trace import onnx_bytes
 
     pipeline = Pipeline.from_pretrained("demo")
@@ -122,10 +122,11 @@ def test_real_scans_through_the_bundled_encoder_and_decoder(ms_scans: Path, tmp_
     with torch.no_grad():
         latents = pipeline.vae.encode(images).mean * pipeline.vae.config.scaling_factor
         table = pipeline.sampler(2, "eager").table
-        graphs = _graphs(_networks(pipeline, torch.float32), table, latents, images, {}, None, "ort")
+        networks = Networks.of(pipeline, torch.float32)
+        graphs = build_graphs(networks, table, Run(latents, images, {}, latents, []), None, "ort")
         expected = pipeline.decode(latents)
-    encoded = session(onnx_bytes("vae_encoder", graphs["vae_encoder"], 18)).run(None, {"image": images.numpy()})[0]
-    decoded = session(onnx_bytes("vae_decoder", graphs["vae_decoder"], 18)).run(None, {"z": encoded})[0]
+    encoded = open_session(onnx_bytes("vae_encoder", graphs["vae_encoder"], 18)).run(None, {"image": images.numpy()})[0]
+    decoded = open_session(onnx_bytes("vae_decoder", graphs["vae_decoder"], 18)).run(None, {"z": encoded})[0]
     assert np.abs(encoded - latents.numpy()).max() <= 1e-4
     assert np.abs(decoded - expected.numpy()).max() <= 1e-4
 
@@ -225,9 +226,9 @@ def test_a_graph_that_overflows_in_half_precision_is_refused(tiny: Any, tmp_path
 
 
 def test_a_graph_that_differs_is_refused(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sbldm_fast.export import graphs
+    from sbldm_fast.export import verify
 
-    monkeypatch.setitem(graphs.TOLERANCE, "fp32", 0.0)
+    monkeypatch.setitem(verify.TOLERANCE, "fp32", 0.0)
     with pytest.raises(ValueError, match=r"unet.onnx: ONNX Runtime differs from PyTorch by"):
         export(tiny(), tmp_path / "o", scheduler=DDIMScheduler(), steps=2, shape=(3, 8, 8))
     assert list(tmp_path.iterdir()) == []

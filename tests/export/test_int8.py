@@ -34,5 +34,5 @@ def test_wide_convolutions_are_int8_and_the_images_stay(exported: Callable[..., 
     expected = pipeline.sampler(4, "eager")(3, seed=9).numpy()
     got = ORTSampler(folder, mode="step")(3, seed=9)
     error = np.sqrt(np.mean((got - expected) ** 2))
-    assert 1e-6 < error <= 2e-2  # it is quantised, and within what the export allows
+    assert 1e-6 < error <= 2e-2  # it is quantized, and within what the export allows
     assert np.abs(ORTSampler(folder, mode="sampler")(3, seed=9) - expected).max() <= 1e-4

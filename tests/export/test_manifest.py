@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from sbldm_fast.export import ORTSampler, check, export
-from sbldm_fast.export.manifest import manifest_of
+from sbldm_fast.export.manifest import read_manifest
 
 GONE = object()
 WRONG = (GONE, None, "x", [], -1, 10**30, 1e308, float("nan"))
@@ -67,14 +67,14 @@ def test_every_value_may_be_anything(folder: Path) -> None:
     manifest = json.loads(file.read_text())
     for path in leaves(manifest):
         unread = (
-            path[0] in ("notice", "licence", "versions", "model")
+            path[0] in ("notice", "license", "versions", "model")
             or path[-1] in ("range", "bytes")
             or path[:1] == ("example",)
         )
         for value in WRONG[:1] if unread else WRONG:
             file.write_text(json.dumps(changed(manifest, path, value)))
             try:
-                manifest_of(folder)
+                read_manifest(folder)
             except ValueError as error:
                 refused.append(str(error))
                 continue
@@ -127,6 +127,16 @@ def test_the_file_and_the_key_are_named(folder: Path, path: tuple[Any, ...], val
     for use in (ORTSampler, check):
         with pytest.raises(ValueError, match=rf"manifest\.json: {says}"):
             use(folder)
+
+
+def test_the_old_spelling_of_license_is_read(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["licence"] = manifest.pop("license")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    content = read_manifest(folder).content
+    assert content["license"] == "not stated"
+    assert "licence" not in content
+    assert ORTSampler(folder).manifest == content
 
 
 def test_a_table_of_fewer_rows_than_step_has_is_refused(folder: Path) -> None:

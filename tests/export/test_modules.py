@@ -16,9 +16,9 @@ from sbldm_fast.export.modules import (
     Solver,
     StepGraph,
     UNetGraph,
-    first_not_finite,
-    narrowed,
-    norms,
+    cast_weights,
+    count_norms,
+    find_not_finite,
     table_inputs,
 )
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ def test_structure_is_read_off_the_table() -> None:
 
 def test_norms_and_softmax_are_wide_and_the_rest_is_not() -> None:
     seen: list[tuple[str, torch.dtype]] = []
-    model = narrowed(nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)), torch.float16)
+    model = cast_weights(nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)), torch.float16)
     assert [p.dtype for p in model.parameters()] == [torch.float16] * 2 + [torch.float32] * 2 + [torch.float16] * 2
 
     class Spy(torch.utils._python_dispatch.TorchDispatchMode):
@@ -161,14 +161,14 @@ def test_norms_are_counted_as_often_as_they_run() -> None:
             out: Tensor = self.other(self.norm(self.norm(given["x"])))
             return out
 
-    assert norms(Twice(), {"x": torch.ones(1, 2, 3)}) == 3
+    assert count_norms(Twice(), {"x": torch.ones(1, 2, 3)}) == 3
 
 
 def test_the_first_module_that_is_not_finite_is_named() -> None:
     model = nn.Sequential(nn.Identity(), nn.Linear(2, 2), nn.Linear(2, 2))
-    assert first_not_finite(model, lambda: model(torch.ones(1, 2))) == ""
+    assert find_not_finite(model, lambda: model(torch.ones(1, 2))) == ""
     nn.init.constant_(model[1].weight, float("inf"))
-    assert first_not_finite(model, lambda: model(torch.ones(1, 2))) == "1"
+    assert find_not_finite(model, lambda: model(torch.ones(1, 2))) == "1"
 
 
 def test_a_norm_that_also_gives_the_sum_is_named_too() -> None:
@@ -177,4 +177,4 @@ def test_a_norm_that_also_gives_the_sum_is_named_too() -> None:
     ).eval()
     vae.decoder[2].norm1.bias.data[0] = float("nan")
     with torch.no_grad():
-        assert first_not_finite(vae, lambda: vae.decode(torch.ones(1, 4, 8, 8))) == "decoder.2.norm1"
+        assert find_not_finite(vae, lambda: vae.decode(torch.ones(1, 4, 8, 8))) == "decoder.2.norm1"
