@@ -10,10 +10,9 @@ import hashlib
 import json
 import os
 import re
-import reprlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -23,125 +22,17 @@ import torch
 
 from sbldm_fast.errors import UserError
 from sbldm_fast.machine import environment
-from sbldm_fast.models.config import PRESETS
 
 from .nvml import Gpu
+from .schema import fault_of
 
 Row = dict[str, Any]
+Row = dict[str, Any]  # as JSON has it; `schema.RowSchema` says what its keys are
 # what tells two problems of a suite apart; of the others: preset, batch, steps, processes
 PROBLEM = {
     "kernels": ("op", "shape", "layout", "dtype"),
     "solvers": ("preset", "batch"),
     "launches": ("preset", "batch", "dtype"),
-}
-Rule = tuple[Callable[[Any], bool], str]
-LEAST, MOST = 1e-12, 1e21  # of what is drawn and divided by: within these a quotient of two is finite
-DEEPEST = 20
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _or_none(rule: Rule) -> Rule:
-    return lambda value: value is None or rule[0](value), f"{rule[1]}, or null"
-
-
-def _each(rule: Rule, least: int = 0) -> Rule:
-    return (
-        lambda value: isinstance(value, list) and len(value) >= least and all(map(rule[0], value)),
-        f"a list, each {rule[1]}",
-    )
-
-
-def _of(**rules: Rule) -> Rule:
-    def holds(value: Any) -> bool:
-        return isinstance(value, dict) and all(key in value and rule[0](value[key]) for key, rule in rules.items())
-
-    return holds, f"a mapping with {', '.join(f'{key} ({rule[1]})' for key, rule in rules.items())}"
-
-
-def _one_of(*names: str) -> Rule:
-    return lambda value: value in names, f"one of {', '.join(names)}"
-
-
-TEXT: Rule = (lambda value: isinstance(value, str), "a text")
-TRUTH: Rule = (lambda value: isinstance(value, bool), "true or false")
-NUMBER: Rule = (_number, "a number")
-ABOVE: Rule = (lambda value: _number(value) and LEAST <= value <= MOST, "a number above 0")
-COUNT: Rule = (lambda value: type(value) is int and 1 <= value <= 10**9, "1 or more")
-NAMES: Rule = (
-    lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values()),
-    "a mapping of texts",
-)
-SHARE: Rule = _of(ok=TRUTH, error=_or_none(NUMBER), against=TEXT)
-PARITY: Rule = (
-    lambda value: SHARE[0](value) and (value["ok"] or _number(value.get("allowed"))),
-    f"{SHARE[1]}, allowed (a number)",
-)
-FLOAT, PRESET = _one_of("float32", "float16", "bfloat16"), _one_of(*PRESETS)
-ENV = {
-    "gpu": _or_none(TEXT),
-    "cpu": TEXT,
-    "commit": TEXT,
-    "cores": COUNT,
-    "threads": COUNT,
-    "cpu_capability": TEXT,
-    "packages": NAMES,
-}
-# what holds of a key that a table, a picture or a verdict uses, where it is there
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        ("run", "provider", "preset", "dtype", "op", "layout", "solver", "unit", "check", "part", "absent", "failed"),
-        TEXT,
-    ),
-    "device": TEXT,
-    "env": _of(**ENV),
-    **dict.fromkeys(("batch", "steps", "processes", "n"), COUNT),
-    **dict.fromkeys(
-        ("median_s", "p10_s", "p90_s", "ms_per_step", "ms_per_image", "images_per_s", "items_per_s"), ABOVE
-    ),
-    **dict.fromkeys(("minutes_per_100k_steps", "gb_s", "rate", "moved", "flops", "cold_cache_s"), ABOVE),
-    **dict.fromkeys(("rms", "error", "allowed", "seconds", "passed", "skipped", "us", "launches", "again"), NUMBER),
-    **dict.fromkeys(("compile_s", "of_copy", "peak_bytes", "code"), _or_none(NUMBER)),
-    **dict.fromkeys(("ok", "approximate", "interrupted"), TRUTH),
-    **dict.fromkeys(("remarks", "failures"), _each(TEXT)),
-    "raw_s": _each(ABOVE, 1),
-    "parity": _or_none(PARITY),
-    "speedup": _or_none(_of(over=TEXT, factor=ABOVE)),
-    "clock_mhz": _of(median=ABOVE),
-    "cold": _of(median_s=ABOVE),
-    "work": _of(flops=ABOVE, bytes=ABOVE),
-    "modelled": _of(launches=NUMBER),
-    "parts": _of(import_s=NUMBER, build_s=NUMBER, run_s=NUMBER),
-    "cost": _each(_of(images=COUNT, ms_per_image=ABOVE, extrapolated=TRUTH), 1),
-    "energy": _or_none(_of(joules=NUMBER, joules_above_idle=NUMBER, idle_watts=NUMBER)),
-}
-# of one target alone: `shape` is a list elsewhere, and nothing reads it
-OWN: dict[str, dict[str, Rule]] = {
-    "kernels": {"shape": TEXT},
-    "checks": {"env": _of(**ENV, source=TEXT)},
-    "training": {"parity": PARITY},
-    "memory": {"peak_bytes": NUMBER},
-}
-# the keys that every row of a target has, and those of a row with a figure
-LOOP, TIMED = ("provider", "preset", "batch", "steps"), ("median_s", "p10_s", "p90_s", "n", "raw_s")
-ALWAYS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("sampling", "export", "training", "startup", "memory", "solvers"), LOOP),
-    "scaling": (*LOOP, "processes"),
-    "kernels": ("provider", "op", "shape", "layout", "dtype"),
-    "checks": ("check",),
-    "parity": ("part", "passed", "skipped", "failures", "seconds"),
-    "launches": ("batch", "dtype", "modelled", "launches", "us"),
-}
-FIGURES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("sampling", "export"), (*TIMED, "dtype", "ms_per_step", "ms_per_image", "parity")),
-    "training": (*TIMED, "ms_per_step", "items_per_s", "minutes_per_100k_steps", "parity"),
-    "startup": (*TIMED, "parts", "cold_cache_s"),
-    "memory": ("peak_bytes", "device"),
-    "solvers": (*TIMED, "solver", "rms", "ms_per_image"),
-    "kernels": (*TIMED, "gb_s"),
-    "checks": ("ok", "error", "allowed"),
 }
 
 
@@ -232,45 +123,13 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
         except (ValueError, RecursionError):  # a number of thousands of digits is the first
             row = None
         if isinstance(row, dict) and {"target", "run"} <= set(row):
-            if fault := _fault(row):
+            if fault := fault_of(row):
                 faults.append(f"{path}, line {number}: {fault}: left out")
             else:
                 rows.append(row | {"at": f"{path.name}:{number}"})
         elif line and not isinstance(row, dict):
             faults.append(f"{path}, line {number} is not a row: cut off or damaged, left out")
     return rows, faults
-
-
-def _fault(row: Row) -> str:
-    """What of a row no table, picture or verdict can use, or ''."""
-    target = row["target"]
-    if not isinstance(target, str):
-        return f"target: got {reprlib.repr(target)}, allowed is {TEXT[1]}"
-    rules = RULES | OWN.get(target, {})
-    needed = {"env", *ALWAYS.get(target, ()), *(key for key in rules if key in row)}
-    if not {"failed", "absent"} & set(row) or {"median_s", "raw_s", "rms"} & set(row):
-        ceiling = target == "kernels" and row.get("op") == "ceilings"
-        needed |= {*TIMED, "rate", "unit"} if ceiling else set(FIGURES.get(target, ()))
-    if "flops" in row:
-        needed |= {"moved", "again", "launches"}
-    if "work" in row:
-        rules |= {"dtype": FLOAT, "preset": PRESET}
-    for key in sorted(needed):
-        if key not in row or not rules[key][0](row[key]):
-            return f"{key}: got {reprlib.repr(row[key]) if key in row else 'none'}, allowed is {rules[key][1]}"
-    return _strange(row, "error" if target == "checks" else "")  # a check that is off beyond measure says so by it
-
-
-def _strange(value: Any, open_: str, key: str = "", depth: int = 0) -> str:
-    """What in a value, however deep, cannot be drawn or written, or ''; a float of the key `open_` may be anything."""
-    if depth > DEEPEST:
-        return f"{key}: got more than {DEEPEST} levels, allowed are fewer"
-    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
-        return f"{key!a}: got half a character, allowed is text"
-    if _number(value) and not abs(value) <= MOST and not (key == open_ and isinstance(value, float)):
-        return f"{key}: got {reprlib.repr(value)}, allowed is a number of at most {MOST:g}"
-    inside = value.items() if isinstance(value, dict) else ((key, v) for v in value) if isinstance(value, list) else ()
-    return next((why for k, v in inside if (why := _strange(k, "", k, depth) or _strange(v, open_, k, depth + 1))), "")
 
 
 def distribute(file: str | Path, folder: str | Path) -> tuple[dict[str, int], list[str]]:
@@ -321,7 +180,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def problem(row: Row) -> tuple[Any, ...]:
+def row_key(row: Row) -> tuple[Any, ...]:
     """What a row measured, without who did it and when."""
     keys = PROBLEM.get(row["target"], ("preset", "batch", "steps", "processes"))
     return row["target"], *(row.get(key) for key in keys)
@@ -331,8 +190,8 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     """The rows of the last run of each problem; those of one run stay together."""
     last: dict[tuple[Any, ...], str] = {}
     for row in rows:
-        last[problem(row)] = max(row["run"], last.get(problem(row), ""))
-    return [row for row in rows if row["run"] == last[problem(row)]]
+        last[row_key(row)] = max(row["run"], last.get(row_key(row), ""))
+    return [row for row in rows if row["run"] == last[row_key(row)]]
 
 
 def _git(*arguments: str) -> str:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import NamedTuple
 
 from .harness import approximate, difference
-from .rows import Row, latest, machine_id, problem
+from .rows import Row, latest, machine_id, row_key
 
 CONFIDENCE = 0.95
 FEWEST = 6  # samples whose extremes enclose the median with that confidence
@@ -52,7 +52,7 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Verdict]:
     else, fewer than six samples, rows that were disturbed, and rows of different machines. WRONG: no parity, or failed.
     GONE, NEW: in one set only.
     """
-    old, new = ({(*problem(r), r["provider"]): r for r in latest(rows) if "provider" in r} for rows in (before, after))
+    old, new = ({(*row_key(r), r["provider"]): r for r in latest(rows) if "provider" in r} for rows in (before, after))
     found = []
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key), new.get(key)

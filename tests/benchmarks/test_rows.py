@@ -21,8 +21,8 @@ from sbldm_fast.benchmarks.rows import (
     machine_id,
     machine_name,
     main,
-    problem,
     read_rows,
+    row_key,
     source,
 )
 from sbldm_fast.benchmarks.table import gpu_summary, gpus_table, sampling_table
@@ -92,7 +92,7 @@ def test_problems_are_told_apart() -> None:
     rows = [row(batch=1), row("2", batch=8), row("3", batch=8), row("4", batch=8, steps=9), row("5", target="export")]
     assert [r["run"] for r in latest(rows)] == ["1", "3", "4", "5"]
     kernels = [row(target="kernels", op="x", shape="1", layout="nchw", dtype=d) for d in ("float32", "float16")]
-    assert len({problem(r) for r in kernels}) == 2
+    assert len({row_key(r) for r in kernels}) == 2
 
 
 def test_a_row_says_where_it_is_from() -> None:
