@@ -9,7 +9,7 @@ import torch
 from sbldm_fast.kernels import diffuse
 from torch import Tensor
 
-from .kernels import Problem, Providers, on_device, ours
+from .suite_kernels import OpCase, Providers, on_device, ours
 
 
 def eager(z0: Tensor, t: Tensor, bars: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def eager(z0: Tensor, t: Tensor, bars: Tensor) -> tuple[Tensor, Tensor]:
     return (a.sqrt() * z + (1 - a).sqrt() * e).to(z0.dtype), e
 
 
-def problems(device: torch.device, large: bool) -> Iterator[Problem]:
+def problems(device: torch.device, large: bool) -> Iterator[OpCase]:
     key = torch.zeros(2, dtype=torch.int64, device=device)
     bars = torch.linspace(0.999, 0.01, 1000, device=device)
     for dtype in on_device(device):
@@ -40,7 +40,7 @@ def problems(device: torch.device, large: bool) -> Iterator[Problem]:
             providers: Providers = {"eager": partial(eager, z0, t, bars)}
             providers["torch.compile"] = partial(torch.compile(eager, dynamic=False), z0, t, bars)
             providers |= ours(partial(diffuse, z0, t, bars, key[:1], stream=key[1:], cutmix_prob=0.25))
-            yield Problem(
+            yield OpCase(
                 f"{N}x8x16x16",
                 dtype,
                 "nchw",

@@ -9,7 +9,7 @@ import torch
 from sbldm_fast.kernels import frequency_loss
 from torch import Tensor
 
-from .kernels import Problem, Providers, on_device, ours
+from .suite_kernels import OpCase, Providers, on_device, ours
 
 module = importlib.import_module("sbldm_fast.kernels.frequency_loss")  # the package's attribute is the function
 
@@ -26,7 +26,7 @@ def with_gradient(
     return step
 
 
-def problems(device: torch.device, large: bool) -> Iterator[Problem]:
+def problems(device: torch.device, large: bool) -> Iterator[OpCase]:
     for N, C, side in ((16, 8, 16), (16, 4, 32), (16, 1, 128), *([(8192, 8, 16), (64, 4, 256)] if large else [])):
         for dtype in on_device(device):
             pred, target = torch.randn(2, N, C, side, side, device=device, dtype=dtype)
@@ -59,7 +59,7 @@ def problems(device: torch.device, large: bool) -> Iterator[Problem]:
             # spectrum three times
             moved, again = pred.numel() * 3 * pred.element_size(), pred.numel() * (8 if small else 32)
             flops = pred.numel() * (4 * modes if small else 60)
-            yield Problem(f"{N}x{C}x{side}x{side}", dtype, "nchw", moved, flops, 3 if small else 8, providers, again)
+            yield OpCase(f"{N}x{C}x{side}x{side}", dtype, "nchw", moved, flops, 3 if small else 8, providers, again)
 
 
 def test_frequency_loss(timed: Callable[[], None]) -> None:

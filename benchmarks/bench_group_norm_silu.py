@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from sbldm_fast.kernels import _group_tiles, group_norm_silu
 from torch import Tensor
 
-from .harness import bundled, interleaved, summary
-from .kernels import Problem, Providers, on_device, ours
 from .rows import Row, append, head
+from .suite_kernels import OpCase, Providers, on_device, ours
+from .timing import bundled, interleaved, summary
 
 # the paper's UNet at its three widths, its VAE's widest norm, and 64 MB in float32
 SHAPES = ((1, 64, 16, 32), (16, 64, 16, 32), (16, 256, 4, 32), (1, 32, 128, 8), (16, 64, 128, 32))
@@ -48,7 +48,7 @@ def fused_sum(
     return group_norm_silu(x, groups, weight, bias, conv_bias=conv_bias, residual=residual)
 
 
-def problems(device: torch.device, large: bool) -> Iterator[Problem]:
+def problems(device: torch.device, large: bool) -> Iterator[OpCase]:
     for dtype in on_device(device):
         for (N, C, side, groups), last, train in (
             (shape, last, train)
@@ -72,7 +72,7 @@ def problems(device: torch.device, large: bool) -> Iterator[Problem]:
             )
             # forward reads x and writes y, backward reads x and dy and writes dx; a group that is cut is read twice, in
             # one more launch
-            yield Problem(
+            yield OpCase(
                 f"{N}x{C}x{side}x{side}/{groups}{' forward and backward' if train else ''}",
                 dtype,
                 "nhwc" if last else "nchw",
@@ -92,7 +92,7 @@ def problems(device: torch.device, large: bool) -> Iterator[Problem]:
             }
             sums |= ours(partial(fused_sum, *given))
             moved = 4 * x.numel() * x.element_size()  # reads x and the residual, writes h and y
-            yield Problem(f"{N}x{C}x{side}x{side}/{groups} of a sum", dtype, "nhwc", moved, x.numel() * 14, 1, sums)
+            yield OpCase(f"{N}x{C}x{side}x{side}/{groups} of a sum", dtype, "nhwc", moved, x.numel() * 14, 1, sums)
 
 
 def _step(

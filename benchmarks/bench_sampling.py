@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 
 from .harness import Case
-from .problem import Problem
 from .providers import FLOAT, providers
+from .setup import SamplingSetup
 
 
 def pytest_cases(device: torch.device) -> dict[str, dict[str, Case]]:
-    problem = Problem("demo", 10, 1, device)
+    problem = SamplingSetup("demo", 10, 1, device)
     return {"demo 10 steps": {p.name: p.case(problem) for p in providers(device, [FLOAT], compiled=False)}}
 
 

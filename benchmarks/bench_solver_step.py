@@ -10,7 +10,7 @@ import torch
 from sbldm_fast.kernels import solver_step
 from torch import Tensor
 
-from .kernels import Problem, Providers, on_device, ours
+from .suite_kernels import OpCase, Providers, on_device, ours
 
 K = 2
 
@@ -32,7 +32,7 @@ def eager(
     return y, sums
 
 
-def problems(device: torch.device, large: bool) -> Iterator[Problem]:
+def problems(device: torch.device, large: bool) -> Iterator[OpCase]:
     for dtype in on_device(device):
         for N in (1, 16, *([2048] if large else [])):
             x, m = torch.randn(N, 8, 16, 16, device=device), torch.randn(2 * N, 8, 16, 16, device=device, dtype=dtype)
@@ -68,7 +68,7 @@ def problems(device: torch.device, large: bool) -> Iterator[Problem]:
             providers |= {name: ours(own(fused))[name] for name in ("reference", "ours")}
             # reads x, both halves of m, four of history and x0; writes x', a pair of history and x0
             moved = x.numel() * (4 * 10 + 2 * m.element_size())
-            yield Problem(f"{N}x8x16x16", dtype, "nchw", moved, 30 * x.numel(), 1, providers)
+            yield OpCase(f"{N}x8x16x16", dtype, "nchw", moved, 30 * x.numel(), 1, providers)
 
 
 def _fresh(f: Callable[..., Any], inputs: tuple[Tensor, ...], w: Tensor, state: tuple[Tensor, ...]) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from .harness import Case
-from .training import training_cases
+from .suite_training import training_cases
 
 
 def pytest_cases(device: torch.device) -> dict[str, dict[str, Case]]:

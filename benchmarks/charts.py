@@ -58,11 +58,6 @@ WATERFALL = (
 )
 
 
-def is_ours(name: str) -> bool:
-    """Whether a provider is of this library."""
-    return name.startswith(("FastSampler", "ours", "sbldm_fast", "ORTSampler"))
-
-
 def waterfall(rows: Sequence[Row], dtype: str, link: Link) -> str | None:
     """ms an image, stage by stage, of the smallest batch; a stage that this machine lacks says why."""
     chosen = [r for r in rows if r["batch"] == min(r["batch"] for r in rows)]
@@ -90,7 +85,7 @@ def waterfall(rows: Sequence[Row], dtype: str, link: Link) -> str | None:
         bar = ax.barh(
             i,
             r["ms_per_image"],
-            color=OURS if r["provider"].startswith("reference") or is_ours(r["provider"]) else PEER,
+            color=OURS if r.get("family") in ("ours", "reference") else PEER,
             height=0.62,
         )[0]
         bar.set_url(link(r))
@@ -110,23 +105,25 @@ def waterfall(rows: Sequence[Row], dtype: str, link: Link) -> str | None:
 
 
 def by_batch(rows: Sequence[Row], link: Link) -> str | None:
-    """Latency of a batch and images/s against the batch, of what people would choose: our modes and the peers' fast
-    ones."""
+    """Latency of a batch and images/s against the batch, of what people would choose: ours and the peers, in each
+    precision the two that are fastest at the largest batch."""
     found: dict[str, list[Row]] = {}
     for r in sorted((r for r in rows if "median_s" in r), key=lambda r: int(r["batch"])):
         found.setdefault(r["provider"], []).append(r)
-    # slow, or near another line
-    left_out = ("reference", "MONAI bf", "under FastSampler", "eager", "to images", "cudnn.benchmark")
-    lines = {
-        n: rs for n, rs in found.items() if len(rs) > 1 and not any(words in n for words in left_out) and n != "MONAI"
-    }
+    of_kind: dict[tuple[str, str], list[str]] = {}
+    for name, rs in sorted(found.items(), key=lambda item: item[1][-1]["median_s"] / item[1][-1]["batch"]):
+        if len(rs) > 1 and rs[0].get("family") in ("ours", "peer") and not rs[0].get("decodes"):
+            of_kind.setdefault((rs[0]["family"], rs[0]["dtype"]), []).append(name)
+    chosen = {name for names in of_kind.values() for name in names[:2]}
+    lines = {name: rs for name, rs in found.items() if name in chosen}
     if not lines:
         return None
     fig, (left, right) = _figure(3.4, 2)
     for mark, (name, rs) in zip(MARKS * 2, lines.items(), strict=False):
+        color = OURS if rs[0]["family"] == "ours" else PEER
         for ax, key in ((left, "median_s"), (right, "images_per_s")):
             y = [1e3 * r["median_s"] if key == "median_s" else r["batch"] / r["median_s"] for r in rs]
-            _points(ax, [r["batch"] for r in rs], y, rs, link, mark, OURS if is_ours(name) else PEER, name, line=True)
+            _points(ax, [r["batch"] for r in rs], y, rs, link, mark, color, name, line=True)
     for ax, what in ((left, "ms a batch"), (right, "images/s")):
         ax.set(xscale="log", xlabel="batch", ylabel=what)
         ax.set_ylim(bottom=0)
@@ -144,7 +141,7 @@ def roofline_chart(rows: Sequence[Row], on: Ceilings, link: Link) -> str | None:
     for r in rows:
         if "median_s" not in r:
             continue
-        if r["target"] == "kernels" and r.get("flops") and r["provider"] in ("ours", "reference"):
+        if r["target"] == "kernels" and r.get("flops") and r.get("family") in ("ours", "reference"):
             points.setdefault(f"ops, {r['provider']}", []).append(
                 (r["flops"] / r["moved"], r["flops"] / r["median_s"], r)
             )
@@ -169,7 +166,7 @@ def roofline_chart(rows: Sequence[Row], on: Ceilings, link: Link) -> str | None:
         ax.text(high, rate * 1.12, f"{name} {rate / 1e12:.2g} Tflop/s", ha="right", fontsize=8)
     ax.text(low * 1.1, low * on.bandwidth[0] * 2.4, f"copy {on.bandwidth[0] / 1e9:.3g} GB/s", rotation=32, fontsize=8)
     for mark, (name, found) in zip(MARKS, points.items(), strict=False):
-        color = PEER if "reference" in name else OURS
+        color = PEER if name == "ops, reference" else OURS
         _points(
             ax, [x for x, _, _ in found], [y for _, y, _ in found], [r for _, _, r in found], link, mark, color, name
         )
@@ -217,7 +214,7 @@ def cost_chart(rows: Sequence[Row], link: Link) -> str | None:
         return None
     fig, ax = _figure(3.2)
     for mark, r in zip(MARKS, costs, strict=False):
-        color = OURS if is_ours(r["provider"]) else PEER
+        color = OURS if r.get("family") == "ours" else PEER
         ax.plot([c["images"] for c in r["cost"]], [c["ms_per_image"] for c in r["cost"]], color=color, lw=0.8)
         for c in r["cost"]:
             label = r["provider"] if c is r["cost"][0] else ""

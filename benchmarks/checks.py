@@ -25,8 +25,8 @@ from sbldm_fast import FastSampler
 from sbldm_fast.doctor import op_errors
 
 from .harness import Absent, host, relative, why_not
-from .problem import Problem, stepped
 from .rows import Row, append, head
+from .setup import SamplingSetup, stepped
 
 # of the largest value, beside twice PyTorch's error
 ATOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -124,7 +124,7 @@ def _loss(loss: Any, side: int, dtype: torch.dtype, device: torch.device) -> Err
 def graph_checks(device: torch.device, preset_name: str = "paper") -> Iterator[tuple[str, Callable[[], Errors]]]:
     """Five steps in each mode against the textbook's loop in plain PyTorch, in float32. A capture that fails makes
     later ones suspect."""
-    problem = Problem(preset_name, 5, 1, device)
+    problem = SamplingSetup(preset_name, 5, 1, device)
 
     def loop(mode: str) -> Errors:
         if mode != "eager" and device.type != "cuda":

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from .harness import Absent, Case, failures, host, parity, wait
-from .kernels import cases
+from .harness import Absent, Case, failures, host, parity
+from .suite_kernels import cases
+from .timing import wait
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -50,7 +51,7 @@ def timed(benchmark: Any, group_of_cases: dict[str, Case], provider: str) -> Cal
             results[provider] = host((case.check or call)())
         except (Absent, ImportError) as why:
             pytest.skip(f"{provider}: {why}")
-        for other in {name for name in (case.against, case.plain) if name and name != provider}:
+        for other in {name for name in (case.reference, case.baseline) if name and name != provider}:
             theirs = group_of_cases[other]
             built = theirs.build()
             results[other] = host((theirs.check or built)())

@@ -17,15 +17,15 @@ import torch
 from sbldm_fast import FastSampler
 
 from .counts import step_work
-from .problem import Problem
 from .rows import Row, append, head
-from .sampling import DTYPES
+from .setup import SamplingSetup
+from .suite_sampling import DTYPES
 
 NAME = 160  # letters of a kernel's name that are kept: templates go on for thousands
 LONG, SHORT = 11, 1  # steps of two runs; their difference has nothing of what surrounds the loop
 
 
-def kernels_of_a_step(problem: Problem, dtype: torch.dtype) -> Row:
+def kernels_of_a_step(problem: SamplingSetup, dtype: torch.dtype) -> Row:
     """Launches of each kernel in a step, and their microseconds on the device; the loop is run eagerly, as a graph
     holds the same."""
     counted: dict[int, Counter[str]] = {}
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = False
     for batch in map(int, given.batch.split(",")):
         for name in given.dtype.split(","):
-            problem = Problem(given.preset, LONG, batch, torch.device("cuda"))
+            problem = SamplingSetup(given.preset, LONG, batch, torch.device("cuda"))
             found = kernels_of_a_step(problem, DTYPES[name])
             row = head(
                 "launches",

@@ -1,8 +1,7 @@
 """Who samples: one small class for each library, built from the same problem, and each held against its library's plain
 float32 loop.
 
-A new provider is a class with a name, what it is held against, and `build`; see `Monai`. Then it is added to
-`providers`.
+A new provider is a class with its library, its family and `build`; see `Monai`. Then it is added to `providers`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from sbldm_fast.export import ORTSampler, export
@@ -25,8 +24,9 @@ from torch import Tensor, nn
 from sbldm_fast import FastSampler
 from sbldm_fast.sampling.loop import compilation
 
-from .harness import Absent, Case, Output
-from .problem import Problem, stepped
+from .harness import Absent, Case
+from .setup import SamplingSetup, stepped
+from .timing import Output
 
 TOLERANCE = 1e-4  # float32, relative to the largest value, after all steps
 FLOAT = torch.float32
@@ -39,54 +39,55 @@ class Provider(ABC):
 
     dtype: torch.dtype = FLOAT
     compiled: str | None = None
+    family: ClassVar[str] = "peer"  # of `schema.FAMILIES`
+    library: ClassVar[str] = "reference"  # the name of its plain float32 loop
+    needs: ClassVar[tuple[str, ...]] = ()  # the modules of the library, which a fresh process imports apart
+    approximate = False  # whether it computes something else by design: no speed-up, and no failure
+    images = False  # whether it decodes
 
     @property
-    @abstractmethod
     def name(self) -> str:
         """As it is called in the rows."""
+        return f"{self.library}{self.suffix}"
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        """The modules of the library, which a fresh process imports apart from building."""
-        return ()
+    def reference(self) -> str:
+        """The provider whose samples it must have, to rounding."""
+        return f"{self.library}{' to images' * self.images}"
 
     @property
-    def against(self) -> str | None:
-        """The provider whose latents it must have, to rounding."""
-        return None
-
-    @property
-    def approximate(self) -> bool:
-        """Whether it computes something else by design: no speed-up, and no failure."""
-        return False
-
-    @property
-    def plain(self) -> str | None:
+    def baseline(self) -> str:
         """The plain loop in the same precision, whose error is allowed twice."""
-        return None
+        return f"{self.library}{half(self.dtype)}{' to images' * self.images}"
+
+    @property
+    def prepares(self) -> bool:
+        """Whether the first call compiles or captures."""
+        return self.compiled is not None
 
     @abstractmethod
-    def build(self, p: Problem) -> Output:
+    def build(self, p: SamplingSetup) -> Output:
         """The run that is timed: noise to latents."""
 
-    def case(self, p: Problem) -> Case:
+    def case(self, p: SamplingSetup) -> Case:
         """The provider on a problem, for the harness."""
         return Case(
             lambda: self.build(p),
-            self.against,
+            self.reference,
             TOLERANCE,
-            self.plain,
+            self.baseline,
             dtype=str(self.dtype)[6:],
             approximate=self.approximate,
+            about={"family": self.family, "decodes": self.images, "prepares": self.prepares},
         )
 
     @property
     def suffix(self) -> str:
         """What the names of compiled and half-precision providers end with."""
         how = {None: "", "default": " torch.compile"}.get(self.compiled, f" torch.compile {self.compiled}")
-        return ("" if self.dtype == FLOAT else f" {str(self.dtype)[6:]}") + how
+        return half(self.dtype) + how
 
-    def loop(self, model: nn.Module, scheduler: Any, p: Problem, call: Callable[..., Any]) -> Output:
+    def loop(self, model: nn.Module, scheduler: Any, p: SamplingSetup, call: Callable[..., Any]) -> Output:
         """The textbook loop of `call(model)(x, t)` with the model in this precision, compiled as this provider is."""
         if self.dtype != FLOAT:
             model = copy.deepcopy(model).to(dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -105,6 +106,7 @@ class Reference(Provider):
     """Our UNet and scheduler stepped as in a textbook; the stages of the waterfall up to torch.compile with our
     kernels."""
 
+    family = "reference"
     channels_last: bool = False
     fused: bool = False
     images: bool = False
@@ -114,15 +116,7 @@ class Reference(Provider):
         how = " channels_last" * self.channels_last + self.suffix + " fused norms" * self.fused
         return f"reference{how}{' to images' * self.images}"
 
-    @property
-    def against(self) -> str:
-        return f"reference{' to images' * self.images}"
-
-    @property
-    def plain(self) -> str:
-        return Reference(self.dtype, images=self.images).name
-
-    def build(self, p: Problem) -> Output:
+    def build(self, p: SamplingSetup) -> Output:
         if self.fused and (why := obstacle(p.device)):
             raise Absent(why)
         unet, scheduler = p.ours
@@ -142,6 +136,7 @@ class Reference(Provider):
 class Ours(Provider):
     """`FastSampler` in one of its modes, on our UNet."""
 
+    family = "ours"
     mode: str = "eager"
     images: bool = False
     tf32: bool = False
@@ -152,21 +147,17 @@ class Ours(Provider):
         return f"FastSampler {self.mode} {dtype}{' to images' * self.images}"
 
     @property
-    def approximate(self) -> bool:
+    def approximate(self) -> bool:  # type: ignore[override]  # of the arguments
         return self.tf32
 
     @property
-    def against(self) -> str:
-        return Reference(images=self.images).name
+    def prepares(self) -> bool:
+        return self.mode != "eager"
 
-    @property
-    def plain(self) -> str:
-        return Reference(self.dtype, images=self.images).name
-
-    def build(self, p: Problem) -> Output:
+    def build(self, p: SamplingSetup) -> Output:
         return self.sampler(p, *p.ours)
 
-    def sampler(self, p: Problem, model: nn.Module, scheduler: Any) -> Output:
+    def sampler(self, p: SamplingSetup, model: nn.Module, scheduler: Any) -> Output:
         """A run of FastSampler on these objects."""
         if "graph" in self.mode and p.device.type != "cuda":
             raise Absent("CUDA graphs need CUDA")
@@ -187,19 +178,10 @@ class Ours(Provider):
 class Diffusers(Provider):
     """diffusers' own loop over its own UNet2DModel and DDIMScheduler."""
 
+    library = "diffusers"
     needs = ("diffusers.models", "diffusers.schedulers")
 
-    @property
-    def name(self) -> str:
-        return f"diffusers{self.suffix}"
-
-    against = "diffusers"
-
-    @property
-    def plain(self) -> str:
-        return Diffusers(self.dtype).name
-
-    def build(self, p: Problem) -> Output:
+    def build(self, p: SamplingSetup) -> Output:
         return self.loop(*p.diffusers, p, lambda model, x, t: model(x, t, return_dict=False)[0])
 
 
@@ -207,22 +189,15 @@ class Diffusers(Provider):
 class DiffusersUnderOurs(Ours):
     """diffusers' objects, untouched, under `FastSampler`."""
 
+    family = "drop-in"
+    library = "diffusers"
     needs = Diffusers.needs
 
     @property
     def name(self) -> str:
-        half = "" if self.dtype == FLOAT else f" {str(self.dtype)[6:]}"
-        return f"diffusers{half} under FastSampler {self.mode}"
+        return f"diffusers{half(self.dtype)} under FastSampler {self.mode}"
 
-    @property
-    def against(self) -> str:
-        return "diffusers"
-
-    @property
-    def plain(self) -> str:
-        return Diffusers(self.dtype).name
-
-    def build(self, p: Problem) -> Output:
+    def build(self, p: SamplingSetup) -> Output:
         return self.sampler(p, *p.diffusers)
 
 
@@ -230,19 +205,10 @@ class DiffusersUnderOurs(Ours):
 class Monai(Provider):
     """MONAI's DiffusionModelUNet and DDIMScheduler in the textbook loop."""
 
+    library = "MONAI"
     needs = ("monai.networks.nets", "monai.networks.schedulers")
 
-    @property
-    def name(self) -> str:
-        return f"MONAI{self.suffix}"
-
-    against = "MONAI"
-
-    @property
-    def plain(self) -> str:
-        return Monai(self.dtype).name
-
-    def build(self, p: Problem) -> Output:
+    def build(self, p: SamplingSetup) -> Output:
         return self.loop(*p.monai, p, lambda model, x, t: model(x, t.reshape(1).expand(len(x)).to(x.device)))
 
 
@@ -250,19 +216,14 @@ class Monai(Provider):
 class Runtime(Provider):
     """diffusers' loop with its UNet in ONNX Runtime or OpenVINO on a CPU, with as many threads as PyTorch."""
 
+    library = "diffusers"
     runtime: str = "ONNX Runtime"
 
     @property
     def name(self) -> str:
         return f"diffusers {self.runtime}{self.suffix}"
 
-    against = "diffusers"
-
-    @property
-    def plain(self) -> str:
-        return Diffusers(self.dtype).name
-
-    def build(self, p: Problem) -> Output:
+    def build(self, p: SamplingSetup) -> Output:
         if p.device.type != "cpu":
             raise Absent("a runtime for CPUs")
         threads = torch.get_num_threads()
@@ -303,8 +264,8 @@ class Exported(Provider):
     cuda_graph: bool = False
     fuse: bool = False
 
+    family = "ours"
     needs = ("onnxruntime",)
-    against = plain = "reference"
 
     @property
     def name(self) -> str:
@@ -312,10 +273,14 @@ class Exported(Provider):
         return f"ORTSampler {self.mode} {'CUDA' if self.cuda else 'CPU'}{how}"
 
     @property
-    def approximate(self) -> bool:
+    def approximate(self) -> bool:  # type: ignore[override]  # of the arguments
         return self.precision == "int8"
 
-    def build(self, p: Problem) -> Output:
+    @property
+    def prepares(self) -> bool:
+        return self.cuda_graph
+
+    def build(self, p: SamplingSetup) -> Output:
         importlib.import_module("onnx")
         import onnxruntime
 
@@ -336,6 +301,11 @@ class Exported(Provider):
         )
         start = p.noise.cpu()
         return lambda: torch.from_numpy(sampler(noise=start))
+
+
+def half(dtype: torch.dtype) -> str:
+    """What the name of a provider in half precision has after its library."""
+    return "" if dtype == FLOAT else f" {str(dtype)[6:]}"
 
 
 def exported(device: torch.device, compiled: bool = True) -> Iterator[Provider]:

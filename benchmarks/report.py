@@ -16,7 +16,7 @@ import jinja2
 from sbldm_fast.errors import UserError
 from sbldm_fast.files import whole_file
 
-from .charts import by_batch, cost_chart, is_ours, pareto_chart, roofline_chart, waterfall
+from .charts import by_batch, cost_chart, pareto_chart, roofline_chart, waterfall
 from .harness import failures
 from .rows import Row, latest, machine_id, read_rows
 from .t4 import SOURCES, errors, measured_ceilings, steps_table
@@ -101,7 +101,7 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
         faults=faults,
         link=link,
         t4=_t4(shown),
-        ours=lambda line: any(isinstance(cell, str) and is_ours(cell) for cell in line),
+        ours=lambda line: any(not isinstance(cell, str) and cell[1].get("family") == "ours" for cell in line),
         date=datetime.now(UTC).date().isoformat(),
         rows=[(r["id"], _title(r), json.dumps({k: v for k, v in r.items() if k != "id"}, indent=1)) for r in linked],
     )

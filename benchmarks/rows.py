@@ -26,7 +26,6 @@ from sbldm_fast.machine import environment
 from .nvml import Gpu
 from .schema import fault_of
 
-Row = dict[str, Any]
 Row = dict[str, Any]  # as JSON has it; `schema.RowSchema` says what its keys are
 # what tells two problems of a suite apart; of the others: preset, batch, steps, processes
 PROBLEM = {

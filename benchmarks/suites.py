@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from .export import bench_export
-from .fresh import bench_memory, bench_scaling, bench_startup
-from .kernels import bench_kernels
 from .rows import Row
-from .sampling import bench_sampling
-from .solvers import bench_solvers
-from .training import bench_training
+from .suite_export import bench_export
+from .suite_kernels import bench_kernels
+from .suite_process import bench_memory, bench_scaling, bench_startup
+from .suite_sampling import bench_sampling
+from .suite_solvers import bench_solvers
+from .suite_training import bench_training
 
 
 class Suite(NamedTuple):

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from .counts import count
-from .kernels import OPS, problems
 from .rows import Row
+from .suite_kernels import OPS, problems
 from .table import Table
 
 

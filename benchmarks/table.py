@@ -120,7 +120,7 @@ def sampling_table(rows: Sequence[Row]) -> Table:
         [name, *(cell for b in batches for cell in found.get((name, b), ["", ""]))] for name in names
     ]
     columns = [column for b in batches for column in (f"batch {b}: ms/step", f"× {over}")]
-    made = [r for r in rows if r["batch"] == batches[0] and ("compile" in r["provider"] or "graph" in r["provider"])]
+    made = [r for r in rows if r["batch"] == batches[0] and r.get("prepares")]
     compiling = {r["provider"]: r["compile_s"] for r in made if (r.get("compile_s") or 0) > 1}
     if compiling:
         columns.append("compiling, s")
@@ -237,10 +237,11 @@ def fastest(rows: Sequence[Row], dtype: str) -> tuple[Row | None, Row | None]:
         for r in rows
         if r["batch"] == batch and "median_s" in r and (r["parity"] or {}).get("ok") and r["dtype"] == dtype
     ]
-    own = [r for r in ok if r["provider"].startswith(("FastSampler", "ORTSampler"))]
-    peers = [r for r in ok if r["provider"].startswith(("diffusers", "MONAI")) and "FastSampler" not in r["provider"]]
-    first, second = (min(found, key=lambda r: float(r["median_s"]), default=None) for found in (own, peers))
-    return first, second
+    own, peer = (
+        min((r for r in ok if r.get("family") == family), key=lambda r: float(r["median_s"]), default=None)
+        for family in ("ours", "peer")
+    )
+    return own, peer
 
 
 def headline(rows: Sequence[Row]) -> str:

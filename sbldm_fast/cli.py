@@ -473,7 +473,7 @@ def demo(
     from sbldm_fast.benchmarks.harness import failures
     from sbldm_fast.benchmarks.providers import FLOAT, Diffusers, Ours, Reference, providers
     from sbldm_fast.benchmarks.rows import append
-    from sbldm_fast.benchmarks.sampling import bench_sampling as measure
+    from sbldm_fast.benchmarks.suite_sampling import bench_sampling as measure
     from sbldm_fast.benchmarks.table import sampling_table
     from sbldm_fast.doctor import doctor as examine
     from sbldm_fast.export import export as run

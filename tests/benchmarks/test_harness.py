@@ -10,27 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from sbldm_fast.benchmarks.harness import (
-    CAPTURED,
-    Absent,
-    Case,
-    bundled,
-    cache_bytes,
-    failures,
-    host,
-    interleaved,
-    interrupted,
-    measure,
-    relative,
-    summary,
-    turns,
-)
+from sbldm_fast.benchmarks.harness import Absent, Case, failures, host, interrupted, measure, relative
+from sbldm_fast.benchmarks.timing import CAPTURED, bundled, cache_bytes, interleaved, summary, turns
 
 CPU = torch.device("cpu")
 
 
-def case(value: float = 1.0, against: str | None = "a", tolerance: float = 1e-3, plain: str | None = None) -> Case:
-    return Case(lambda: lambda: torch.tensor([value]), against, tolerance, plain)
+def case(value: float = 1.0, reference: str | None = "a", tolerance: float = 1e-3, baseline: str | None = None) -> Case:
+    return Case(lambda: lambda: torch.tensor([value]), reference, tolerance, baseline)
 
 
 def run(cases: dict[str, Case], **options: Any) -> dict[str, dict[str, Any]]:
@@ -76,7 +63,7 @@ def test_a_row_is_complete() -> None:
 
 def test_no_parity_no_speedup() -> None:
     rows = run(
-        {"a": case(), "near": case(1.0005), "far": case(1.002), "nan": case(math.nan), "alone": case(against=None)}
+        {"a": case(), "near": case(1.0005), "far": case(1.002), "nan": case(math.nan), "alone": case(reference=None)}
     )
     assert rows["near"]["speedup"]["over"] == "a"
     for name in ("far", "nan"):
@@ -93,7 +80,7 @@ def test_no_parity_no_speedup() -> None:
 
 def test_twice_what_the_plain_one_loses_is_allowed() -> None:
     values = {"a": 1.0, "plain": 1.005, "ours": 1.01, "worse": 1.015}
-    rows = run({name: case(value, plain="plain") for name, value in values.items()})
+    rows = run({name: case(value, baseline="plain") for name, value in values.items()})
     assert rows["ours"]["parity"]["allowed"] == pytest.approx(0.011, rel=1e-3)
     assert [rows[name]["parity"]["ok"] for name in ("plain", "ours", "worse")] == [True, True, False]
 
@@ -102,7 +89,7 @@ def test_nobody_is_right_beside_a_reference_that_failed() -> None:
     def fails() -> Any:
         raise RuntimeError("boom")
 
-    rows = run({"a": Case(fails, "a", 1.0), "ours": case(plain="a")})
+    rows = run({"a": Case(fails, "a", 1.0), "ours": case(baseline="a")})
     assert rows["a"]["failed"] == "RuntimeError: boom"
     assert not rows["ours"]["parity"]["ok"]
     assert rows["ours"]["speedup"] is None
@@ -201,7 +188,7 @@ def test_what_drifts_after_the_first_call_has_no_parity() -> None:
 
 
 def test_no_precision_may_lose_more_than_a_fiftieth() -> None:
-    rows = run({"a": case(), "plain": case(1.5, plain="plain"), "ours": case(1.019, plain="plain")})
+    rows = run({"a": case(), "plain": case(1.5, baseline="plain"), "ours": case(1.019, baseline="plain")})
     assert not rows["plain"]["parity"]["ok"], "a plain loop that is this wrong is wrong"
     assert rows["ours"]["parity"]["allowed"] == pytest.approx(0.021)
     assert rows["ours"]["parity"]["ok"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sbldm_fast.benchmarks import launches
-from sbldm_fast.benchmarks.problem import Problem
+from sbldm_fast.benchmarks.setup import SamplingSetup
 
 
 def test_a_step_is_the_difference_of_two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,7 @@ def test_a_step_is_the_difference_of_two_runs(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(launches, "FastSampler", Sampler)
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    found = launches.kernels_of_a_step(Problem("demo", 1, 1, torch.device("cpu")), torch.float32)
+    found = launches.kernels_of_a_step(SamplingSetup("demo", 1, 1, torch.device("cpu")), torch.float32)
     alike = {"launches": 2.0, "us": 2.0}  # names that differ where they are cut are counted together, none is lost
     kernels = {"norm": {"launches": 2.0, "us": 6.0}, "x" * launches.NAME: alike}
     assert found == {"launches": 4.0, "us": 8.0, "kernels": kernels}

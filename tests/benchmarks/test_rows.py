@@ -7,10 +7,13 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from sbldm_fast.benchmarks.providers import providers
 from sbldm_fast.benchmarks.report import write_report
 from sbldm_fast.benchmarks.rows import (
     append,
@@ -25,6 +28,7 @@ from sbldm_fast.benchmarks.rows import (
     row_key,
     source,
 )
+from sbldm_fast.benchmarks.schema import FAMILIES, RowSchema, described
 from sbldm_fast.benchmarks.table import gpu_summary, gpus_table, sampling_table
 from sbldm_fast.benchmarks.verdicts import compare
 
@@ -266,3 +270,26 @@ def test_a_pipe_or_a_folder_for_a_file_of_rows_is_named(tmp_path: Path) -> None:
             read_rows(tmp_path / f"{name}.jsonl")
     append(tmp_path / "r.jsonl", [row()])
     assert write_report([tmp_path], tmp_path / "r.html")["rows"] == 1
+
+
+def test_the_schema_names_every_key_of_every_committed_row() -> None:
+    known = {f.name for f in fields(RowSchema)}
+    for path in RESULTS:
+        for found in read_rows(path)[0]:
+            assert not found.keys() - known - {"at"}, path
+
+
+def test_the_family_of_a_provider_is_a_field() -> None:
+    for path in RESULTS:
+        for found in read_rows(path)[0]:
+            if "provider" in found and found["target"] != "solvers":
+                assert found["family"] in FAMILIES, path
+    who = list(providers(torch.device("cpu"), [torch.float32, torch.bfloat16]))
+    assert {p.family for p in who} == {"ours", "reference", "peer", "drop-in"}
+
+
+def test_the_schema_can_be_read() -> None:
+    for name, kind, _, meaning in described():
+        assert name
+        assert kind
+        assert meaning

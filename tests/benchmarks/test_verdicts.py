@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sbldm_fast.benchmarks.harness import summary
+from sbldm_fast.benchmarks.timing import summary
 from sbldm_fast.benchmarks.verdicts import Verdict, bad, compare, interval, verdict_table
 
 ENV = {"gpu": None, "cpu": "c", "cores": 2, "threads": 2, "cpu_capability": "AVX2"}

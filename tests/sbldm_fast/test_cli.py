@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from sbldm_fast.benchmarks.kernels import OPS
 from sbldm_fast.benchmarks.providers import Ours
+from sbldm_fast.benchmarks.suite_kernels import OPS
 
 from sbldm_fast.cli import main
 from sbldm_fast.images import NOTICE

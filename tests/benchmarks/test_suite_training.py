@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from sbldm_fast.benchmarks import training as module
+from sbldm_fast.benchmarks import suite_training as module
+from sbldm_fast.benchmarks.suite_training import PLAIN, bench_training
 from sbldm_fast.benchmarks.table import training_table
-from sbldm_fast.benchmarks.training import PLAIN, bench_training
 
 
 def rows() -> list[dict[str, Any]]:

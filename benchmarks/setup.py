@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sbldm_fast import AutoencoderKL, DDIMScheduler, UNet2D, preset
 
 
-class Problem:
+class SamplingSetup:
     """What is sampled: noise, steps, and each library's UNet of the preset's widths with its DDIM scheduler on the
     preset's betas."""
 

@@ -9,10 +9,10 @@ import json
 import pytest
 import torch
 from sbldm_fast.benchmarks.harness import host, relative
-from sbldm_fast.benchmarks.kernels import OPS, RELATIVE, bench_kernels, problems
+from sbldm_fast.benchmarks.suite_kernels import OPS, RELATIVE, bench_kernels, problems
 from sbldm_fast.benchmarks.table import kernels_table
 
-module = importlib.import_module("sbldm_fast.benchmarks.kernels")
+module = importlib.import_module("sbldm_fast.benchmarks.suite_kernels")
 CPU = torch.device("cpu")
 
 

@@ -1,7 +1,7 @@
 """What a fresh process costs: to the first image, in memory, for n images, on several processes. Each figure has a
 process of its own.
 
-The child is this file: python -m sbldm_fast.benchmarks.fresh '{"provider": ..., "started": ...}'
+The child is this file: python -m sbldm_fast.benchmarks.suite_process '{"provider": ..., "started": ...}'
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 from sbldm_fast.errors import UserError
 
-from .harness import summary, turns
 from .rows import Row, head
+from .timing import summary, turns
 
 COUNTS = (1, 10, 100, 1000, 10_000)  # images whose cost is stated
 PATIENCE = 900  # seconds that a child may take beyond its box
@@ -54,7 +54,7 @@ def bench_startup(
             found[name].append(_child(name, preset_name, steps, 1))
     for name, children in found.items():
         if "first_s" not in children[-1]:
-            yield common | children[-1]
+            yield common | children[-1] | {"family": names[name]}
             continue
         warm = children[1:]
         parts = {key: summary([c[key] for c in warm])["median_s"] for key in ("import_s", "build_s", "run_s")}
@@ -63,6 +63,7 @@ def bench_startup(
             | summary([c["first_s"] for c in warm])
             | {
                 "provider": name,
+                "family": names[name],
                 "cold_cache_s": children[0]["first_s"],
                 "parts": parts,
             }
@@ -91,7 +92,7 @@ def bench_memory(
             say(f"batch {batch}, a fresh process: {name}")
             child = _child(name, preset_name, steps, batch)
             keys = ("provider", "peak_bytes", "absent", "failed")
-            yield common | {key: child[key] for key in keys if key in child}
+            yield common | {"family": names[name]} | {key: child[key] for key in keys if key in child}
 
 
 def bench_scaling(
@@ -119,29 +120,33 @@ def bench_scaling(
     processes = processes or (1, torch.cuda.device_count() or 2)
     _positive(steps=steps, batch=batch, processes=min(processes), seconds=seconds)
     names, device = _names(compiled)
-    names = [n for n in names if "FastSampler" in n or n == "diffusers"]
+    own = next(name for name, family in names.items() if family == "ours")
     common = head("scaling", preset=preset_name, steps=steps, batch=batch, device=device)
-    for name in names:
+    for name in (n for n, family in names.items() if family == "ours" or n == "diffusers"):
         say(f"{seconds:.0f} s of images: {name}")
         one = _child(name, preset_name, steps, 1)
         many = _child(name, preset_name, steps, batch, seconds) if "first_s" in one else one
         ends = many.pop("ends", None)
         yield (
             common
-            | {"processes": 1}
+            | {"processes": 1, "family": names[name]}
             | many
             | ({"cost": cost(one["first_s"], ends, batch)} if many is not one and ends else {})
         )
     for number in dict.fromkeys(processes):
         if number > (torch.cuda.device_count() or os.cpu_count() or 1):
-            yield common | {"processes": number, "provider": "torchrun", "absent": "more processes than devices"}
+            yield common | {
+                "processes": number,
+                "provider": "torchrun",
+                "family": "ours",
+                "absent": "more processes than devices",
+            }
             continue
-        name = next(n for n in names if n.startswith("FastSampler"))
-        say(f"{number} processes, {seconds:.0f} s each: {name}")
-        child = _child(name, preset_name, steps, batch, seconds, processes=number)
+        say(f"{number} processes, {seconds:.0f} s each: {own}")
+        child = _child(own, preset_name, steps, batch, seconds, processes=number)
         rate = {"images_per_s": child["images"] / child["together_s"]} if "images" in child else {}
         keep = {key: child[key] for key in ("images", "together_s", "absent", "failed") if key in child}
-        yield common | {"processes": number, "provider": f"torchrun {name}"} | keep | rate
+        yield common | {"processes": number, "provider": f"torchrun {own}", "family": "ours"} | keep | rate
 
 
 def cost(one: float, ends: Sequence[float], batch: int) -> list[Row]:
@@ -163,14 +168,19 @@ def _positive(**values: float) -> None:
         raise UserError(f"{', '.join(values)}: got {', '.join(str(v) for v in values.values())}, allowed is 1 or more")
 
 
-def _names(compiled: bool) -> tuple[list[str], str]:
+def _names(compiled: bool) -> tuple[dict[str, str], str]:
+    """The providers that are timed and the family of each, our fastest first; and the device."""
     import torch
 
-    if torch.cuda.is_available():
-        names = ["FastSampler loop-graph float32", "FastSampler eager float32", "diffusers", "MONAI"]
-        return names + ["diffusers torch.compile"] * compiled, "cuda"
-    names = ["FastSampler eager float32", "diffusers", "MONAI"]
-    return (["FastSampler compile float32", *names, "diffusers torch.compile"] if compiled else names), "cpu"
+    on_cuda = torch.cuda.is_available()
+    names = {"FastSampler eager float32": "ours", "diffusers": "peer", "MONAI": "peer"}
+    if on_cuda:
+        names = {"FastSampler loop-graph float32": "ours"} | names
+    elif compiled:
+        names = {"FastSampler compile float32": "ours"} | names
+    if compiled:
+        names["diffusers torch.compile"] = "peer"
+    return names, "cuda" if on_cuda else "cpu"
 
 
 def _child(name: str, preset_name: str, steps: int, batch: int, seconds: float = 0.0, processes: int = 1) -> Row:
@@ -217,9 +227,10 @@ def main(job: Row) -> Row:
     from sbldm_fast import AutoencoderKL, preset
     from sbldm_fast.training.ranks import Ranks, torchrun
 
-    from .harness import wait, why_not
-    from .problem import Problem
+    from .harness import why_not
     from .providers import FLOAT, providers
+    from .setup import SamplingSetup
+    from .timing import wait
 
     with torchrun() as device, torch.no_grad():
         ranks = Ranks.of_torchrun()
@@ -230,7 +241,7 @@ def main(job: Row) -> Row:
                 importlib.import_module(module)
             imported = time.time()
             before = _peak(device)
-            problem = Problem(job["preset"], job["steps"], job["batch"], device)
+            problem = SamplingSetup(job["preset"], job["steps"], job["batch"], device)
             torch.manual_seed(0)
             vae = AutoencoderKL(preset(job["preset"]).vae).to(device).eval()
             run = who.build(problem)

@@ -9,7 +9,7 @@ import torch
 
 from .providers import exported
 from .rows import Row
-from .sampling import bench_sampling
+from .suite_sampling import bench_sampling
 
 
 def bench_export(

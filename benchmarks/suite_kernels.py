@@ -25,7 +25,7 @@ RELATIVE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 Providers = dict[str, Callable[[], Any]]
 
 
-class Problem(NamedTuple):
+class OpCase(NamedTuple):
     """One problem: what must be moved and computed at the least, and who computes it; `reference` is what the others
     must equal."""
 
@@ -40,9 +40,9 @@ class Problem(NamedTuple):
     own_stream: tuple[str, ...] = ()  # providers of other random numbers, which nothing can be compared with
 
 
-def problems(op: str, device: torch.device, large: bool) -> Iterator[Problem]:
+def problems(op: str, device: torch.device, large: bool) -> Iterator[OpCase]:
     """The problems of `bench_<op>.py`: what the presets run, and with `large` one of 64 MB or more."""
-    found: Iterator[Problem] = importlib.import_module(f"{__package__}.bench_{op}").problems(device, large)
+    found: Iterator[OpCase] = importlib.import_module(f"{__package__}.bench_{op}").problems(device, large)
     return found
 
 
@@ -103,7 +103,7 @@ def bench_kernels(
 
 
 def timed(
-    problem: Problem, device: torch.device, rounds: int, compiled: bool = True, seconds: float = math.inf
+    problem: OpCase, device: torch.device, rounds: int, compiled: bool = True, seconds: float = math.inf
 ) -> list[Row]:
     """A row for each provider of a problem, and for a copy of the bytes that must move."""
     # the problems of an op share the function that torch.compile is given: counted together, its ninth version would
@@ -129,7 +129,7 @@ def timed(
     ]
 
 
-def cases(problem: Problem, device: torch.device, compiled: bool = True) -> dict[str, Case]:
+def cases(problem: OpCase, device: torch.device, compiled: bool = True) -> dict[str, Case]:
     """The providers of a problem, and a copy, for the harness."""
     source = torch.zeros(max(1, problem.moved // 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -137,9 +137,10 @@ def cases(problem: Problem, device: torch.device, compiled: bool = True) -> dict
     for name, call in (dict(problem.providers) | {"copy": lambda: target.copy_(source)}).items():
         if name == "torch.compile" and not compiled:
             continue
-        against = None if name == "copy" or name in problem.own_stream else "reference"
+        reference = None if name == "copy" or name in problem.own_stream else "reference"
         build = partial(_where_it_runs if name == "ours" else _as_it_is, call, device)
-        found[name] = Case(build, against, RELATIVE[problem.dtype], dtype=str(problem.dtype)[6:])
+        about = {"family": {"ours": "ours", "reference": "reference", "copy": "machine"}.get(name, "peer")}
+        found[name] = Case(build, reference, RELATIVE[problem.dtype], dtype=str(problem.dtype)[6:], about=about)
     return found
 
 
@@ -175,7 +176,10 @@ def ceilings(device: torch.device, rounds: int, seconds: float = math.inf) -> It
         x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
         operations = 2.0 * 9 * 256 * x.numel()
         calls[f"convolution {str(dtype)[6:]}"] = (partial(torch.conv2d, x, w, padding=1), operations, "operations/s")
-    found = {name: Case(lambda call=call: call, None, 0.0) for name, (call, _, _) in calls.items()}  # type: ignore[misc]
+    about = {"family": "machine"}
+    found = {
+        name: Case(partial(_as_it_is, call, device), None, 0.0, about=about) for name, (call, _, _) in calls.items()
+    }
     common = head("kernels", op="ceilings", shape="", layout="", device=str(device))
     for row in measure(found, rounds=rounds, base="", device=device, seconds=seconds, bundle=True):
         _, amount, unit = calls[row["provider"]]

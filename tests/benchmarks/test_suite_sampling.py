@@ -9,9 +9,9 @@ import pytest
 import torch
 from sbldm_fast.benchmarks import providers as module
 from sbldm_fast.benchmarks.harness import failures
-from sbldm_fast.benchmarks.problem import Problem
 from sbldm_fast.benchmarks.providers import FLOAT, Diffusers, Monai, Ours, Reference, Runtime, providers
-from sbldm_fast.benchmarks.sampling import bench_sampling
+from sbldm_fast.benchmarks.setup import SamplingSetup
+from sbldm_fast.benchmarks.suite_sampling import bench_sampling
 from sbldm_fast.benchmarks.table import sampling_table
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def test_an_absent_peer_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_runtimes_agree_or_are_absent() -> None:
     pytest.importorskip("diffusers", reason="diffusers is the peer that this benchmark times")
     pytest.importorskip("onnxscript", reason="diffusers' UNet is exported to ONNX for the runtimes")
-    problem = Problem("demo", 2, 2, CPU)
+    problem = SamplingSetup("demo", 2, 2, CPU)
     wanted = Diffusers().build(problem)()
     for runtime in ("ONNX Runtime", "OpenVINO"):
         try:
@@ -114,7 +114,7 @@ def test_runtimes_agree_or_are_absent() -> None:
 
 def test_monai_steps_the_betas_of_the_preset() -> None:
     pytest.importorskip("monai", reason="MONAI is the peer that this benchmark times")
-    problem = Problem("paper", 5, 1, CPU)
+    problem = SamplingSetup("paper", 5, 1, CPU)
     ours, monai = problem.ours[1], problem.monai[1]
     assert torch.equal(monai.alphas_cumprod, ours.alphas_cumprod)
     first, second = (problem.monai[0](torch.randn_like(problem.noise), torch.tensor([1])) for _ in range(2))
@@ -134,8 +134,8 @@ def test_everybody_has_a_name_and_someone_to_be_held_against() -> None:
         names = [p.name for p in found]
         assert len(names) == len(set(names))
         for p in found:
-            assert p.against in names
-            assert p.plain in names
+            assert p.reference in names
+            assert p.baseline in names
     assert (
         Reference(torch.bfloat16, "default", channels_last=True).name
         == "reference channels_last bfloat16 torch.compile"

@@ -15,7 +15,7 @@ from sbldm_fast.errors import UserError
 
 from .harness import Case, measure
 from .rows import Row, head
-from .sampling import per_image
+from .suite_sampling import per_image
 
 CONVERGED = 1000  # steps of DDIM, all that the models were trained on: the limit of every solver here
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from sbldm_fast.benchmarks import solvers as module
-from sbldm_fast.benchmarks.solvers import bench_solvers
+from sbldm_fast.benchmarks import suite_solvers as module
+from sbldm_fast.benchmarks.suite_solvers import bench_solvers
 from sbldm_fast.benchmarks.table import pareto, solvers_table
 
 

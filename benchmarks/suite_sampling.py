@@ -13,9 +13,9 @@ from sbldm_fast.machine import native_half
 
 from .counts import step_work
 from .harness import interrupted, measure
-from .problem import Problem
 from .providers import FLOAT, Ours, Provider, Reference, brief, providers
 from .rows import Row, head
+from .setup import SamplingSetup
 
 BASE = "diffusers"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -60,13 +60,15 @@ def bench_sampling(
     for count, batch in ((s, b) for s in steps for b in batches):
         # Dynamo counts versions of a function over the whole process; each problem starts afresh
         torch.compiler.reset()
-        problem = Problem(preset_name, count, batch, device)
+        problem = SamplingSetup(preset_name, count, batch, device)
         common = head(
             target, preset=preset_name, steps=count, batch=batch, shape=list(problem.noise.shape), device=str(device)
         )
         cases = {p.name: p.case(problem) for p in who}
         works = {
-            p.name: {"work": step_work(preset_name, batch, p.dtype)} for p in who if type(p) is Ours and not p.images
+            p.name: {"work": step_work(preset_name, batch, p.dtype)}
+            for p in who
+            if p.family == "ours" and isinstance(p, Ours) and not p.images
         }
         say(f"{count} steps, batch {batch}")
         rows = measure(cases, rounds=rounds, base=base, device=device, seconds=seconds, energy=energy, say=say)
@@ -75,7 +77,7 @@ def bench_sampling(
             (r["median_s"] for r in rows if r["provider"] == Reference(images=True).name and "median_s" in r), None
         )
         for row in rows:
-            if row.get("speedup") and "to images" in row["provider"]:  # decoding is in both
+            if row.get("speedup") and row["decodes"]:  # decoding is in both
                 row["speedup"] = images and {"over": Reference(images=True).name, "factor": images / row["median_s"]}
             yield (
                 common

@@ -23,8 +23,9 @@ from sbldm_fast.training import Objective, TrainConfig
 from sbldm_fast.training.stages import unet_loss
 from sbldm_fast.training.step import Step
 
-from .harness import Case, Output, measure
+from .harness import Case, measure
 from .rows import Row, head
+from .timing import Output
 
 # relative, of each loss of the warm-up: float32; in half precision what one of its numbers is rounded by
 TOLERANCE = {"off": 1e-4, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -103,8 +104,9 @@ def training_cases(
             for who, make in makers.items():
                 loop = Loop(make, weights, latents, p.scheduler, dtype, bool(through), order, steps)
                 plain = f"plain PyTorch {NAMES[dtype]}"
+                about = {"family": "reference" if make is _plain else "ours", "prepares": bool(through)}
                 cases[f"{who} {NAMES[dtype]}{through}"] = Case(
-                    loop.build, PLAIN, TOLERANCE[dtype], plain, loop.curve, NAMES[dtype]
+                    loop.build, PLAIN, TOLERANCE[dtype], plain, loop.curve, NAMES[dtype], about=about
                 )
     return cases
 

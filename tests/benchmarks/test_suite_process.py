@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 import pytest
-from sbldm_fast.benchmarks import fresh as module
-from sbldm_fast.benchmarks.fresh import bench_memory, bench_scaling, bench_startup, cost
+from sbldm_fast.benchmarks import suite_process as module
+from sbldm_fast.benchmarks.suite_process import bench_memory, bench_scaling, bench_startup, cost
 from sbldm_fast.benchmarks.table import memory_table, scaling_table, startup_table
 
 SMALL: dict[str, Any] = {"preset_name": "demo", "steps": 1, "compiled": False}
@@ -15,12 +15,14 @@ SMALL: dict[str, Any] = {"preset_name": "demo", "steps": 1, "compiled": False}
 
 @pytest.fixture(autouse=True)
 def one_provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_names", lambda _: (["FastSampler eager float32"], "cpu"))
+    monkeypatch.setattr(module, "_names", lambda _: ({"FastSampler eager float32": "ours"}, "cpu"))
 
 
 def test_startup_has_its_parts_and_who_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        module, "_names", lambda _: (["FastSampler eager float32", "FastSampler loop-graph float32"], "cpu")
+        module,
+        "_names",
+        lambda _: (dict.fromkeys(("FastSampler eager float32", "FastSampler loop-graph float32"), "ours"), "cpu"),
     )
     row, absent = bench_startup(rounds=1, **SMALL)
     assert row["n"] == 1
