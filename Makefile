@@ -40,8 +40,8 @@ results: .venv/installed
 weights: .venv/installed
 	test -d "$(SCANS)/ms" || { echo "make weights needs SCANS=folder with the scans that the model card names" >&2; exit 2; }
 	$(BIN)/sbldm-fast prepare $(SCANS)/ms $(SCANS)/dicom_t1_axial mni152 synthetic:32 --covariates $(SCANS)/ms/patient_info.csv -o weights/data
-	OMP_NUM_THREADS=1 $(BIN)/sbldm-fast train weights/run --data weights/data --preset demo --vae-steps 2400 --vae-batch 16 --vae-lr 1e-3 --l1 \
-		--steps 20000 --batch 32 --lr 5e-4 --ema-decay 0.9995 --min-snr 5 --warmup 500 --views 8 --amp bf16 --resume
+	OMP_NUM_THREADS=1 $(BIN)/sbldm-fast train weights/run --data weights/data --preset demo --vae-steps 2400 --vae-batch-size 16 --vae-lr 1e-3 --recon l1 \
+		--steps 20000 --batch-size 32 --lr 5e-4 --ema-decay 0.9995 --snr-gamma 5 --warmup 500 --views 8 --amp bf16 --resume
 	$(BIN)/sbldm-fast evaluate weights/run/pipeline --data weights/data -o weights/evaluation
 
 # The four folders as the one package that an install makes of them, for tools that do not follow package-dir.

@@ -14,17 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_options import Json, place, say
 from .errors import MissingExtra
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-
-
-def place(path: Path | None) -> Path | None:
-    """What `-o` names; nothing, as from an unset variable of a shell, would be the current folder."""
-    if path == Path():
-        raise typer.BadParameter("got nothing or the current folder, allowed is a path with a name")
-    return path
-
 
 Suite = StrEnum("Suite", ["kernels", "sampling", "training", "export", "memory", "startup", "scaling", "solvers"])
 
@@ -181,8 +172,3 @@ def _sizes(text: str | None, option: str) -> list[int] | None:
     if text is not None and not re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", text):
         raise typer.BadParameter(f"got {text}, allowed are whole numbers with commas between", param_hint=f"--{option}")
     return None if text is None else [int(b) for b in text.split(",")]
-
-
-def say(text: str) -> None:
-    """Progress, beside what a program may read."""
-    print(text, file=sys.stderr, flush=True)

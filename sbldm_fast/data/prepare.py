@@ -108,7 +108,7 @@ def prepare(
     # all that can be refused is refused before hours of reading
     pattern = None if subject is None else _pattern(subject)
     table = None if covariates is None else Covariates(covariates)
-    _writable(out)
+    was_prepared(out)
     found: dict[object, Job] = {}
     for job in (job for source in sources for job in expand(source)):
         # a file that two sources hold is read once
@@ -169,19 +169,23 @@ def _pattern(subject: str) -> re.Pattern[str]:
     return pattern
 
 
-def _writable(out: str | Path) -> None:
-    """Refuse a folder that `prepare` did not write."""
+def was_prepared(out: str | Path) -> bool:
+    """Whether `out` is a folder that `prepare` wrote, or else one that it may write.
+
+    Raises:
+        UserError: a folder that holds anything else, or a place that cannot be replaced.
+    """
     if not str(out):
         raise UserError("out: got '', allowed is a folder")
     folder = Path(out)
     if os.path.ismount(folder):  # of a link, too, which Path.is_mount is not
         raise UserError(f"{out} is where a disk is mounted, which cannot be replaced; allowed is a folder in it")
     if not folder.is_dir() or not (there := sorted(folder.iterdir())):
-        return
+        return False
     lost = next((p.name for p in there if p.name not in PREPARED or not p.is_file()), None)
     with suppress(ValueError):
         if lost is None and {"format", "slices"} <= read_json(folder / "manifest.json").keys():
-            return
+            return True
     raise UserError(
         f"{out} holds {lost or there[0].name}, which would be lost; allowed is a new folder or one that prepare wrote"
     )

@@ -35,7 +35,7 @@ OPTIONS = {
     "--seed": SAMPLE,
     "-n": SAMPLE,
     "--steps": SAMPLE,
-    "--batch": SAMPLE,
+    "--batch-size": SAMPLE,
     "--eta": SAMPLE,
     "--every": PREPARE,
     "--volume": PREPARE,

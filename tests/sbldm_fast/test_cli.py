@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,8 +21,10 @@ from sbldm_fast.benchmarks.providers import Ours
 from sbldm_fast.benchmarks.suite_kernels import OPS
 
 from sbldm_fast.cli import main
+from sbldm_fast.cli_train import train
 from sbldm_fast.images import NOTICE
 from sbldm_fast.sampling.modes import choose
+from sbldm_fast.training import Objective, TrainConfig, train_pipeline
 
 
 @pytest.fixture
@@ -56,9 +61,9 @@ def test_prepare_train_sample_end_to_end(run: Any, tmp_path: Path) -> None:
         "demo",
         "--steps",
         "2",
-        "--batch",
+        "--batch-size",
         "2",
-        "--vae-batch",
+        "--vae-batch-size",
         "2",
         "--views",
         "1",
@@ -66,8 +71,9 @@ def test_prepare_train_sample_end_to_end(run: Any, tmp_path: Path) -> None:
         "off",
         "--json",
     )
-    code, out, _ = run(*whole)
+    code, out, err = run(*whole)
     assert code == 0
+    assert re.search(r"warning: the UNet met 4 of \d+ latents, less than one pass: its samples will be noise", err)
     done = json.loads(out)
     pipeline = done["pipeline"]
     code, out, _ = run(*whole, "--resume")
@@ -80,7 +86,9 @@ def test_prepare_train_sample_end_to_end(run: Any, tmp_path: Path) -> None:
     code, _, err = run(*again, "--resume")
     assert code == 1
     assert "batch_size: got 32, but" in err
-    code, out, err = run("sample", pipeline, "-n", "3", "--steps", "2", "--batch", "2", "-o", tmp_path / "s", "--json")
+    code, out, err = run(
+        "sample", pipeline, "-n", "3", "--steps", "2", "--batch-size", "2", "-o", tmp_path / "s", "--json"
+    )
     assert code == 0
     assert json.loads(out)["notice"] == NOTICE
     assert "mode eager: " in err
@@ -270,6 +278,25 @@ def test_errors_are_one_sentence_and_exit_1(run: Any, folder: Path, tmp_path: Pa
 )
 def test_bad_usage_exits_2(arguments: list[str], run: Any) -> None:
     assert run(*arguments)[0] == 2
+
+
+def test_options_of_train_are_named_as_the_fields_they_set() -> None:
+    fields = {field.name for kind in (TrainConfig, Objective) for field in dataclasses.fields(kind)}
+    options = {name.removeprefix("vae_") for name in inspect.signature(train).parameters} | {"compile"}
+    arguments = set(inspect.signature(train_pipeline).parameters)
+    assert fields - options == {"weight_decay", "clip_norm"}, "these have no option"
+    assert options - fields - arguments == {"out", "prediction_type", "compiled", "as_json"}
+
+
+def test_prepare_says_what_it_replaces_and_that_few_subjects_cannot_be_split(run: Any, tmp_path: Path) -> None:
+    line = ("prepare", "synthetic:1", "--every", "20", "-o", tmp_path / "d")
+    code, _, err = run(*line)
+    assert code == 0
+    assert "warning: 1 subject cannot be split, all slices are for training" in err
+    assert "earlier prepare" not in err
+    code, _, err = run(*line)
+    assert code == 0
+    assert f"{tmp_path / 'd'} holds the slices of an earlier prepare; they are replaced when this one ends" in err
 
 
 @pytest.mark.parametrize(

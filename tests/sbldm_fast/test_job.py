@@ -50,7 +50,7 @@ def images(folder: Path) -> dict[str, bytes]:
 
 def command(pipeline: Path, out: Path, n: int, *more: str, processes: int = 1) -> list[str]:
     several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
-    settings = ["-n", str(n), "--steps", "2", "--batch", "2", "--seed", "1", "-o", str(out)]
+    settings = ["-n", str(n), "--steps", "2", "--batch-size", "2", "--seed", "1", "-o", str(out)]
     return [sys.executable, "-m", *several, "sbldm_fast", "sample", str(pipeline), *settings, *more]
 
 

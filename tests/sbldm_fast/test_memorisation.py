@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sbldm_fast import Pipeline
-from sbldm_fast.cli import evaluate
+from sbldm_fast.cli_train import evaluate
 from sbldm_fast.data import Slices, prepare
 from sbldm_fast.evaluation import nearest
 from sbldm_fast.evaluation.memorisation import memorisation
