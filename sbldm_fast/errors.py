@@ -21,7 +21,11 @@ class MissingExtra(ImportError):
     """
 
     def __init__(self, need: str, package: str, extra: str) -> None:
+        self.reason = need, package, extra
         super().__init__(f"{need} needs {package}: pip install 'sbldm_fast[{extra}]'", name=package)
+
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str, str]]:
+        return MissingExtra, self.reason  # as another process gets it
 
 
 class NotFinite(UserError, FloatingPointError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +27,37 @@ def save_png(array: np.ndarray, path: str | Path) -> None:
     _write(Image.fromarray(array), Path(path))
 
 
-def save_grid(array: np.ndarray, path: str | Path, notice: str = NOTICE, columns: int | None = None) -> None:
-    """Write `[N, H, W]` uint8 as one picture, as square as N allows or of `columns`, with the notice printed below
-    it."""
+def save_grid(
+    array: np.ndarray,
+    path: str | Path,
+    notice: str = NOTICE,
+    columns: int | None = None,
+    labels: Sequence[str] = (),
+    marks: Sequence[str] = (),
+) -> None:
+    """Write `[N, H, W]` uint8 as one picture.
+
+    Args:
+        array: the tiles.
+        path: the PNG file.
+        notice: printed below the tiles, as far as it fits, and in the file's metadata.
+        columns: tiles in a row; as square as N allows by default.
+        labels: of each tile, the text in its upper left corner.
+        marks: of each tile, the letter at the middle of its left side.
+    """
     n, height, width = array.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     sheet = Image.new("L", (columns * width, rows * height + 14))
+    draw = ImageDraw.Draw(sheet)
     for i, tile in enumerate(array):
-        sheet.paste(Image.fromarray(tile), (i % columns * width, i // columns * height))
-    ImageDraw.Draw(sheet).text((3, rows * height + 1), notice, fill=200)
+        x, y = i % columns * width, i // columns * height
+        sheet.paste(Image.fromarray(tile), (x, y))
+        for texts, down in ((labels, 1), (marks, height // 2 - 5)):
+            if texts:  # the font of Pillow may have no other letters
+                text = texts[i].encode("ascii", "replace").decode()
+                draw.text((x + 2, y + down), text, fill=255, stroke_width=1, stroke_fill=0)
+    draw.text((3, rows * height + 1), notice, fill=200)
     _write(sheet, Path(path), notice)
 
 
@@ -45,7 +67,7 @@ def save_nifti(images: np.ndarray, path: str | Path) -> None:
 
     # rows run from anterior to posterior in a picture, from posterior to anterior in RAS
     stack = nibabel.Nifti1Image(images[:, ::-1].transpose(2, 1, 0).astype(np.float32), np.eye(4))
-    stack.header["descrip"] = NOTICE.encode()
+    stack.header["descrip"] = f"{NOTICE}; unrelated slices, no volume".encode()
     with whole_file(path) as aside:
         aside.write_bytes(gzip.compress(stack.to_bytes(), mtime=0))
 

@@ -3,59 +3,47 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import re
-import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from sbldm_fast.files import printable, read_json, whole_folder, write_json
+from sbldm_fast.errors import UserError
+from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.images import save_grid, to_uint8
 
-from ..errors import MissingExtra, UserError
 from .covariates import Covariates
-from .dicom import load_dicom
-from .sources import PREPARED, Job, Subjects, expand, modality_of, subject_of
-from .synthetic import mni152, synthetic_brain
-from .volumes import SIZE, Unusable, Volume, axial_slices, load_nifti, silent
+from .readers import LABELS, ReadOptions, Scan, Skipped, read_all
+from .sources import PREPARED, Job, Subjects, expand, subject_of
+from .volumes import SIZE
 
 FORMAT = 2
+CONVENTION = (
+    "row 0 anterior, column 0 patient's left, square pixels, intensity -1 to 1 per volume; pictures as they are"
+)
 SPLITS = {"train": 0.70, "val": 0.15, "test": 0.15}
-LABELS = "a label map, by its name"
 SEEDS = 2**32 - 1  # the largest
-MAX_SIDE = 8192  # pixels of a picture
 SHEET_EVERY = 10  # slices to a tile of the contact sheet
 SHEET_TILES = 400  # at most
+SHEET_NOTICE = "not for diagnosis; L: the patient's left (pictures without L as they are)"
 
 
-@dataclass
-class Scan:
-    """The slices of one volume or picture, float16 `[N, 128, 128]`, and what the manifest says of them."""
+@dataclass(frozen=True)
+class Stored:
+    """A scan whose slices are in the array, their checksums, and what `Subjects` knows it by."""
 
-    source: str
-    modality: str
-    slices: np.ndarray
-    positions: Sequence[float | None] = (None,)
-    tilt: float = 0.0
-    covariates: dict[str, float | str] = field(default_factory=dict)
-    patient: str = ""  # DICOM's PatientID, to tell people apart; in memory only
-
-
-Skipped = list[dict[str, str]]
+    scan: Scan  # without its slices
+    checksums: list[str]
+    node: tuple[str, ...]
 
 
 def prepare(
@@ -95,7 +83,7 @@ def prepare(
         has no row for.
 
     Raises:
-        ValueError: a source that does not exist, has nothing to read or lies in the folder to be replaced, a folder
+        UserError: a source that does not exist, has nothing to read or lies in the folder to be replaced, a folder
             with other files, an ambiguous table, an argument out of its bounds, or (`strict`) a broken file.
     """
     if split not in ("subject", "slice"):
@@ -109,54 +97,48 @@ def prepare(
     pattern = None if subject is None else _pattern(subject)
     table = None if covariates is None else Covariates(covariates)
     was_prepared(out)
-    found: dict[object, Job] = {}
-    for job in (job for source in sources for job in expand(source)):
-        # a file that two sources hold is read once
-        found.setdefault(tuple(map(os.path.realpath, job.files)) or job.name, job)
-    jobs = list(found.values())
-    real = Path(os.path.realpath(out))
-    if inside := next(
-        (job.name for job in jobs for file in job.files if real in Path(os.path.realpath(file)).parents), None
-    ):
-        raise UserError(f"{out} holds the source {inside}, which would be lost; allowed is another folder")
+    jobs = _find_jobs(sources, out)
     people = [subject_of(job, pattern) if job.files else job.name for job in jobs]
     with whole_folder(out) as folder:
-        rows, skipped = _write_slices(
-            folder / "slices.npy", jobs, people, seed, volume, every, strict, workers, progress
+        found = tqdm(
+            read_all(jobs, ReadOptions(seed, volume, every), workers),
+            "prepare",
+            len(jobs),
+            unit="file",
+            disable=not progress,
         )
-        if not rows:
+        stored, names, skipped = _write_slices(folder / "slices.npy", people, found, strict)
+        if not stored:
             reasons = "; ".join(f"{s['source']}: {s['reason']}" for s in skipped[:3])
             raise UserError(f"no usable slice in {', '.join(sources)}" + (f" ({reasons})" if reasons else ""))
-        subjects = sorted({row["subject"] for row in rows})
-        missing: list[str] = []
-        if table is not None:
-            # synthetic brains have their own
-            without = sorted({row["subject"] for row in rows if not row["covariates"]})
-            joined = table.of(without)
-            missing = [s for s in without if s not in joined]
-            if missing and strict:
-                raise UserError(f"{covariates} has no row for {missing[0]}")
-            for row in rows:
-                row["covariates"] = joined.get(row["subject"], row["covariates"])
-        units = [row["subject"] for row in rows] if split == "subject" else [str(i) for i in range(len(rows))]
-        where = assign_splits(units, seed)
-        for row, unit in zip(rows, units, strict=True):
-            row["split"] = where[unit]
+        joined, missing = _join(table, stored, names)
+        if missing and strict:
+            raise UserError(f"{covariates} has no row for {missing[0]}")
+        rows = _manifest_rows(stored, names, joined, split, seed)
         manifest: dict[str, Any] = {
             "format": FORMAT,
-            "convention": (
-                "row 0 anterior, column 0 patient's left, square pixels, intensity -1 to 1 per volume; pictures as"
-                " they are"
-            ),
+            "convention": CONVENTION,
             "split": {"by": split, "seed": seed, "slices": dict(Counter(row["split"] for row in rows))},
-            "subjects": len(subjects),
+            "subjects": len({row["subject"] for row in rows}),
             "skipped": skipped,
             "without_covariates": missing,
             "slices": rows,
         }
         write_json(folder / "manifest.json", manifest)
-        _contact_sheet(folder)
+        _draw_contact_sheet(folder, rows)
     return manifest
+
+
+def _find_jobs(sources: Sequence[str], out: str | Path) -> list[Job]:
+    """The jobs of all sources, a file that two of them hold once; none may lie in the folder to be replaced."""
+    found: dict[object, Job] = {}
+    for job in (job for source in sources for job in expand(source)):
+        found.setdefault(tuple(map(os.path.realpath, job.files)) or job.name, job)
+    real = Path(os.path.realpath(out))
+    for job in found.values():
+        if any(real in Path(os.path.realpath(file)).parents for file in job.files):
+            raise UserError(f"{out} holds the source {job.name}, which would be lost; allowed is another folder")
+    return list(found.values())
 
 
 def _pattern(subject: str) -> re.Pattern[str]:
@@ -192,70 +174,85 @@ def was_prepared(out: str | Path) -> bool:
 
 
 def _write_slices(
-    path: Path,
-    jobs: list[Job],
-    people: list[str],
-    seed: int,
-    volume: int | None,
-    every: int,
-    strict: bool,
-    workers: int,
-    progress: bool,
-) -> tuple[list[dict[str, Any]], Skipped]:
-    """The array, scan by scan; its rows for the manifest, and what was left out."""
-    rows: list[dict[str, Any]] = []
+    path: Path, people: list[str], found: Iterable[tuple[list[Scan], Skipped]], strict: bool
+) -> tuple[list[Stored], dict[tuple[str, ...], str], Skipped]:
+    """Write the array, scan by scan; return the scans, the subject of each node, and what was left out."""
+    stored: list[Stored] = []
     skipped: Skipped = []
     subjects = Subjects()
-    scans_of: list[tuple[tuple[str, ...], list[dict[str, Any]]]] = []
+    count = 0
     with path.open("wb") as f:
-        _header(f, 0)
-        results = _results(jobs, seed, volume, every, workers)
-        for person, (scans, left_out) in zip(
-            people, tqdm(results, "prepare", len(jobs), unit="file", disable=not progress), strict=True
-        ):
+        _write_header(f, 0)
+        for person, (scans, left_out) in zip(people, found, strict=True):
             broken = [s for s in left_out if s["reason"] != LABELS]
             if broken and strict:
                 raise UserError(f"{broken[0]['source']}: {broken[0]['reason']}")
             skipped += left_out
             for scan in scans:
                 f.write(scan.slices.tobytes())
-                made = list(_rows(scan))
-                rows += made
-                scans_of.append((subjects.add(person, scan.patient, [row["sha256"] for row in made]), made))
+                count += len(scan.slices)
+                checksums = [hashlib.sha256(image.tobytes()).hexdigest() for image in scan.slices]
+                node = subjects.add(person, scan.patient, checksums)
+                stored.append(Stored(replace(scan, slices=scan.slices[:0].copy()), checksums, node))
         f.seek(0)
-        _header(f, len(rows))
-    names = subjects.names()
-    for node, made in scans_of:
-        for row in made:
-            row["subject"] = names[node]
-    return rows, skipped
+        _write_header(f, count)
+    return stored, subjects.names(), skipped
 
 
-def _header(file: Any, count: int) -> None:
+def _write_header(file: Any, count: int) -> None:
     # numpy leaves room for the first axis to grow in place
     npy.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (count, SIZE, SIZE)})
 
 
-def _rows(scan: Scan) -> Iterator[dict[str, Any]]:
-    for image, position in zip(scan.slices, scan.positions, strict=True):
-        yield {
-            "source": scan.source,
-            "subject": "",
-            "modality": scan.modality,
-            "position_mm": None if position is None else round(float(position), 3),
-            "tilt_deg": round(scan.tilt, 1),
-            "covariates": scan.covariates,
-            "sha256": hashlib.sha256(image.tobytes()).hexdigest(),
-        }
+def _join(
+    table: Covariates | None, stored: list[Stored], names: dict[tuple[str, ...], str]
+) -> tuple[dict[str, dict[str, float | str]], list[str]]:
+    """The table's covariates of each subject, and the subjects that it has no row for; synthetic brains have their
+    own."""
+    if table is None:
+        return {}, []
+    without = sorted({names[one.node] for one in stored if not one.scan.covariates})
+    joined = table.of(without)
+    return joined, [subject for subject in without if subject not in joined]
 
 
-def _contact_sheet(folder: Path) -> None:
-    """Every tenth slice, or of very many evenly spread ones, as one picture."""
+def _manifest_rows(
+    stored: list[Stored],
+    names: dict[tuple[str, ...], str],
+    joined: dict[str, dict[str, float | str]],
+    split: str,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """What the manifest says of each slice."""
+    subjects = [names[one.node] for one in stored for _ in one.checksums]
+    units = subjects if split == "subject" else [str(i) for i in range(len(subjects))]
+    splits = assign_splits(units, seed)
+    rows: list[dict[str, Any]] = []
+    for one in stored:
+        subject, scan = names[one.node], one.scan
+        for position, checksum in zip(scan.positions, one.checksums, strict=True):
+            row = {
+                "source": scan.source,
+                "subject": subject,
+                "modality": scan.modality,
+                "position_mm": None if position is None else round(float(position), 3),
+                "tilt_deg": round(scan.tilt, 1),
+                "covariates": joined.get(subject, scan.covariates),
+                "sha256": checksum,
+                "split": splits[units[len(rows)]],
+            }
+            rows.append(row)
+    return rows
+
+
+def _draw_contact_sheet(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Every tenth slice, or of very many evenly spread ones, as one picture that says whose they are."""
     array = np.load(folder / "slices.npy", mmap_mode="r", allow_pickle=False)
-    tiles = array[:: max(SHEET_EVERY, -(-len(array) // SHEET_TILES))]
-    save_grid(
-        to_uint8(torch.from_numpy(tiles.astype(np.float32))[:, None]), folder / "contact_sheet.png", "not for diagnosis"
-    )
+    step = max(SHEET_EVERY, -(-len(array) // SHEET_TILES))
+    tiles = to_uint8(torch.from_numpy(array[::step].astype(np.float32))[:, None])
+    labels = [f"{row['modality']} {row['split']}\n{row['subject'][-20:]}" for row in rows[::step]]
+    marks = ["" if row["position_mm"] is None else "L" for row in rows[::step]]
+    save_grid(tiles, folder / "contact_sheet.png", SHEET_NOTICE, labels=labels, marks=marks)
 
 
 def assign_splits(units: Sequence[str], seed: int) -> dict[str, str]:
@@ -266,119 +263,3 @@ def assign_splits(units: Sequence[str], seed: int) -> dict[str, str]:
     names = ["val"] * held_out + ["test"] * held_out
     names += ["train"] * (len(order) - len(names))
     return dict(zip(order, names, strict=True))
-
-
-def _results(
-    jobs: list[Job], seed: int, volume: int | None, every: int, workers: int
-) -> Iterable[tuple[list[Scan], Skipped]]:
-    """What each job gives, in the order of the jobs."""
-    read = partial(_read, seed=seed, volume=volume, every=every)
-    if workers == 1 or len(jobs) == 1:
-        yield from map(read, jobs)
-        return
-    # a fork would share torch's threads
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"), _begin)
-    try:
-        for job, future in [(job, pool.submit(read, job)) for job in jobs]:
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                raise UserError(
-                    f"{job.name}: the process that read it, or one beside it, was killed; for memory? --workers 1"
-                ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)  # who stops at one file waits for no other
-
-
-def _begin() -> None:
-    """A process that reads has one thread, as the processes are what runs at a time, and ends with the one that started
-    it."""
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)  # nobody waits for what it reads; without this it would wait for the next job for ever
-
-
-def _read(job: Job, seed: int, volume: int | None, every: int) -> tuple[list[Scan], Skipped]:
-    """The scans in a job's files, and what was left out with its reason: a bad file is never the end of the others."""
-    scans: list[Scan] = []
-    skipped: Skipped = []
-    try:
-        if job.kind == "archive":
-            raise Unusable("an archive; unpack it first")
-        if job.kind == "labels":
-            raise Unusable(LABELS)
-        if job.kind == "synthetic":
-            brain, modality, covariates = synthetic_brain(job.index, seed)
-            scans.append(_scan("synthetic", modality, brain, every))
-            scans[0].covariates = covariates
-        elif job.kind == "mni152":
-            scans.append(_scan("mni152", "T1", mni152(), every))
-        elif job.kind == "nifti":
-            scans.append(_scan(job.name, _modality(job), load_nifti(job.files[0], volume), every))
-        elif job.kind == "picture":
-            scans.append(Scan(job.name, _modality(job) or "unknown", _picture(job.files[0])[None].astype(np.float16)))
-        else:
-            series, left_out = load_dicom(job.files)
-            parent = job.name.rpartition("/")[0]
-            for name, reason in left_out:
-                skipped.append(
-                    {"source": printable(f"{parent}/{name}" if parent else name), "reason": printable(reason)}
-                )
-            for number, one in enumerate(series):
-                name = f"{parent or job.name}#{number}" if len(series) > 1 else parent or job.name
-                try:
-                    scans.append(_scan(name, modality_of(one.description) or _modality(job), one.volume, every))
-                except Unusable as reason:
-                    skipped.append({"source": name, "reason": str(reason)})
-                    continue
-                scans[-1].patient = one.patient
-    except Unusable as reason:
-        skipped.append({"source": job.name, "reason": str(reason)})
-    except MissingExtra:
-        raise
-    except Exception as error:  # whatever a broken file sets off in a reader; its text may quote the header
-        skipped.append({"source": job.name, "reason": f"not readable ({type(error).__name__})"})
-    return scans, skipped
-
-
-def _modality(job: Job) -> str | None:
-    """What the file's name tells, else its folder's."""
-    *_, folder, name = ["", *job.name.split("/")]
-    return modality_of(name) or modality_of(folder)
-
-
-def _scan(name: str, modality: str | None, volume: Volume, every: int) -> Scan:
-    slices, positions = axial_slices(volume)
-    if not len(slices):
-        raise Unusable("no slice has 10 % of its pixels above the background")
-    return Scan(name, modality or "unknown", slices[::every].astype(np.float16), list(positions[::every]), volume.tilt)
-
-
-@silent()
-def _picture(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            if max(image.size) > MAX_SIDE:  # it becomes a square of its longer side
-                raise Unusable(f"a picture of {image.width} x {image.height} pixels, allowed are {MAX_SIDE} a side")
-            upright = ImageOps.exif_transpose(image)
-            grey = upright.convert("F") if upright.mode.startswith(("I", "F")) else upright.convert("L").convert("F")
-    except Unusable:
-        raise
-    except Exception as error:  # Pillow meets a broken picture with any; its text may quote it
-        raise Unusable(f"not a readable picture, allowed are PNG and JPEG ({type(error).__name__})") from None
-    side = max(grey.size)
-    values = np.asarray(grey)
-    low, high = float(values.min()), float(values.max())
-    if low == high:
-        raise Unusable("every pixel has the same value")
-    square = Image.new("F", (side, side), low)
-    square.paste(grey, ((side - grey.width) // 2, (side - grey.height) // 2))
-    array = np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC), dtype=np.float32)
-    scaled: np.ndarray = (2 * (array - low) / (high - low) - 1).clip(-1, 1)
-    return scaled

@@ -10,7 +10,7 @@ import pytest
 from sbldm_fast.data import prepare
 from sbldm_fast.data.covariates import Covariates
 
-from .test_data import head, save
+from .test_volumes import head, save
 
 
 def table(path: Path, text: str, encoding: str = "utf-8") -> Path:
