@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,47 +125,11 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
     try:
         _measure_extensions(path)
         image = nib.load(path)
-        if not isinstance(image, nib.Nifti1Pair):
-            raise Unusable(f"a {type(image).__name__}, which does not say its orientation; allowed is NIfTI")
-        header = image.header
-        if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
-            raise Unusable("the header does not say the orientation: qform_code and sform_code are 0")
-        axes = [
-            nib.aff2axcodes(f)
-            for f in (header.get_sform(coded=True)[0], header.get_qform(coded=True)[0])
-            if f is not None
-        ]
-        if len(set(axes)) == 2:
-            raise Unusable(
-                f"the header says two orientations: sform {''.join(map(str, axes[0]))}, qform"
-                f" {''.join(map(str, axes[1]))}"
-            )
-        proxy = image.dataobj
-        if min(image.shape, default=0) < 1:
-            raise Unusable(f"shape {image.shape}: nothing in it")
-        if len(image.shape) == 4 and (volume is not None or image.shape[3] == 1):
-            if (volume or 0) >= image.shape[3]:
-                raise Unusable(f"volume {volume} asked for, the file has {image.shape[3]}")
-        elif len(image.shape) != 3:
-            raise Unusable(f"shape {image.shape}: one 3-D volume is needed, pick one of a 4-D file with --volume")
-        if header.get_data_dtype().kind not in "iuf":
-            raise Unusable(f"voxels are {header.get_data_dtype()}, allowed are whole and floating-point numbers")
-        promised = math.prod(image.shape) * header.get_data_dtype().itemsize
-        data = Path(image.file_map["image"].filename)
-        # deflate shrinks by 1,032 at most
-        if promised > data.stat().st_size * (1032 if data.suffix.lower() == ".gz" else 1):
-            raise Unusable(f"the header promises {promised} bytes of voxels, the file has {data.stat().st_size}")
-        for file in {path, data}:
-            if file.suffix.lower() == ".gz":
-                _read_to_end(file, promised + SLACK)
-        if len(image.shape) == 4:
-            array = np.asarray(proxy[..., volume or 0])  # of a long series only this one is read
-        else:
-            # as it is stored where nothing is to be scaled: a quarter of float64, which nibabel would make of it
-            array = (
-                np.asanyarray(proxy) if proxy.slope == 1 and proxy.inter == 0 else np.asarray(proxy, dtype=np.float32)
-            )
-        unit = {1: 1000.0, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres, micrometres; else millimetres
+        _check_orientation(image)
+        _check_voxels(image, volume)
+        _check_size(path, image)
+        array = _read_voxels(image, volume)
+        unit = {1: 1000.0, 3: 1e-3}.get(int(image.header["xyzt_units"]) & 7, 1.0)  # metres, micrometres; else mm
         affine = np.diag([unit, unit, unit, 1.0]) @ image.affine
     except Unusable:
         raise
@@ -173,6 +138,56 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
             f"not a readable NIfTI file ({getattr(error, 'strerror', None) or type(error).__name__})"
         ) from None
     return oriented(array, affine)
+
+
+def _check_orientation(image: Any) -> None:
+    """Refuse an image that says no orientation, or two."""
+    import nibabel as nib
+
+    if not isinstance(image, nib.Nifti1Pair):
+        raise Unusable(f"a {type(image).__name__}, which does not say its orientation; allowed is NIfTI")
+    header = image.header
+    if int(header["qform_code"]) == 0 and int(header["sform_code"]) == 0:
+        raise Unusable("the header does not say the orientation: qform_code and sform_code are 0")
+    affines = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
+    axes = ["".join(map(str, nib.aff2axcodes(affine))) for affine in affines if affine is not None]
+    if len(set(axes)) == 2:
+        raise Unusable(f"the header says two orientations: sform {axes[0]}, qform {axes[1]}")
+
+
+def _check_voxels(image: Any, volume: int | None) -> None:
+    """Refuse voxels that are not numbers, and a shape that is not one volume."""
+    shape, dtype = image.shape, image.header.get_data_dtype()
+    if min(shape, default=0) < 1:
+        raise Unusable(f"shape {shape}: nothing in it")
+    if len(shape) == 4 and (volume is not None or shape[3] == 1):
+        if (volume or 0) >= shape[3]:
+            raise Unusable(f"volume {volume} asked for, the file has {shape[3]}")
+    elif len(shape) != 3:
+        raise Unusable(f"shape {shape}: one 3-D volume is needed, pick one of a 4-D file with --volume")
+    if dtype.kind not in "iuf":
+        raise Unusable(f"voxels are {dtype}, allowed are whole and floating-point numbers")
+
+
+def _check_size(path: Path, image: Any) -> None:
+    """Refuse a header that promises more voxels than the file can hold, and a compressed file that is damaged."""
+    promised = math.prod(image.shape) * image.header.get_data_dtype().itemsize
+    data = Path(image.file_map["image"].filename)
+    # deflate shrinks by 1,032 at most
+    if promised > data.stat().st_size * (1032 if data.suffix.lower() == ".gz" else 1):
+        raise Unusable(f"the header promises {promised} bytes of voxels, the file has {data.stat().st_size}")
+    for file in {path, data}:
+        if file.suffix.lower() == ".gz":
+            _read_to_end(file, promised + SLACK)
+
+
+def _read_voxels(image: Any, volume: int | None) -> np.ndarray:
+    proxy = image.dataobj
+    if len(image.shape) == 4:
+        return np.asarray(proxy[..., volume or 0])  # of a long series only this one is read
+    if proxy.slope == 1 and proxy.inter == 0:
+        return np.asanyarray(proxy)  # as it is stored: a quarter of float64, which nibabel would make of it
+    return np.asarray(proxy, dtype=np.float32)
 
 
 def _measure_extensions(path: Path) -> None:
