@@ -44,7 +44,6 @@ def about(
     it."""
 
 
-@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine can do and check each op. Example: sbldm-fast doctor --json"""
     from sbldm_fast.doctor import doctor as examine
@@ -75,7 +74,6 @@ def print_doctor(report: dict[str, Any]) -> None:
         print(f"mode auto    {auto['images']} images of {auto['steps']} steps: {auto['mode']} ({auto['reason']})")
 
 
-@app.command()
 def sample(
     pipeline: PipelineFolder,
     out: Annotated[
@@ -126,11 +124,6 @@ def sample(
     print(json.dumps(done) if as_json else text)
 
 
-for command in (prepare, train, evaluate, export, bench, report):
-    app.command()(command)
-
-
-@app.command()
 def demo(
     out: OutFolder = Path("demo"),
 ) -> None:
@@ -178,6 +171,10 @@ def demo(
 demo {"finished" if ok else "FAILED"} in {time.monotonic() - start:.0f} s""")
     if not ok:
         raise typer.Exit(1)
+
+
+for command in (doctor, prepare, train, sample, evaluate, export, bench, report, demo):  # the order of --help
+    app.command()(command)
 
 
 def main() -> None:
