@@ -33,6 +33,7 @@ MAX_GROWTH = 8
 MAX_REACH = 10_000.0  # mm from the origin: no scanner is longer
 CHUNK = 2**23  # voxels at a time: the memory that slicing takes beside the scan
 SAMPLES = 2**24  # voxels that intensities are judged by
+DEFLATE = 1032  # how much a compressed file grows at most
 SLACK = 2**26  # bytes of extensions and padding beside the voxels of a compressed file
 READERS = ("pydicom", "nibabel", "PIL")
 _reading = threading.RLock()
@@ -173,9 +174,9 @@ def _check_size(path: Path, image: Any) -> None:
     """Refuse a header that promises more voxels than the file can hold, and a compressed file that is damaged."""
     promised = math.prod(image.shape) * image.header.get_data_dtype().itemsize
     data = Path(image.file_map["image"].filename)
-    # deflate shrinks by 1,032 at most
-    if promised > data.stat().st_size * (1032 if data.suffix.lower() == ".gz" else 1):
-        raise Unusable(f"the header promises {promised} bytes of voxels, the file has {data.stat().st_size}")
+    size = data.stat().st_size
+    if promised > size * (DEFLATE if data.suffix.lower() == ".gz" else 1):
+        raise Unusable(f"the header promises {promised} bytes of voxels, the file has {size}")
     for file in {path, data}:
         if file.suffix.lower() == ".gz":
             _read_to_end(file, promised + SLACK)
@@ -206,7 +207,9 @@ def _measure_extensions(path: Path) -> None:
             if at == 352
             else struct.unpack_from(f"{order}q", header, 168)[0]
         )
-        end = end or path.stat().st_size  # a pair has them to the end of the .hdr
+        # a pair has them to the end of the .hdr; no header leads beyond the file
+        most = path.stat().st_size * (DEFLATE if path.suffix.lower() == ".gz" else 1)
+        end = min(end or path.stat().st_size, most)
         while at + 16 <= end and len(size := f.read(4)) == 4:
             length = struct.unpack(f"{order}i", size)[0]
             if not 16 <= length <= end - at:
