@@ -1,7 +1,7 @@
 """Who samples: one small class for each library, built from the same problem, and each held against its library's plain
 float32 loop.
 
-A new provider is a class with its library, its family and `build`; see `Monai`. Then it is added to `providers`.
+A new provider is a class with its plain loop, its family and `build`; see `Monai`. Then it is added to `providers`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Provider(ABC):
     dtype: torch.dtype = FLOAT
     compiled: str | None = None
     family: ClassVar[str] = "peer"  # of `schema.FAMILIES`
-    library: ClassVar[str] = "reference"  # the name of its plain float32 loop
+    plain: ClassVar[str] = "reference"  # the name of its plain float32 loop
     needs: ClassVar[tuple[str, ...]] = ()  # the modules of the library, which a fresh process imports apart
     approximate = False  # whether it computes something else by design: no speed-up, and no failure
     images = False  # whether it decodes
@@ -48,17 +48,17 @@ class Provider(ABC):
     @property
     def name(self) -> str:
         """As it is called in the rows."""
-        return f"{self.library}{self.suffix}"
+        return f"{self.plain}{self.suffix}"
 
     @property
     def reference(self) -> str:
         """The provider whose samples it must have, to rounding."""
-        return f"{self.library}{' to images' * self.images}"
+        return f"{self.plain}{' to images' * self.images}"
 
     @property
     def baseline(self) -> str:
         """The plain loop in the same precision, whose error is allowed twice."""
-        return f"{self.library}{half(self.dtype)}{' to images' * self.images}"
+        return f"{self.plain}{half(self.dtype)}{' to images' * self.images}"
 
     @property
     def prepares(self) -> bool:
@@ -178,7 +178,7 @@ class Ours(Provider):
 class Diffusers(Provider):
     """diffusers' own loop over its own UNet2DModel and DDIMScheduler."""
 
-    library = "diffusers"
+    plain = "diffusers"
     needs = ("diffusers.models", "diffusers.schedulers")
 
     def build(self, p: SamplingSetup) -> Output:
@@ -190,7 +190,7 @@ class DiffusersUnderOurs(Ours):
     """diffusers' objects, untouched, under `FastSampler`."""
 
     family = "drop-in"
-    library = "diffusers"
+    plain = "diffusers"
     needs = Diffusers.needs
 
     @property
@@ -205,7 +205,7 @@ class DiffusersUnderOurs(Ours):
 class Monai(Provider):
     """MONAI's DiffusionModelUNet and DDIMScheduler in the textbook loop."""
 
-    library = "MONAI"
+    plain = "MONAI"
     needs = ("monai.networks.nets", "monai.networks.schedulers")
 
     def build(self, p: SamplingSetup) -> Output:
@@ -216,7 +216,7 @@ class Monai(Provider):
 class Runtime(Provider):
     """diffusers' loop with its UNet in ONNX Runtime or OpenVINO on a CPU, with as many threads as PyTorch."""
 
-    library = "diffusers"
+    plain = "diffusers"
     runtime: str = "ONNX Runtime"
 
     @property

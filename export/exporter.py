@@ -221,8 +221,6 @@ def _resolve(
         if shape is not None:
             raise UserError(f"shape: got {shape}, allowed with a pipeline is None: it has its own")
         sampler = source.sampler(steps, "eager", scheduler=scheduler, eta=eta)
-        if not hasattr(sampler, "table"):
-            raise UserError(f"scheduler: got {type(scheduler).__name__}, allowed is one that a SolverTable describes")
         return source.unet, source.latent_shape, sampler.table
     if shape is None or len(shape) != 3 or isinstance(scheduler, str):
         allowed = "(C, H, W) and a scheduler object or SolverTable"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex, TypedDict, Unpack
+from typing import Any, SupportsIndex, TypedDict
 
 import numpy as np
 import torch
@@ -62,16 +62,23 @@ class SampleRequest:
     """
 
     def __init__(
-        self, shape: tuple[int, ...], device: torch.device, n: int | None = None, **arguments: Unpack[Arguments]
+        self,
+        shape: tuple[int, ...],
+        device: torch.device,
+        n: int | None = None,
+        *,
+        seed: int | Sequence[int] = 0,
+        noise: Tensor | None = None,
+        indices: Sequence[int] | None = None,
+        cond: Cond = None,
+        uncond: Cond = None,
+        guidance_scale: float | Tensor | None = None,
+        batch_size: int | None = None,
     ) -> None:
         self.shape, self.device, self.guidance = shape, device, None
-        self.x, self.seeds = seeds_and_noise(
-            shape, device, n, arguments.get("seed", 0), arguments.get("noise"), arguments.get("indices")
-        )
+        self.x, self.seeds = seeds_and_noise(shape, device, n, seed, noise, indices)
         count = self.count = len(self.seeds)
-        batch_size, guidance_scale = arguments.get("batch_size"), arguments.get("guidance_scale")
         self.size = count if batch_size is None else whole("batch_size", batch_size, 1)
-        cond, uncond = arguments.get("cond"), arguments.get("uncond")
         conds = self.cond = tensors_by_name(cond)
         if uncond is not None and guidance_scale is None:
             raise UserError("uncond: got a value, allowed without guidance_scale is None: there is no second pass")

@@ -79,12 +79,14 @@ class Source:
             ValueError: the scheduler has no table, or cannot start there.
         """
         if start not in self._plans:
+            name = type(self.scheduler).__name__
+            if not self.linear and not start:
+                raise UserError(f"scheduler: got {name}, allowed is one that a SolverTable describes")
             try:
                 table = self._table_from(start) if self.linear else None
             except NotLinear:
                 table = None
             if table is None or not (table.alpha[0] + table.sigma[0]).isfinite():
-                name = type(self.scheduler).__name__
                 raise UserError(
                     f"scheduler: got {name}, allowed to start from latents is one with add_noise and a table"
                 )

@@ -262,6 +262,8 @@ def test_bad_sources_are_named(tiny: Any, tmp_path: Path, pipeline: Pipeline) ->
         export(tiny(), tmp_path / "o")
     with pytest.raises(ValueError, match=r"shape, cond: got \(4, 8, 8\), .* which the model does not take"):
         export(tiny(), tmp_path / "o", scheduler=DDIMScheduler(), shape=(4, 8, 8))
+    with pytest.raises(ValueError, match="got UnCLIPScheduler, allowed is one that a SolverTable describes"):
+        export(pipeline, tmp_path / "o", scheduler=diffusers.UnCLIPScheduler())
     vae = replace(pipeline.vae.config, norm_num_groups=1)
     with pytest.raises(ValueError, match="target: got 'tensorrt' for a norm of one group"):
         export(

@@ -1043,3 +1043,18 @@ def test_pictures_say_what_they_are(tmp_path: Path) -> None:
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.info["Description"] == NOTICE
         assert grid.size == (24, 16 + 14)
+
+
+def test_an_argument_that_no_method_has_is_refused(unet: UNet2D) -> None:
+    sampler = FastSampler(unet, scheduler(), shape=SHAPE, steps=2, mode="eager")
+    z = torch.zeros(1, *SHAPE)
+    for call in (
+        lambda: sampler(1, guidance=2.0),
+        lambda: list(sampler.stream(1, guidance=2.0)),
+        lambda: sampler.trajectory(1, guidance=2.0),
+        lambda: sampler.interpolate((1, 2), 2, guidance=2.0),
+        lambda: sampler.from_latents(z, 0.5, guidance=2.0),
+        lambda: sampler.from_latents(z, 0.5, noise=z),
+    ):
+        with pytest.raises(TypeError, match=r"guidance|noise"):
+            call()

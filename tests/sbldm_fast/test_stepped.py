@@ -54,6 +54,14 @@ def test_a_samples_noise_is_its_own_whatever_the_batch(name: str, config: dict[s
     assert relative(sampler(noise=whole[:1], seed=2 + 2**32), same[:1]) > 1e-3
 
 
+def test_what_needs_a_table_says_that_there_is_none() -> None:
+    sampler = make("UnCLIPScheduler")
+    with pytest.raises(ValueError, match="got UnCLIPScheduler, allowed is one that a SolverTable describes"):
+        _ = sampler.table
+    with pytest.raises(ValueError, match="allowed to start from latents is one with add_noise and a table"):
+        sampler.from_latents(torch.zeros(1, *SHAPE), 0.5)
+
+
 @pytest.mark.parametrize(("name", "config"), DRAWING)
 def test_it_is_the_schedulers_own_loop_with_that_generator(name: str, config: dict[str, Any]) -> None:
     sampler = make(name, **config)
