@@ -76,7 +76,8 @@ def plan(device: str, batches: Sequence[int] = BATCHES, sm: int = 80) -> list[Pa
     others = "--op ddim_step --op solver_step --op frequency_loss --op spectral_mse --op philox_normal --op diffuse"
     tests = "pytest -m gpu -k 'not compile and not fuzz'"
     loops = "tests/benchmarks/test_harness.py " + " ".join(
-        f"tests/sbldm_fast/test_{name}.py" for name in ("models", "sampling", "training")
+        f"tests/sbldm_fast/{name}.py"
+        for name in ("models/test_layers", "sampling/test_loop", "sampling/test_precision", "test_training")
     )
     training = "bench training --steps 50 --rounds 5 --seconds 20"
     return [
@@ -99,7 +100,11 @@ def plan(device: str, batches: Sequence[int] = BATCHES, sm: int = 80) -> list[Pa
         Part("ops: large", f"{ops.replace('--no-large', '--large')} --op group_norm_silu {others}", 300),
         Part("training: compiled", f"{training} --dtype float16", 300),
         Part("parity: fuzz", f"pytest -m gpu -n {WORKERS} tests/kernels/test_fuzz.py", 600),
-        Part("parity: compiled", "pytest -m gpu -k compile -n 2 tests/kernels tests/sbldm_fast/test_sampling.py", 300),
+        Part(
+            "parity: compiled",
+            "pytest -m gpu -k compile -n 2 tests/kernels tests/sbldm_fast/sampling/test_loop.py",
+            300,
+        ),
     ]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from sbldm_fast.images import save_grid
+from sbldm_fast.images import NOTICE, save_grid, save_png, to_uint8
 
 
 def test_labels_and_marks_are_drawn_on_their_tiles(tmp_path: Path) -> None:
@@ -26,3 +27,16 @@ def test_labels_and_marks_are_drawn_on_their_tiles(tmp_path: Path) -> None:
 def test_a_name_that_the_font_does_not_have_is_no_reason_to_end(tmp_path: Path) -> None:
     save_grid(np.zeros((1, 64, 64), np.uint8), tmp_path / "a.png", labels=["\u8133"])
     assert (tmp_path / "a.png").is_file()
+
+
+def test_pictures_say_what_they_are(tmp_path: Path) -> None:
+    images = torch.stack([torch.full((1, 8, 8), v) for v in (-2.0, -1.0, 0.0, 1.0, 3.0)])
+    assert to_uint8(images)[:, 0, 0].tolist() == [0, 0, 128, 255, 255]
+    save_png(to_uint8(images)[3], tmp_path / "one.png")
+    save_grid(to_uint8(images), tmp_path / "grid.png")
+    with Image.open(tmp_path / "one.png") as one:
+        assert one.info["Description"] == NOTICE
+        assert np.asarray(one).min() == 255
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.info["Description"] == NOTICE
+        assert grid.size == (24, 16 + 14)

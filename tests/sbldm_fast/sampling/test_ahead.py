@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from sbldm_fast import DDIMScheduler, FastSampler
 from sbldm_fast.sampling import ahead, modes
 
+from ..small import relative, scheduler
+
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -244,3 +246,47 @@ def test_an_empty_setting_is_none_and_a_tilde_is_the_home(
     monkeypatch.delenv("SBLDM_FAST_CACHE")
     with pytest.raises(ahead.Unavailable, match="no folder can be made: Could not determine home"):
         ahead.cache_folder()
+
+
+def test_compile_is_kept_for_the_next_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SBLDM_FAST_CACHE", str(tmp_path / "cache"))
+
+    class Small(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.conv(x).tanh() + t / 1000
+
+    def make(seed: int = 0) -> FastSampler:
+        return FastSampler(Small(seed), scheduler(), shape=(3, 4, 4), steps=4, mode="compile")
+
+    eager = FastSampler(Small(0), scheduler(), shape=(3, 4, 4), steps=4, mode="eager")(2)
+    first, second = make(), make()
+    assert relative(first(2), eager) < 1e-5
+    assert torch.equal(second(2), first(2))
+    assert (first.stats()["compiled"], second.stats()["loaded"]) == (1, 1)
+    (package,) = (tmp_path / "cache").glob("*.pt2")
+    good, compilations = package.read_bytes(), []
+
+    def stub(program: Any, package_path: str, inductor_configs: Any) -> str:
+        compilations.append(inductor_configs)
+        Path(package_path).write_bytes(good)
+        return package_path
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", stub)
+    package.write_bytes(good[:1000])
+    assert relative(make()(2), eager) < 1e-5, "a package that was cut short is made again"
+    make(1)(2)
+    make()(3)
+    assert len(compilations) == 3, "other weights and another batch size are other packages"
+    assert all(c["freezing"] for c in compilations)
+    package.unlink()
+    (tmp_path / "planted").write_bytes(good)
+    package.symlink_to(tmp_path / "planted")
+    linked = make()
+    assert relative(linked(2), eager) < 1e-5
+    assert linked.stats() == {"samples": 2, "compiled": 1}, "a link is not loaded"
+    assert not package.is_symlink()

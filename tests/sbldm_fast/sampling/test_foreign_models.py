@@ -1,68 +1,88 @@
-"""Models of others under the sampler: what they are called with, in which precision, and what they may not do."""
+"""Models of diffusers and MONAI under the sampler: what they are called with, and in which precision."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sbldm_fast.kernels import philox_normal
 from torch import Tensor, nn
 
-from sbldm_fast import DDIMScheduler, FastSampler
-from sbldm_fast.sampling.model import _nested, evaluating, tensors_by_name
+from sbldm_fast import FastSampler, Pipeline, SchedulerConfig
+from sbldm_fast.sampling.model import _nested, tensors_by_name
 
-SHAPE = (4, 8, 8)
-
-
-def scheduler() -> DDIMScheduler:
-    return DDIMScheduler(beta_schedule="cosine_ramp", clip_sample=False)
+from ..small import SHAPE, make, relative, scheduler, textbook_loop
+from .peers import conditional_unet, diffusers_unet, monai_unet
 
 
-def make(model: Any, **arguments: Any) -> FastSampler:
-    return FastSampler(model, scheduler(), **({"shape": SHAPE, "steps": 3, "mode": "eager"} | arguments))
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"]
+)
+def test_drops_in_under_diffusers(name: str) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the peer that this test drops in under")
+    model, sched = diffusers_unet(), getattr(diffusers, name)(beta_schedule="scaled_linear")
+    got = FastSampler(model, sched, shape=SHAPE, steps=20, mode="eager")(2, seed=5)
+    sched.set_timesteps(20)
+    x = philox_normal((2, *SHAPE), 5) * sched.init_noise_sigma
+    with torch.no_grad():
+        for t in sched.timesteps:
+            x = sched.step(model(sched.scale_model_input(x, t), t).sample, t, x).prev_sample
+    assert relative(got, x) < 1e-4
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "RFlowScheduler"])
+def test_drops_in_under_monai(name: str) -> None:
+    schedulers = pytest.importorskip(
+        "monai.networks.schedulers", reason="MONAI is the peer that this test drops in under"
+    )
+    model, sched = monai_unet(), getattr(schedulers, name)()
+    got = FastSampler(model, sched, shape=SHAPE, steps=20, mode="eager")(2, seed=5)
+    sched.set_timesteps(20)
+    x, times = philox_normal((2, *SHAPE), 5), [*sched.timesteps, torch.tensor(0)]
+    with torch.no_grad():
+        for t, after in itertools.pairwise(times):
+            m = model(x, timesteps=torch.full((2,), float(t)))
+            x = (sched.step(m, t, x, after) if name == "RFlowScheduler" else sched.step(m, t, x))[0]
+    assert x.abs().max() > 0
+    assert relative(got, x) < 1e-4
 
 
-def monai_unet(dims: int = 2, channels: int = 4, **config: Any) -> nn.Module:
-    nets = pytest.importorskip("monai.networks.nets", reason="MONAI brings this model")
-    torch.manual_seed(3)
-    model: nn.Module = nets.DiffusionModelUNet(
-        spatial_dims=dims,
-        in_channels=channels,
-        out_channels=4,
-        channels=(16, 32),
-        attention_levels=(False, True),
-        num_res_blocks=1,
-        num_head_channels=8,
-        norm_num_groups=8,
-        **config,
-    ).eval()
-    for p in model.parameters():  # a fresh one ends in zeros
-        nn.init.normal_(p, std=0.1)
-    return model
+@pytest.mark.parametrize("scale", [None, 1.0, 3.0])
+def test_conditioning_and_guidance_in_two_passes(scale: float | None) -> None:
+    model, sched = conditional_unet(), scheduler()
+    cond, uncond = torch.randn(2, 3, 5, 12, generator=torch.Generator().manual_seed(0))
+    sampler = FastSampler(model, sched, shape=SHAPE, steps=6, mode="eager")
+    second: dict[str, Any] = {} if scale is None else {"uncond": uncond, "guidance_scale": scale}
+    got = sampler(3, seed=5, cond=cond, **second)
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        m_c, m_u = (model(x, t, encoder_hidden_states=c).sample for c in (cond, uncond))
+        return m_c if scale is None else m_u + scale * (m_c - m_u)
+
+    assert relative(got, textbook_loop(guided, sched, 6, philox_normal((3, *SHAPE), 5))) < 1e-5
+    named = {k: {"encoder_hidden_states": v} if k == "uncond" else v for k, v in second.items()}
+    assert relative(sampler(3, seed=5, cond={"encoder_hidden_states": cond}, **named), got) < 1e-6
+    in_parts = sampler(3, seed=5, cond=cond, **second, batch_size=2)
+    assert relative(in_parts, got) < 1e-5
+    if scale == 3.0:
+        each = sampler(3, seed=5, cond=cond, uncond=uncond, guidance_scale=torch.tensor([1.0, 3.0, 5.0]))
+        assert relative(each[1:2], got[1:2]) < 1e-5
+        assert relative(each[:1], got[:1]) > 1e-2
 
 
-def conditional_unet(**config: Any) -> nn.Module:
-    diffusers = pytest.importorskip("diffusers", reason="diffusers brings this model")
-    torch.manual_seed(3)
-    model: nn.Module = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12,
-        attention_head_dim=4,
-        **config,
-    ).eval()
-    return model
+def test_a_monai_context_and_a_third_argument() -> None:
+    model = monai_unet(with_conditioning=True, cross_attention_dim=12)
+    context = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    got = FastSampler(model, scheduler(), shape=SHAPE, steps=4, mode="eager")(2, cond=context)
+    expected = textbook_loop(
+        lambda x, t: model(x, t.expand(2), context=context), scheduler(), 4, philox_normal((2, *SHAPE), 0)
+    )
+    assert relative(got, expected) < 1e-5
+    plain = FastSampler(lambda x, t, c: 0.1 * x + c, scheduler(), shape=(3,), steps=4)(2, cond=torch.ones(2, 3))
+    assert relative(plain, textbook_loop(lambda x, t: 0.1 * x + 1, scheduler(), 4, philox_normal((2, 3), 0))) < 1e-5
 
 
 def test_a_model_behind_a_function_or_a_module_gets_a_timestep_that_every_model_takes() -> None:
@@ -192,23 +212,9 @@ def test_what_lies_inside_another_mapping_reaches_the_model_there() -> None:
     assert torch.equal(taken["c"], torch.ones(2, dtype=torch.float64))
 
 
-def test_a_model_that_writes_into_its_input_is_refused() -> None:
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        return x.mul_(0.1)
-
-    for arguments in ({}, {"fuse": True}, {"mode": "compile"}, {"mode": "compile", "dtype": torch.bfloat16}):
-        with pytest.raises(
-            ValueError, match="model: it writes into its input x, allowed is one that leaves x as it is"
-        ):
-            make(model, **arguments)(1)
-    with torch.inference_mode():
-        assert make(lambda x, t: 0.1 * x)(1).shape == (1, *SHAPE)
-
-
 def test_what_is_no_network_is_refused_with_what_would_be_one() -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers brings this pipeline")
     inferers = pytest.importorskip("monai.inferers", reason="MONAI brings this inferer")
-    from sbldm_fast import Pipeline, SchedulerConfig
 
     unet = conditional_unet()
     pipe = diffusers.DDPMPipeline(
@@ -235,123 +241,3 @@ def test_what_is_no_network_is_refused_with_what_would_be_one() -> None:
         ValueError, match="vae: got diffusers's AutoencoderKL, allowed is sbldm_fast's AutoencoderKL; FastSampler"
     ):
         Pipeline(vae, unet, SchedulerConfig())  # type: ignore[arg-type]  # that is the point
-
-
-def test_a_module_evaluates_inside_and_trains_on_outside() -> None:
-    model = nn.Sequential(nn.Dropout(), nn.Dropout())
-    model[1].eval()
-    with pytest.raises(KeyError), evaluating(model):  # noqa: PT012  # of one block
-        assert not any(m.training for m in model.modules())
-        raise KeyError
-    assert [m.training for m in model.modules()] == [True, True, False]
-    with evaluating(lambda x: x):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("cond", "message"),
-    [
-        ({"res": [torch.ones(2), None]}, r"cond\['res'\]: got None in a list"),
-        ({"x/y": torch.ones(2)}, "got the name 'x/y'"),
-        ({5: torch.ones(2)}, "got the name 5"),
-        ({"a": {"": torch.ones(2)}}, "got the name ''"),
-        ({"#0": torch.ones(2)}, "got the name '#0'"),
-    ],
-    ids=str,
-)
-def test_names_that_would_be_taken_for_others_are_refused(cond: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(lambda x, t, **given: x)(2, cond=cond)
-
-
-def test_a_mapping_of_numbers_stays_a_mapping() -> None:
-    taken = _nested(tensors_by_name({"a": {"0": torch.ones(2)}, "b": [torch.ones(2)]}))
-    assert (type(taken["a"]), type(taken["b"])) == (dict, tuple)
-
-
-def test_two_who_evaluate_a_module_give_it_back_when_both_have_left() -> None:
-    model = nn.Dropout()
-    with evaluating(model):
-        with evaluating(model):
-            pass
-        assert not model.training
-    assert model.training
-
-
-def test_a_decoder_with_an_output_of_its_own_does_not_overwrite_what_it_gave() -> None:
-    held = torch.zeros(2, *SHAPE)
-    sampler = make(lambda x, t: 0.1 * x, decode=lambda z: held.copy_(z))
-    assert torch.equal(sampler(4, batch_size=2), make(lambda x, t: 0.1 * x)(4, batch_size=2))
-
-
-def test_inference_mode_and_autocast_of_a_caller_stay_the_callers() -> None:
-    from sbldm_fast import UNet2D, UNetConfig
-
-    model = UNet2D(
-        UNetConfig(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            attention_resolutions=(4,),
-            norm_num_groups=8,
-            time_embed_dim=32,
-        )
-    ).eval()
-    nn.init.normal_(model.row_offsets, std=0.1)
-    expected = make(model)(2)
-    sampler = make(model)
-    with torch.inference_mode():
-        assert torch.equal(sampler(2), expected)
-        inside = make(model)
-        inside(2)
-    assert torch.equal(sampler(2), expected)
-    assert torch.equal(inside(2), expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = make(model)
-    assert torch.equal(cast(2), expected)
-
-
-def test_hooks_and_layers_of_the_callers_in_our_model_run() -> None:
-    from sbldm_fast import UNet2D, UNetConfig
-
-    config = UNetConfig(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        attention_resolutions=(4,),
-        norm_num_groups=8,
-        time_embed_dim=32,
-    )
-
-    class Wrapped(nn.Module):
-        def __init__(self, inner: nn.Conv2d) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = 3 * self.inner(x)
-            return out
-
-    class Doubled(UNet2D):
-        def forward(self, x: Tensor, t: Tensor | int, cond: None = None) -> Tensor:
-            return 2 * super().forward(x, t)
-
-    def zero(module: nn.Module, given: Any, out: Tensor) -> Tensor:
-        return 0 * out
-
-    torch.manual_seed(0)
-    for change in (
-        lambda model: model.register_forward_hook(zero),
-        lambda model: model.upsample[0].register_forward_hook(zero),
-        lambda model: model.upsample[0].conv.register_forward_hook(zero),
-        lambda model: setattr(model.upsample[0], "conv", Wrapped(model.upsample[0].conv)),
-        lambda model: setattr(model, "__class__", Doubled),
-    ):
-        model = UNet2D(config).eval()
-        change(model)
-        got, expected = make(model)(2), make(lambda x, t, model=model: model(x, t.expand(2)))(2)
-        assert relative(got, expected) < 1e-5

@@ -11,15 +11,14 @@ import torch
 from sbldm_fast.kernels import philox_normal
 from torch import Tensor
 
-from sbldm_fast import FastSampler
+from sbldm_fast import FastSampler, UNet2D
 from sbldm_fast.sampling.stepped import of_both
+
+from ..small import SHAPE as LATENT
+from ..small import relative, textbook_loop
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers brings these schedulers")
 SHAPE = (3, 4, 4)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def tenth(x: Tensor, t: Tensor) -> Tensor:
@@ -173,3 +172,30 @@ def test_guidance_and_a_callback_through_the_schedulers_own_steps() -> None:
     out = sampler(2, cond=cond, guidance_scale=1.0, callback=lambda i, t, x: seen.append(t))
     assert relative(out, sampler(2, cond=cond)) < 1e-4
     assert seen == sampler.timesteps
+
+
+def test_a_stepped_schedulers_noise_is_the_samples_own() -> None:
+    sched = diffusers.DDIMScheduler(thresholding=True, sample_max_value=3.0, clip_sample=False)
+    with pytest.warns(UserWarning, match="stepped as it is"):
+        sampler = FastSampler(lambda x, t: 0.1 * x, sched, shape=(2, 4, 4), steps=4, eta=1.0)
+    whole = sampler(4, seed=2)
+    assert relative(sampler(4, seed=2, batch_size=2), whole) < 1e-5
+    assert relative(sampler(indices=[3], seed=2), whole[3:]) < 1e-5
+    assert relative(whole[:1], whole[1:2]) > 1e-2
+
+
+def test_what_no_table_describes_is_stepped_and_counted(unet: UNet2D) -> None:
+    sched = diffusers.DDIMScheduler(thresholding=True, sample_max_value=3.0, clip_sample=False)
+    with pytest.warns(UserWarning, match="DDIMScheduler is stepped as it is, without a table: x0 of step"):
+        sampler = FastSampler(unet, sched, shape=LATENT, steps=8)
+    assert sampler.mode == "eager"
+    got = sampler(2, seed=3)
+    expected = textbook_loop(unet, sched, 8, philox_normal((2, *LATENT), 3))
+    assert relative(got, expected) < 1e-4  # quantiles magnify rounding
+    sampler(2)
+    assert sampler.stats()["fallbacks"] == 2
+    with (
+        pytest.raises(ValueError, match="mode, stop: got 'compile', None"),
+        pytest.warns(UserWarning, match="stepped as it is"),
+    ):
+        FastSampler(unet, sched, shape=LATENT, steps=8, mode="compile")

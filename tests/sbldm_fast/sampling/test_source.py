@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import copy
-import functools
-import importlib
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sbldm_fast import (
     AutoencoderKL,
-    DDIMScheduler,
     DDPMScheduler,
     FastSampler,
     Pipeline,
@@ -25,169 +18,18 @@ from sbldm_fast import (
     SolverTable,
     UNet2D,
     UNetConfig,
-    VAEConfig,
 )
-from sbldm_fast.sampling.content import COLUMNS, addresses, digest, fingerprint, survey
+from sbldm_fast.sampling import loop
 
-loop = importlib.import_module("sbldm_fast.sampling.loop")
-Mode = importlib.import_module("sbldm_fast.sampling.modes").Mode
-SHAPE = (4, 8, 8)
-UNET = UNetConfig(
-    sample_size=8,
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(16, 32),
-    layers_per_block=1,
-    attention_resolutions=(4,),
-    norm_num_groups=8,
-    time_embed_dim=32,
-)
-VAE = VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)
-
-
-def scheduler(**config: Any) -> DDIMScheduler:
-    return DDIMScheduler(**({"beta_schedule": "cosine_ramp", "clip_sample": False} | config))
-
-
-def make(model: nn.Module, **arguments: Any) -> FastSampler:
-    return FastSampler(model, scheduler(), **({"shape": SHAPE, "steps": 3, "mode": "eager"} | arguments))
+from ..small import SHAPE, UNET, VAE, make, relative, scheduler, small_pipeline
+from .changes import CHANGES, Small, adapter, assigned, buffers, fused_adamw, loaded, new_data, through_data
+from .test_content import bits
 
 
 @pytest.fixture
 def unet() -> UNet2D:
     torch.manual_seed(1)
     return UNet2D(UNET).eval()
-
-
-def bits(model: nn.Module) -> int:
-    return digest(survey([model])[1])
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
-
-
-class Holds(nn.Module):
-    def __init__(self, *tensors: Tensor) -> None:
-        super().__init__()
-        for i, t in enumerate(tensors):
-            self.register_buffer(f"t{i}", t)
-
-
-@given(
-    st.integers(1, 3 * COLUMNS),
-    st.sampled_from(["float32", "float16", "bfloat16", "float64", "int64", "bool", "complex64"]),
-    st.data(),
-)
-def test_any_bit_any_exchange_and_any_sign_changes_the_digest(n: int, dtype: str, data: Any) -> None:
-    values = torch.randn(n).to(getattr(torch, dtype))
-    before = bits(Holds(values))
-    assert before == bits(Holds(values.clone()))
-    raw = values.clone().view(torch.uint8)
-    at = data.draw(st.integers(0, len(raw) - 1))
-    raw[at] ^= 1 << data.draw(st.integers(0, 7)) if dtype != "bool" else 1
-    assert bits(Holds(raw.view(values.dtype))) != before
-    i, j = data.draw(st.integers(0, n - 1)), data.draw(st.integers(0, n - 1))
-    exchanged = values.clone()
-    exchanged[[i, j]] = values[[j, i]]
-    # words a multiple of 1,021 apart fall into one column, and two float32 are a word: what the sum cannot tell apart
-    assert (
-        (bits(Holds(exchanged)) != before) == (not torch.equal(exchanged, values))
-        or (i // 2 - j // 2) % COLUMNS == 0
-        or (i - j) % COLUMNS == 0
-    )
-    if dtype not in ("bool", "int64"):
-        assert bits(Holds(-values)) != before
-
-
-def test_exchanged_channels_layouts_and_names_are_told_apart() -> None:
-    conv = nn.Conv2d(64, 64, 3)
-    before = bits(conv), survey([conv])[0]
-    with torch.no_grad():
-        conv.weight.copy_(conv.weight.flip(0))
-    assert bits(conv) != before[0]
-    with torch.no_grad():
-        conv.weight.copy_(conv.weight.flip(0))
-    assert (bits(conv), survey([conv])[0]) == before
-    a, b = torch.ones(3), torch.zeros(3)
-    assert bits(Holds(a, b)) != bits(Holds(b, a))
-    conv.train(False)
-    assert survey([conv])[0] == before[1], "whether it trains is not what it computes"
-    conv.padding = (1, 1)
-    assert survey([conv])[0] != before[1]
-    assert bits(Holds(torch.empty(0), torch.tensor(1.5))) != bits(Holds(torch.empty(0), torch.tensor(-1.5)))
-    strided = torch.arange(12.0).reshape(3, 4)[:, ::2]
-    assert bits(Holds(strided)) == bits(Holds(strided.clone()))
-
-
-def fused_adamw(model: nn.Module) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-
-
-def through_data(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.data.mul_(1.1)
-
-
-def new_data(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.data = p.data * 1.1
-
-
-def loaded(model: nn.Module) -> None:
-    model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()})
-
-
-def assigned(model: nn.Module) -> None:
-    model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}, assign=True)
-
-
-def average(model: nn.Module) -> None:
-    ema = torch.optim.swa_utils.AveragedModel(model)
-    with torch.no_grad():
-        for mine, averaged in zip(model.parameters(), ema.module.parameters(), strict=True):
-            mine.set_((averaged * 1.1).untyped_storage(), 0, mine.shape, averaged.stride())
-
-
-def buffers(model: nn.Module) -> None:
-    for b in model.buffers():
-        b.mul_(1.5)
-
-
-class Adapted(nn.Module):
-    """A convolution with a low-rank update beside it, as adapters put it into a model."""
-
-    def __init__(self, inner: nn.Conv2d) -> None:
-        super().__init__()
-        self.inner, self.scaling = inner, {"default": 0.5}
-        self.down, self.up = nn.Conv2d(inner.in_channels, 2, 1), nn.Conv2d(2, inner.out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.inner(x) + self.scaling["default"] * self.up(self.down(x))
-        return out
-
-
-class Small(nn.Module):
-    """A model that is not ours: live in eager mode, a copy in half precision and when it is compiled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1)
-        self.register_buffer("gain", torch.tensor(0.5))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.tanh(self.conv(x)) * self.gain + t / 5000
-
-
-def adapter(model: nn.Module) -> None:
-    assert isinstance(model, Small)
-    model.conv = Adapted(model.conv)  # type: ignore[assignment]
-
-
-CHANGES: list[Callable[[nn.Module], None]] = [fused_adamw, through_data, new_data, loaded, assigned, average]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -252,52 +94,6 @@ def test_a_compiled_step_is_compiled_again_for_other_weights(monkeypatch: pytest
     assert len(set(made)) == 5
 
 
-class Holder:
-    def __init__(self, model: nn.Module) -> None:
-        self.inner: Any = type("Inner", (), {})()
-        self.inner.models = [model]
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        out: Tensor = self.inner.models[0](x, t)
-        return out
-
-
-def in_a_default(model: nn.Module) -> Any:
-    return lambda x, t, model=model: 2 * model(x, t)
-
-
-def in_a_closure_of_a_closure(model: nn.Module) -> Any:
-    def twice(f: Any) -> Any:
-        return lambda x, t: 2 * f(x, t)
-
-    return twice(lambda x, t: model(x, t))
-
-
-WAYS: dict[str, Callable[[nn.Module], Any]] = {
-    "lambda": lambda model: lambda x, t: 2 * model(x, t),
-    "mapping": lambda model: (lambda d: lambda x, t: d["m"](x, t))({"m": model}),
-    "partial": lambda model: functools.partial(lambda net, x, t: net(x, t), model),
-    "default": in_a_default,
-    "closure": in_a_closure_of_a_closure,
-    "object": Holder,
-    "method": lambda model: Holder(model).__call__,
-    "tensor": lambda model: (lambda w: lambda x, t: x * w.mean())(model.conv.weight),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_what_a_function_is_made_of_is_seen(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(loop, "compiled_ahead", lambda function, *_: (made.append(1) or function, False))
-    model = Small()
-    sampler = make(WAYS[way](model), mode="compile")
-    for count in (1, 1, 2, 2):
-        if count == 2 and len(made) == 1:
-            through_data(model)
-        sampler(2)
-        assert len(made) == count
-
-
 @pytest.mark.parametrize("arguments", [{}, {"dtype": torch.bfloat16}, {"fuse": True}], ids=["eager", "half", "fuse"])
 def test_hooks_private_numbers_loose_tensors_and_configurations_are_seen(arguments: dict[str, Any]) -> None:
     class Odd(Small):
@@ -331,27 +127,6 @@ def test_hooks_of_our_own_model_are_seen(unet: UNet2D) -> None:
     before = sampler(2)
     unet.conv_in.register_forward_hook(lambda module, given, out: 0 * out)
     assert relative(sampler(2), before) > 1e-3
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FastSampler]:
-    """A graph on a CPU: a recording goes on with the tensors that were there when it was made, whatever the modules
-    hold later."""
-
-    def record(work: Any, reset: Any, device: Any, pool: Any) -> Any:
-        work()
-        reset()
-        return work
-
-    monkeypatch.setattr(loop, "capture", record)
-    monkeypatch.setattr(
-        importlib.import_module("sbldm_fast.sampling.source"), "parse_mode", lambda mode, device: Mode(mode, None)
-    )
-
-    def graphed(model: nn.Module, **arguments: Any) -> FastSampler:
-        return make(model, mode="loop-graph", **arguments)
-
-    return graphed
 
 
 @pytest.mark.parametrize("arguments", [{}, {"dtype": torch.bfloat16}], ids=["float32", "half"])
@@ -467,7 +242,7 @@ def test_a_diffusers_scheduler_that_is_configured_anew_is_read_again(unet: UNet2
 
 def test_a_pipeline_samples_with_the_parts_that_it_has_now() -> None:
     torch.manual_seed(2)
-    pipe = Pipeline(AutoencoderKL(VAE), UNet2D(UNET), SchedulerConfig(beta_schedule="cosine_ramp", clip_sample=False))
+    pipe = small_pipeline()
 
     def fresh() -> Tensor:
         other = Pipeline(pipe.vae, pipe.unet, SchedulerConfig(beta_schedule="cosine_ramp", clip_sample=False))
@@ -500,7 +275,7 @@ def test_training_and_sampling_may_take_turns(tmp_path: Any) -> None:
     from sbldm_fast.training.step import Step
 
     torch.manual_seed(2)
-    pipe = Pipeline(AutoencoderKL(VAE), UNet2D(UNET), SchedulerConfig(beta_schedule="cosine_ramp", clip_sample=False))
+    pipe = small_pipeline()
     z = torch.randn(4, *SHAPE)
     step = Step(
         pipe.unet,
@@ -513,49 +288,6 @@ def test_training_and_sampling_may_take_turns(tmp_path: Any) -> None:
         after = pipe.sample(2, steps=3)
         assert relative(after, before) > 1e-3
         assert torch.equal(after, Pipeline(pipe.vae, pipe.unet, pipe.scheduler.config).sample(2, steps=3))
-
-
-def test_fingerprints_tell_values_and_not_objects() -> None:
-    assert fingerprint(scheduler()) == fingerprint(scheduler())
-    assert fingerprint(scheduler()) != fingerprint(scheduler(steps_offset=1))
-    nested: dict[str, Any] = {"a": [1, 2.0, None], "b": {"c": torch.ones(2, dtype=torch.bfloat16)}}
-    assert fingerprint(nested) == fingerprint(copy.deepcopy(nested))
-    nested["b"]["c"][1] = 2
-    assert fingerprint(nested) != fingerprint({"a": [1, 2.0, None], "b": {"c": torch.ones(2, dtype=torch.bfloat16)}})
-    nested["b"]["self"] = nested
-    assert fingerprint(nested), "a cycle ends"
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ([[1], [2]], [[1, [2]]]),
-        ({"a": {"b": 1}, "c": 2}, {"a": {"b": 1, "c": 2}}),
-        ({1, 2}, {1, 3}),
-        (range(3), range(4)),
-        (bytearray(b"a"), bytearray(b"b")),
-        (torch.ones(2), torch.ones(1, 2)),
-        (Holder(nn.Linear(1, 1)), Holder(nn.Linear(1, 1))),
-    ],
-    ids=["lists", "mappings", "sets", "ranges", "bytes", "shapes", "objects"],
-)
-def test_fingerprints_of_other_things_differ(one: Any, other: Any) -> None:
-    assert fingerprint(one) != fingerprint(other)
-    assert fingerprint(one) == fingerprint(copy.deepcopy(one))
-
-
-def test_tensors_without_bits_do_no_harm() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch calls them a beta, or deprecated
-        odd = [
-            torch.eye(3).to_sparse(),
-            torch.eye(3).to_sparse_csr(),
-            torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
-        ]
-    held = Holds(*odd, torch.ones(3, device="meta"))
-    assert bits(held) == bits(held)
-    tensors = survey([held])[1]
-    assert addresses(tensors) == addresses(tensors)
 
 
 def test_a_latents_run_decodes_as_its_sampler_does(unet: UNet2D) -> None:

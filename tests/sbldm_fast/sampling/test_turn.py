@@ -11,34 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sbldm_fast import (
-    AutoencoderKL,
-    DDIMScheduler,
-    FastSampler,
-    Pipeline,
-    SchedulerConfig,
-    UNet2D,
-    UNetConfig,
-    VAEConfig,
-)
+from sbldm_fast import FastSampler, Pipeline
 from sbldm_fast.sampling.turn import Turn
 
-UNET = UNetConfig(
-    sample_size=8,
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(16, 32),
-    layers_per_block=1,
-    attention_resolutions=(4,),
-    norm_num_groups=8,
-    time_embed_dim=32,
-)
-VAE = VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)
-SHAPE = (4, 8, 8)
-
-
-def scheduler() -> DDIMScheduler:
-    return DDIMScheduler(beta_schedule="cosine_ramp", clip_sample=False)
+from ..small import scheduler, small_pipeline
 
 
 def at_once(work: Callable[[int], Tensor], seeds: range) -> list[Tensor]:
@@ -48,9 +24,8 @@ def at_once(work: Callable[[int], Tensor], seeds: range) -> list[Tensor]:
 
 def test_threads_that_share_a_pipeline_get_what_each_would_alone() -> None:
     torch.manual_seed(2)
-    config = SchedulerConfig(beta_schedule="cosine_ramp", clip_sample=False)
-    pipe = Pipeline(AutoencoderKL(VAE), UNet2D(UNET), config)
-    alone = [Pipeline(pipe.vae, pipe.unet, config).sample(2, seed=seed, steps=5) for seed in range(12)]
+    pipe = small_pipeline()
+    alone = [Pipeline(pipe.vae, pipe.unet, pipe.scheduler.config).sample(2, seed=seed, steps=5) for seed in range(12)]
     for got, expected in zip(at_once(lambda seed: pipe.sample(2, seed=seed, steps=5), range(12)), alone, strict=True):
         assert torch.equal(got, expected)
 

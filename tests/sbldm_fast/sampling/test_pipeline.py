@@ -1,0 +1,133 @@
+"""A pipeline, its samplers and its folder."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from sbldm_fast import Pipeline
+from sbldm_fast.sampling.sampler import MAX_LOOPS
+
+from ..small import relative, scheduler, small_pipeline
+
+
+@pytest.fixture
+def pipeline() -> Pipeline:
+    torch.manual_seed(2)
+    return small_pipeline()
+
+
+def test_a_pipeline_notices_new_weights_and_shares_the_old(pipeline: Pipeline) -> None:
+    before = pipeline.sample(1, steps=2)
+    shared = {p.data_ptr() for p in pipeline.unet.parameters()}
+    own = [p for p in pipeline.sampler(2).source.network.model.parameters() if p.data_ptr() not in shared]
+    assert len(own) == 1, "the transposed convolution alone"
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.mul_(2)
+    assert relative(pipeline.sample(1, steps=2), before) > 1e-3
+    for steps in range(1, 9):
+        pipeline.sample(1, steps=steps)
+    assert len(pipeline._samplers) == MAX_LOOPS
+
+
+def test_solvers_by_name_start_at_the_last_timestep_and_more_steps_are_nearer(pipeline: Pipeline) -> None:
+    pytest.importorskip("diffusers", reason="diffusers does the arithmetic of these solvers")
+    wanted = pipeline.sampler(500)(4)
+    for name in ("dpm", "unipc"):
+        errors = []
+        for steps in (10, 20, 50, 100):
+            sampler = pipeline.sampler(steps, scheduler=name)
+            assert sampler.timesteps[0] == 999
+            errors.append(relative(sampler(4), wanted))
+        assert errors == sorted(errors, reverse=True), name
+    assert pipeline.sampler(10).timesteps[0] == 900, "DDIM is that of the paper"
+
+
+def test_a_copy_of_a_pipeline_or_a_sampler_is_its_own(pipeline: Pipeline) -> None:
+    before = pipeline.sample(1, steps=2)
+    other = copy.deepcopy(pipeline)
+    with torch.no_grad():
+        other.unet.conv_out.weight.mul_(2)
+    assert torch.equal(pipeline.sample(1, steps=2), before)
+    assert relative(other.sample(1, steps=2), before) > 1e-3
+    sampler = pipeline.sampler(2)
+    again = copy.deepcopy(sampler)
+    assert torch.equal(again(1), sampler(1))
+    assert again._turn is not sampler._turn
+
+
+def test_a_pipelines_own_scheduler_may_be_any(pipeline: Pipeline) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers brings this scheduler")
+    own = pipeline.sample(2, steps=4)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config.to_dict() | {"beta_schedule": "linear"}
+    )
+    euler = pipeline.sample(2, steps=4)
+    assert relative(euler, own) > 1e-3
+    assert torch.equal(euler, pipeline.sample(2, steps=4, scheduler=pipeline.scheduler))
+
+
+def test_pipeline_survives_its_folder(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.save(tmp_path / "p")
+    assert sorted(str(p.relative_to(tmp_path / "p")) for p in (tmp_path / "p").rglob("*") if p.is_file()) == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    again = Pipeline.from_pretrained(tmp_path / "p")
+    images = pipeline.sample(3, seed=1, steps=3)
+    assert images.shape == (3, 1, 16, 16)
+    assert images.abs().max() <= 1
+    assert torch.equal(again.sample(3, seed=1, steps=3), images)
+    assert relative(again.sample(3, seed=1, steps=3, batch_size=2), images) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["vae/mine.txt", "unet/diffusion_pytorch_model.safetensors", "model_index.json"])
+def test_a_pipeline_is_saved_over_nothing_but_a_pipeline(name: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "p" / name).parent.mkdir(parents=True)
+    (tmp_path / "p" / name).write_text('{"_class_name": "DDPMPipeline"}')
+    with pytest.raises(ValueError, match="which would be lost; allowed is a new folder or one that save wrote"):
+        pipeline.save(tmp_path / "p")
+    assert (tmp_path / "p" / name).read_text() == '{"_class_name": "DDPMPipeline"}'
+    pipeline.save(tmp_path / "q")
+    pipeline.save(tmp_path / "q")
+    (tmp_path / "q" / "vae" / "mine.txt").write_text("")
+    with pytest.raises(ValueError, match=r"holds vae/mine\.txt, which would be lost"):
+        pipeline.save(tmp_path / "q")
+
+
+def test_scheduler_file_is_diffusers(pipeline: Pipeline, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers reads the file that this test writes")
+    pipeline.scheduler = scheduler(beta_schedule="scaled_linear")
+    pipeline.save(tmp_path / "p")
+    theirs = diffusers.DDIMScheduler.from_pretrained(tmp_path / "p" / "scheduler")
+    assert torch.equal(theirs.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
+
+
+def test_bundled_weights_make_images() -> None:
+    images = Pipeline.from_pretrained("demo").sample(2, seed=0, steps=10)
+    assert images.shape == (2, 1, 128, 128)
+    corners = images[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert corners.max() < -0.8, "air around the head is dark"
+    assert images[:, 0, 48:80, 48:80].mean() > -0.7, "there is a head in the middle"
+
+
+def test_bad_pipelines_are_named(pipeline: Pipeline, tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "model.pt")
+    for call, message in (
+        (
+            lambda: Pipeline.from_pretrained(tmp_path / "nothing"),
+            "is not a pipeline folder: it has no model_index.json",
+        ),
+        (lambda: Pipeline.from_pretrained(tmp_path / "model.pt"), "no pickle is ever read"),
+        (lambda: pipeline.sample(0), "n: got 0, allowed is 1 or more"),
+        (lambda: pipeline.sample(1, batch_size=0), "batch_size: got 0, allowed is 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
