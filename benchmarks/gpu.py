@@ -77,7 +77,7 @@ def plan(device: str, batches: Sequence[int] = BATCHES, sm: int = 80) -> list[Pa
     tests = "pytest -m gpu -k 'not compile and not fuzz'"
     loops = "tests/benchmarks/test_harness.py " + " ".join(
         f"tests/sbldm_fast/{name}.py"
-        for name in ("models/test_layers", "sampling/test_loop", "sampling/test_precision", "test_training")
+        for name in ("models/test_layers", "sampling/test_loop", "sampling/test_precision", "training/test_stages")
     )
     training = "bench training --steps 50 --rounds 5 --seconds 20"
     return [

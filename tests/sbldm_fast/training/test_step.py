@@ -17,7 +17,7 @@ from sbldm_fast.training.run import batches
 from sbldm_fast.training.stages import augment, unet_loss
 from sbldm_fast.training.step import Step
 
-from .test_training import SMALL, config
+from .test_stages import SMALL, config
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])

@@ -22,7 +22,7 @@ from sbldm_fast.training.run import Context, Stage
 from sbldm_fast.training.run import train as train_stage
 from sbldm_fast.training.step import LossOf
 
-from .test_training import curve
+from .test_stages import curve
 
 
 def train(model: nn.Module, loss_of: LossOf, items: int, config: TrainConfig, folder: Path, **stage: Any) -> nn.Module:
