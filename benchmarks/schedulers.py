@@ -16,7 +16,7 @@ from sbldm_fast.kernels import philox_normal
 from torch import Tensor
 
 from sbldm_fast import FastSampler
-from sbldm_fast.diffusion.table import prepared, scaled_input, scheduler_step
+from sbldm_fast.diffusion.probe import copy_with_timesteps, scaled_input, scheduler_step
 
 STEPS, SHAPE = 20, (4, 6, 6)
 NO_CLIP = {"clip_sample": False}
@@ -89,7 +89,7 @@ def own_loop(
     model: Callable[..., Tensor] = bent,
 ) -> Tensor:
     """The scheduler's own loop from noise of unit variance; what it draws at step i is `draw(i)`."""
-    own = prepared(scheduler, steps)
+    own = copy_with_timesteps(scheduler, steps)
     x = noise * float(getattr(own, "init_noise_sigma", 1.0))
     randn = torch.randn
     for i, t in enumerate(own.timesteps):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sbldm_fast.models.config import PRESETS
+from sbldm_fast.models.presets import PRESETS
 
 Rule = tuple[Callable[[Any], bool], str]
 LEAST, MOST = 1e-12, 1e21  # of what is drawn and divided by: within these a quotient of two is finite

@@ -19,7 +19,7 @@ from sbldm_fast import FastSampler, Pipeline, SolverTable
 from sbldm_fast.errors import MissingExtra, UserError
 from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.images import NOTICE
-from sbldm_fast.models.config import PRESETS
+from sbldm_fast.models.presets import PRESETS
 from sbldm_fast.sampling.model import Cond, TensorDict, tensors_by_name
 from sbldm_fast.sampling.noise import draw
 

@@ -11,10 +11,11 @@ from .diffusion import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     NoiseSchedule,
+    SchedulerConfig,
     SolverTable,
     UniPCMultistepScheduler,
 )
-from .models import AutoencoderKL, SchedulerConfig, UNet2D, UNetConfig, VAEConfig, preset
+from .models import AutoencoderKL, UNet2D, UNetConfig, VAEConfig, preset
 from .sampling import FastSampler, Pipeline
 
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = ("sbldm_fast.errors", "sbldm_fast.machine", "sbldm_fast.files", "sbldm_fast.images")
+GROUND = ("sbldm_fast.errors", "sbldm_fast.machine", "sbldm_fast.files", "sbldm_fast.images", "sbldm_fast.config")
 FLOORS = {"kernels": 0, "sbldm_fast": 1, "export": 2, "benchmarks": 3}
 
 

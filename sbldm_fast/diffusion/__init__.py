@@ -1,5 +1,6 @@
 """Noise schedules, schedulers and the tables they turn into."""
 
+from .config import SchedulerConfig
 from .schedule import NoiseSchedule
 from .schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from .table import NotLinear, SolverTable
@@ -10,6 +11,7 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "NoiseSchedule",
     "NotLinear",
+    "SchedulerConfig",
     "SolverTable",
     "UniPCMultistepScheduler",
 ]

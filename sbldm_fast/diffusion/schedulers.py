@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sbldm_fast.files import read_json, write_json
-from sbldm_fast.models.config import SchedulerConfig
 
 from ..errors import MissingExtra, UserError
+from .config import SchedulerConfig
 from .schedule import NoiseSchedule, rescale_zero_terminal_snr
+
+if TYPE_CHECKING:
+    import diffusers
 
 THEIR_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 FILE = "scheduler_config.json"  # diffusers' name for it
@@ -231,16 +234,19 @@ class DDPMScheduler(_Scheduler):
         return SchedulerOutput(out, x0)
 
 
-class _Diffusers:
-    """A scheduler of diffusers, on the betas of any of our schedules; what it returns is diffusers' own object.
+class _DiffusersFactory:
+    """Makes a scheduler of diffusers, of the name of the class, on the betas of any of our schedules.
 
-    Keyword arguments are those of the class of that name in diffusers, and the schedules, `gamma` and `normalise` of
-    `SchedulerConfig`. `ImportError` without diffusers, `ValueError` for a value that is not allowed.
+    Calling it returns diffusers' own object, so that `isinstance` with this class is False. Keyword arguments are those
+    of the class of that name in diffusers, and the schedules, `gamma` and `normalise` of `SchedulerConfig`.
+
+    Raises:
+        ImportError: diffusers is not installed.
+        ValueError: a value that is not allowed.
     """
 
-    def __new__(cls, **config: Any) -> Any:
+    def __new__(cls, **config: Any) -> diffusers.SchedulerMixin:
         """diffusers' scheduler."""
-        theirs = cls._theirs()
         ours = {k: v for k, v in config.items() if k in SchedulerConfig.__dataclass_fields__}
         betas = {
             k: config.pop(k)
@@ -249,10 +255,10 @@ class _Diffusers:
         }
         if betas.get("trained_betas") is None and betas.get("beta_schedule", "linear") not in THEIR_SCHEDULES:
             betas = {"trained_betas": _tables(SchedulerConfig.from_dict(ours))[0].tolist()}
-        return theirs(**config, **{k: v for k, v in betas.items() if k not in ("gamma", "normalise")})
+        return cls._theirs()(**config, **{k: v for k, v in betas.items() if k not in ("gamma", "normalise")})
 
     @classmethod
-    def from_config(cls, config: SchedulerConfig | Mapping[str, Any], **overrides: Any) -> Any:
+    def from_config(cls, config: SchedulerConfig | Mapping[str, Any], **overrides: Any) -> diffusers.SchedulerMixin:
         """diffusers' scheduler from a configuration of ours or of any of diffusers'; keys that it does not know are
         passed over."""
         given = config.to_dict() if isinstance(config, SchedulerConfig) else dict(config)
@@ -260,26 +266,30 @@ class _Diffusers:
         return cls(**{k: v for k, v in {**given, **overrides}.items() if k in takes})
 
     @classmethod
-    def _theirs(cls) -> Any:
+    def _theirs(cls) -> type[diffusers.SchedulerMixin]:
         try:
             import diffusers
         except ImportError:
             need = f"{cls.__name__}, unlike DDIMScheduler and DDPMScheduler,"
             raise MissingExtra(need, "diffusers", "bench") from None
-        return getattr(diffusers, cls.__name__)
+        theirs: type[diffusers.SchedulerMixin] = getattr(diffusers, cls.__name__)
+        return theirs
 
 
-class DPMSolverMultistepScheduler(_Diffusers):
-    """DPM-Solver++: `x' = (s'/s) x - a' (exp(-h) - 1) (D_0 + D_1 / 2)`, D_0 = x0, D_1 its divided difference, h the
-    step in log(a/s).
+class DPMSolverMultistepScheduler(_DiffusersFactory):
+    """Makes diffusers' DPM-Solver++: calling it returns a `diffusers.DPMSolverMultistepScheduler` on our betas.
 
+    `x' = (s'/s) x - a' (exp(-h) - 1) (D_0 + D_1 / 2)`, D_0 = x0, D_1 its divided difference, h the step in log(a/s).
+    Keyword arguments are diffusers', and the schedules, `gamma` and `normalise` of `SchedulerConfig`.
     Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2; diffusers does the arithmetic.
     """
 
 
-class UniPCMultistepScheduler(_Diffusers):
-    """UniPC: a predictor like DPM-Solver++'s and a corrector that uses each model output a second time.
+class UniPCMultistepScheduler(_DiffusersFactory):
+    """Makes diffusers' UniPC: calling it returns a `diffusers.UniPCMultistepScheduler` on our betas.
 
+    A predictor like DPM-Solver++'s and a corrector that uses each model output a second time.
+    Keyword arguments are diffusers', and the schedules, `gamma` and `normalise` of `SchedulerConfig`.
     Source: Zhao et al. 2023, arXiv:2302.04867; diffusers does the arithmetic.
     """
 

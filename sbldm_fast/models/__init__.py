@@ -1,6 +1,9 @@
 """The autoencoder and the UNet."""
 
-from .config import SchedulerConfig, UNetConfig, VAEConfig, preset
+from sbldm_fast.diffusion.config import SchedulerConfig
+
+from .config import UNetConfig, VAEConfig
+from .presets import preset
 from .unet import UNet2D
 from .vae import AutoencoderKL, DiagonalGaussian
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sbldm_fast.files import read_json, whole_file, write_json
 
+from ..config import Config
 from ..errors import UserError
-from .config import Config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

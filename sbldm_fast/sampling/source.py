@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sbldm_fast.diffusion.table import NotLinear, SolverTable, prepared
+from sbldm_fast.diffusion import NotLinear, SolverTable
+from sbldm_fast.diffusion.probe import copy_with_timesteps
 
 from ..errors import UserError
 from .content import addresses, behind, digest, fingerprint, survey
@@ -152,7 +153,7 @@ class Source:
             if self.options.stop is not None or self._asked_mode not in ("auto", "eager"):
                 got = f"{self._asked_mode!r}, {self.options.stop!r}"
                 raise UserError(f"mode, stop: got {got}, allowed for {name} are 'eager', None") from why
-            self.timesteps = prepared(self.scheduler, self.steps, self.eta).timesteps.tolist()
+            self.timesteps = copy_with_timesteps(self.scheduler, self.steps, self.eta).timesteps.tolist()
         self.linear = table is not None
         if self._solved == (solved := fingerprint(table)):
             return False

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbldm_fast.diffusion.table import prepared, scaled_input, scheduler_step
+from sbldm_fast.diffusion.probe import copy_with_timesteps, scaled_input, scheduler_step
 
 from ..errors import NotFinite, UserError
 from .loop import Callback
@@ -46,7 +46,7 @@ def stepped(
         return network.predict(h.to(network.dtype), network.time_rows(t), batch.cond).float()
 
     x, guidance = batch.x, batch.guidance
-    name, shape, own = type(scheduler).__name__, tuple(x.shape[1:]), prepared(scheduler, steps, eta)
+    name, shape, own = type(scheduler).__name__, tuple(x.shape[1:]), copy_with_timesteps(scheduler, steps, eta)
     takes = inspect.signature(own.step).parameters
     size = 1 if "generator" in takes and "variance_noise" not in takes else len(x)
     copies = [copy.deepcopy(own) for _ in range(len(x) // size)]

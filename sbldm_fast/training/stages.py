@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from sbldm_fast.data import Slices
 from sbldm_fast.data.dataset import read_manifest
-from sbldm_fast.diffusion import DDPMScheduler
+from sbldm_fast.diffusion import DDPMScheduler, SchedulerConfig
 from sbldm_fast.errors import UserError
 from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.kernels import diffuse
 from sbldm_fast.models import AutoencoderKL, DiagonalGaussian, UNet2D
-from sbldm_fast.models.config import Preset, SchedulerConfig
+from sbldm_fast.models.presets import Preset
 from sbldm_fast.models.weights import read_tensors, write_tensors
 from sbldm_fast.sampling.pipeline import Pipeline
 

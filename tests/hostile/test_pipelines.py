@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sbldm_fast import Pipeline, UNetConfig, VAEConfig
-from sbldm_fast.models.config import SchedulerConfig
+from sbldm_fast.diffusion import SchedulerConfig
 from sbldm_fast.models.weights import WEIGHTS
 
 from .conftest import ABSENT, NIGHTLY, NO_FILES, VALUES, Lie, Oracle, Runs, change, lay

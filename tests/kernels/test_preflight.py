@@ -16,7 +16,7 @@ from sbldm_fast.kernels import GroupNormSiLU, preflight
 from torch import nn
 
 from sbldm_fast.models import AutoencoderKL, UNet2D
-from sbldm_fast.models.config import PRESETS
+from sbldm_fast.models.presets import PRESETS
 
 
 def test_table_of_norms_is_what_the_presets_run() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sbldm_fast import DDIMScheduler, DDPMScheduler, SolverTable
 from sbldm_fast.diffusion import NotLinear
-from sbldm_fast.diffusion.table import prepared
+from sbldm_fast.diffusion.probe import copy_with_timesteps
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers brings the schedulers that these tests read")
 schedulers = pytest.importorskip(
@@ -218,7 +218,7 @@ def test_rounding_is_not_a_history(steps: int, prediction: str) -> None:
 def test_a_start_inside_is_diffusers_begin_index() -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler()
     table = SolverTable.from_scheduler(scheduler, 10, start=4)
-    own = prepared(scheduler, 10, start=4)
+    own = copy_with_timesteps(scheduler, 10, start=4)
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     xs, ms = [x], []
     for i, t in enumerate(own.timesteps[4:]):

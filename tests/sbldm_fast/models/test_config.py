@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sbldm_fast import AutoencoderKL, SchedulerConfig, UNet2D, UNetConfig, VAEConfig, preset
-from sbldm_fast.models.config import PRESETS
+from sbldm_fast.models.presets import PRESETS
 
 from ..small import UNET, VAE
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sbldm_fast import Pipeline, preset
 from sbldm_fast.data import prepare
-from sbldm_fast.models.config import Preset
+from sbldm_fast.models.presets import Preset
 from sbldm_fast.training import TrainConfig, train_pipeline
 
 SMALL = Preset(
@@ -83,7 +83,7 @@ def test_both_stages_end_in_a_pipeline_that_samples(data: Path, tmp_path: Path, 
 RUN = """
 import pathlib, sys
 from sbldm_fast.training import Objective, TrainConfig, Stopped, torchrun, train_pipeline
-from sbldm_fast.models.config import *
+from sbldm_fast.models.presets import *
 SMALL = CONFIGURATIONS
 def stage(**values):
     return TrainConfig(steps=30, batch_size=4, lr=1e-3, save_every=4, amp="off", **values)
