@@ -89,8 +89,8 @@ def sample(
     eta: Eta = 0.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, at most.")] = 16,
     dtype: Annotated[Dtype | None, typer.Option(help="Arithmetic of the UNet (default: float32).")] = None,
-    form: Annotated[
-        Format, typer.Option("--format", help="A PNG each, one array, or one NIfTI stack of unrelated slices.")
+    format: Annotated[
+        Format, typer.Option(help="A PNG each, one array, or one NIfTI stack of unrelated slices.")
     ] = Format.png,
     as_json: Json = False,
 ) -> None:
@@ -101,14 +101,13 @@ def sample(
     import torch
 
     from sbldm_fast.images import NOTICE
-    from sbldm_fast.sampling.job import sample_to_folder
+    from sbldm_fast.sampling.job import Settings, sample_to_folder
 
     start = time.monotonic()
     precision = None if dtype is None else getattr(torch, dtype.value)
-    options: dict[str, Any] = {"seed": seed, "steps": steps, "mode": mode, "eta": eta, "batch_size": batch_size}
-    options |= {"scheduler": scheduler.value, "dtype": precision, "form": form.value}
+    settings = Settings(seed, steps, scheduler.value, mode, eta, precision, batch_size, format.value)
     try:
-        done = sample_to_folder(pipeline, out, n, progress=not as_json, **options)
+        done = sample_to_folder(pipeline, out, n, settings, progress=not as_json)
     except KeyboardInterrupt:
         say(f"sbldm-fast: interrupted; what is finished stays in {out}, the same command makes the rest")
         raise typer.Exit(130) from None

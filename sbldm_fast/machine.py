@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .errors import UserError
 
 PACKAGES = (
     "torch",
@@ -40,6 +43,20 @@ def native_half(device: torch.device) -> torch.dtype | None:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if device.type == "cpu" and native else None
+
+
+def torchrun_number(name: str, default: int, least: int, most: int) -> int:
+    """What torchrun says in the environment; `default` where it does not run.
+
+    Raises:
+        UserError: no whole number, or one that is not in `least` to `most`.
+    """
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise UserError(
+            f"{name}: got {text!r} in the environment, allowed is {least} to {most}: torchrun sets it with the others"
+        )
+    return int(text)
 
 
 def environment() -> dict[str, Any]:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
@@ -24,34 +25,50 @@ from tqdm import tqdm
 
 from sbldm_fast.files import read_json, whole_file, write_json
 from sbldm_fast.images import NOTICE, save_grid, save_nifti, save_png, to_uint8
+from sbldm_fast.machine import torchrun_number
 
 from ..errors import MissingExtra, UserError
 from .modes import choose
 from .pipeline import Pipeline, even_batch
 from .request import seeds_and_noise
 
-FORMATS = ("png", "npy", "nifti")
 GRID = 64  # images in the grid
 RECORD = "sample.json"  # what the images in a folder were made with
-WHOLE = {"png": "grid.png", "npy": "images.npy", "nifti": "images.nii.gz"}  # what is made of all images
+WHOLE = {"png": "grid.png", "npy": "images.npy", "nifti": "images.nii.gz"}  # what is made of all images, by format
 
 
-def sample_to_folder(
-    pipeline: str,
-    out: Path,
-    n: int,
-    *,
-    seed: int,
-    steps: int,
-    scheduler: str,
-    mode: str,
-    eta: float,
-    dtype: torch.dtype | None,
-    batch_size: int,
-    form: str,
-    progress: bool,
-) -> dict[str, Any]:
-    """Make images 0 to n - 1 of `seed` that are not in `out` yet, this process its share of them; the last step puts
+@dataclass(frozen=True)
+class Settings:
+    """What the images of a job are made with.
+
+    Args:
+        seed, steps, scheduler, mode, eta, dtype: as of `Pipeline.sample`.
+        batch_size: images at a time, at most.
+        format: `png`, a file per image and a grid; `npy` or `nifti`, one array, float32.
+
+    Raises:
+        UserError: an unknown format.
+        MissingExtra: `nifti` without nibabel.
+    """
+
+    seed: int = 0
+    steps: int = 50
+    scheduler: str = "ddim"
+    mode: str = "auto"
+    eta: float = 0.0
+    dtype: torch.dtype | None = None
+    batch_size: int = 16
+    format: str = "png"
+
+    def __post_init__(self) -> None:
+        if self.format not in WHOLE:
+            raise UserError(f"format: got {self.format!r}, allowed are {', '.join(WHOLE)}")
+        if self.format == "nifti" and importlib.util.find_spec("nibabel") is None:
+            raise MissingExtra("format nifti", "nibabel", "data")
+
+
+def sample_to_folder(pipeline: str, out: Path, n: int, settings: Settings, *, progress: bool) -> dict[str, Any]:
+    """Make images 0 to n - 1 of a seed that are not in `out` yet, this process its share of them; the last step puts
     them together.
 
     Under torchrun whole batches go round the ranks, so that a job of at least `batch_size` images a rank, if nothing
@@ -59,74 +76,68 @@ def sample_to_folder(
     smaller batches. After an interruption what is missing fills batches of the same size in another order: the same to
     rounding.
 
-    `png` is a file per image and a grid; `npy` and `nifti` one array, float32.
-
     Returns:
         What was done by all processes: images made, images there before; the mode, and this process' rank.
 
     Raises:
-        ValueError: as `FastSampler`, an unknown format, or `out` holds images of other settings.
+        ValueError: as `FastSampler`, or `out` holds images of other settings.
         KeyboardInterrupt: what is finished stays.
     """
-    if form not in FORMATS:
-        raise UserError(f"format: got {form!r}, allowed are {', '.join(FORMATS)}")
-    if form == "nifti" and importlib.util.find_spec("nibabel") is None:
-        raise MissingExtra("format nifti", "nibabel", "data")
-    world = _of_torchrun("WORLD_SIZE", 1, 1, 2**20)
-    rank, local = (_of_torchrun(name, 0, 0, world - 1) for name in ("RANK", "LOCAL_RANK"))
+    world = torchrun_number("WORLD_SIZE", 1, 1, 2**20)
+    rank, local = (torchrun_number(name, 0, 0, world - 1) for name in ("RANK", "LOCAL_RANK"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     pipe = Pipeline.from_pretrained(pipeline).to(device)
-    size, reason = even_batch(n, min(batch_size, math.ceil(n / world))), ""  # no rank without work
+    size = even_batch(n, min(settings.batch_size, math.ceil(n / world)))  # no rank without work
+    mode, reason = settings.mode, ""
     if mode == "auto":  # settled by the whole job: a rank must not choose otherwise than one process would
-        mode, reason = choose(device, n, steps)
-    sampler = pipe.sampler(steps, mode, scheduler=scheduler, eta=eta, dtype=dtype)
-    seeds_and_noise(pipe.latent_shape, device, 1, seed, None, None)  # a seed that is refused leaves no folder
-    claim = _claim(
-        out,
-        form,
-        {
-            "pipeline": _identity(pipe),
-            "seed": seed,
-            "steps": steps,
-            "scheduler": scheduler,
-            "eta": eta,
-            "dtype": str(sampler.dtype)[6:],
-            "batch": batch_size,
-            "format": form,
-            "notice": NOTICE,
-        },
-    )
-    # one list for all ranks, made before any of them writes
-    shared = [[i for i in range(n) if not _part(out, i, form).exists()]]
-    if world > 1:
-        # a rank with much to do may keep the others waiting; one that dies is torchrun's to notice
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        torch.distributed.broadcast_object_list(shared, src=0)
-    batches = [[i for i in shared[0] if i // size == b] for b in sorted({i // size for i in shared[0]})]
-    missing = [i for batch in batches[rank::world] for i in batch]
+        mode, reason = choose(device, n, settings.steps)
+    sampler = pipe.sampler(settings.steps, mode, scheduler=settings.scheduler, eta=settings.eta, dtype=settings.dtype)
+    seeds_and_noise(pipe.latent_shape, device, 1, settings.seed, None, None)  # a seed that is refused leaves no folder
+    claim = _claim(out, settings.format, _record_of(pipe, settings, sampler.dtype))
+    missing = _missing_for_all(out, n, settings.format, world)
+    batches = [[i for i in missing if i // size == b] for b in sorted({i // size for i in missing})]
+    mine = [i for batch in batches[rank::world] for i in batch]
     made = 0
-    with tqdm(total=len(missing), desc="sample", unit="image", disable=not progress or rank > 0) as bar:
-        for images in sampler.stream(indices=missing, seed=seed, batch_size=size) if missing else ():
+    with tqdm(total=len(mine), desc="sample", unit="image", disable=not progress or rank > 0) as bar:
+        for images in sampler.stream(indices=mine, seed=settings.seed, batch_size=size) if mine else ():
             for image in images.cpu():
-                _write_part(image, _part(out, missing[made], form), form)
+                _write_part(image, _part(out, mine[made], settings.format), settings.format)
                 made += 1
                 bar.update()
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if rank == 0:
-        _assemble(out, n, form)
+        _assemble(out, n, settings.format)
     os.close(claim)
-    total = len(shared[0])
+    total = len(missing)
+    done = {"out": str(out), "n": n, "made": total, "kept": n - total}
+    return done | {"mode": sampler.mode, "reason": reason or sampler.reason, "rank": rank}
+
+
+def _record_of(pipe: Pipeline, settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
+    """What the folder's record says of the images in it."""
     return {
-        "out": str(out),
-        "n": n,
-        "made": total,
-        "kept": n - total,
-        "mode": sampler.mode,
-        "reason": reason or sampler.reason,
-        "rank": rank,
+        "pipeline": _identity(pipe),
+        "seed": settings.seed,
+        "steps": settings.steps,
+        "scheduler": settings.scheduler,
+        "eta": settings.eta,
+        "dtype": str(dtype)[6:],
+        "batch": settings.batch_size,
+        "format": settings.format,
+        "notice": NOTICE,
     }
+
+
+def _missing_for_all(out: Path, n: int, format: str, world: int) -> list[int]:
+    """The images that are not there yet: one list for all ranks, made before any of them writes."""
+    shared = [[i for i in range(n) if not _part(out, i, format).exists()]]
+    if world > 1:
+        # a rank with much to do may keep the others waiting; one that dies is torchrun's to notice
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def _identity(pipe: Pipeline) -> str:
@@ -138,16 +149,7 @@ def _identity(pipe: Pipeline) -> str:
     return digest.hexdigest()
 
 
-def _of_torchrun(name: str, default: int, least: int, most: int) -> int:
-    text = os.environ.get(name) or str(default)
-    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-        raise UserError(
-            f"{name}: got {text!r} in the environment, allowed is {least} to {most}: torchrun sets it with the others"
-        )
-    return int(text)
-
-
-def _claim(out: Path, form: str, settings: dict[str, Any]) -> int:
+def _claim(out: Path, format: str, settings: dict[str, Any]) -> int:
     """Hold `out` for images of these settings, as long as what is returned is open, beside others who make the same
     ones.
 
@@ -170,7 +172,7 @@ def _claim(out: Path, form: str, settings: dict[str, Any]) -> int:
             return lock
         except OSError:  # a file system without locks
             pass
-        _record(out, form, settings)
+        _record(out, format, settings)
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_SH)
     except BaseException:
@@ -182,12 +184,12 @@ def _claim(out: Path, form: str, settings: dict[str, Any]) -> int:
     return lock
 
 
-def _record(out: Path, form: str, settings: dict[str, Any]) -> None:
+def _record(out: Path, format: str, settings: dict[str, Any]) -> None:
     """Write down what the images are made with, unless there are images of something else, or files that are not a
     run's."""
     ours = (out / RECORD).exists()
     there = read_json(out / RECORD) if ours else {}
-    used = there.get("format") if there.get("format") in FORMATS else form
+    used = there.get("format") if there.get("format") in WHOLE else format
     found = [p.name for p in out.iterdir()] if out.is_dir() else []
     images = [name for name in found if name in WHOLE.values() or re.fullmatch(r"\d{6}\.png", name)]
     images += [f"parts/{p.name}" for p in (out / "parts").glob("[0-9]" * 6 + ".npy")]
@@ -204,30 +206,30 @@ def _record(out: Path, form: str, settings: dict[str, Any]) -> None:
     write_json(out / RECORD, settings)
 
 
-def _part(out: Path, i: int, form: str) -> Path:
-    return out / f"{i:06d}.png" if form == "png" else out / "parts" / f"{i:06d}.npy"
+def _part(out: Path, i: int, format: str) -> Path:
+    return out / f"{i:06d}.png" if format == "png" else out / "parts" / f"{i:06d}.npy"
 
 
-def _write_part(image: torch.Tensor, path: Path, form: str) -> None:
-    if form == "png":
+def _write_part(image: torch.Tensor, path: Path, format: str) -> None:
+    if format == "png":
         save_png(to_uint8(image[None])[0], path)
         return
     _save(image[0].float().numpy(), path)
 
 
-def _assemble(out: Path, n: int, form: str) -> None:
-    if form == "png":
+def _assemble(out: Path, n: int, format: str) -> None:
+    if format == "png":
         shown = []
         for i in range(min(n, GRID)):
-            with Image.open(_part(out, i, form)) as image:
+            with Image.open(_part(out, i, format)) as image:
                 shown.append(np.asarray(image))
-        save_grid(np.stack(shown), out / WHOLE[form])
+        save_grid(np.stack(shown), out / WHOLE[format])
         return
-    images = np.stack([_load(_part(out, i, form)) for i in range(n)])
-    if form == "nifti":
-        save_nifti(images, out / WHOLE[form])
+    images = np.stack([_load(_part(out, i, format)) for i in range(n)])
+    if format == "nifti":
+        save_nifti(images, out / WHOLE[format])
     else:
-        _save(images, out / WHOLE[form])
+        _save(images, out / WHOLE[format])
 
 
 def _load(path: Path) -> np.ndarray:

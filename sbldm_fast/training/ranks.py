@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sbldm_fast.errors import UserError
+from sbldm_fast.machine import torchrun_number
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,11 @@ class Ranks:
 def torchrun() -> Iterator[torch.device]:
     """This process's device; under torchrun the process group (gloo, and NCCL where there is CUDA) is there while the
     block runs."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    size = torchrun_number("WORLD_SIZE", 1, 1, 2**20)
+    local = torchrun_number("LOCAL_RANK", 0, 0, size - 1)
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda", local % torch.cuda.device_count()) if on_cuda else torch.device("cpu")
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if size == 1:
         yield device
         return
     if on_cuda:

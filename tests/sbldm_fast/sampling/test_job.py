@@ -19,7 +19,7 @@ import torch
 
 from sbldm_fast import Pipeline
 from sbldm_fast.images import NOTICE
-from sbldm_fast.sampling.job import sample_to_folder
+from sbldm_fast.sampling.job import Settings, sample_to_folder
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -38,10 +38,9 @@ def make(pipeline: Path, out: Path, n: int = 5, **changes: Any) -> dict[str, Any
         "eta": 0.0,
         "dtype": None,
         "batch_size": 2,
-        "form": "png",
-        "progress": False,
+        "format": "png",
     } | changes
-    return sample_to_folder(str(pipeline), out, n, **settings)
+    return sample_to_folder(str(pipeline), out, n, Settings(**settings), progress=False)
 
 
 def images(folder: Path) -> dict[str, bytes]:
@@ -108,23 +107,23 @@ def test_files_that_no_run_made_are_never_written_over(name: str, form: str, pip
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=f"holds {name}, which no run of this command made; allowed is another folder"):
-        make(pipeline, tmp_path, 1, form=form)
+        make(pipeline, tmp_path, 1, format=form)
     assert (tmp_path / name).read_text() == "mine"
     assert not (tmp_path / "sample.json").exists()
 
 
 def test_a_finished_array_is_not_replaced_by_one_of_other_settings(pipeline: Path, tmp_path: Path) -> None:
-    make(pipeline, tmp_path, 2, form="npy")
+    make(pipeline, tmp_path, 2, format="npy")
     before = (tmp_path / "images.npy").read_bytes()
     shutil.rmtree(tmp_path / "parts")
     with pytest.raises(ValueError, match="holds images of seed 1, this run's is 2"):
-        make(pipeline, tmp_path, 2, form="npy", seed=2)
+        make(pipeline, tmp_path, 2, format="npy", seed=2)
     assert (tmp_path / "images.npy").read_bytes() == before
-    assert make(pipeline, tmp_path, 2, form="npy")["made"] == 2
+    assert make(pipeline, tmp_path, 2, format="npy")["made"] == 2
     assert (tmp_path / "images.npy").read_bytes() == before
     (tmp_path / "grid.png").write_text("mine")
     with pytest.raises(ValueError, match=r"holds grid\.png, which no run of format npy makes"):
-        make(pipeline, tmp_path, 2, form="npy")
+        make(pipeline, tmp_path, 2, format="npy")
 
 
 @pytest.mark.parametrize(
@@ -166,13 +165,13 @@ def test_few_open_files_are_enough(pipeline: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"cut", None])
 def test_a_damaged_part_is_named(content: bytes | None, pipeline: Path, tmp_path: Path) -> None:
-    make(pipeline, tmp_path, 2, form="npy")
+    make(pipeline, tmp_path, 2, format="npy")
     part = tmp_path / "parts" / "000001.npy"
     part.write_bytes(part.read_bytes()[:200] if content is None else content)
     with pytest.raises(ValueError, match=r"parts/000001\.npy is damaged; without it the same command makes it again"):
-        make(pipeline, tmp_path, 2, form="npy")
+        make(pipeline, tmp_path, 2, format="npy")
     part.unlink()
-    assert make(pipeline, tmp_path, 2, form="npy")["made"] == 1
+    assert make(pipeline, tmp_path, 2, format="npy")["made"] == 1
 
 
 @pytest.mark.parametrize("form", ["png", "npy"])
@@ -227,7 +226,7 @@ def test_arrays_and_stacks(pipeline: Path, tmp_path: Path) -> None:
     nibabel = pytest.importorskip("nibabel", reason="nibabel reads the stack that this test writes")
     expected = Pipeline.from_pretrained(pipeline).sample(3, seed=1, steps=2, batch_size=2)[:, 0].numpy()
     for form, name in (("npy", "images.npy"), ("nifti", "images.nii.gz")):
-        make(pipeline, tmp_path / form, 3, form=form)
+        make(pipeline, tmp_path / form, 3, format=form)
         assert (tmp_path / form / name).is_file()
     np.testing.assert_array_equal(np.load(tmp_path / "npy" / "images.npy"), expected)
     stack = nibabel.load(tmp_path / "nifti" / "images.nii.gz")
@@ -247,7 +246,7 @@ def test_bad_input_is_named(pipeline: Path, tmp_path: Path) -> None:
         (lambda: make(pipeline, tmp_path / "a", 2, steps=3), "holds images of steps 2, this run's is 3"),
         (lambda: make(Path("demo"), tmp_path / "a", 2), "holds images of pipeline"),
         (lambda: make(pipeline, tmp_path / "b", 2), "holds 000000.png, which no run of this command made"),
-        (lambda: make(pipeline, tmp_path / "c", 2, form="gif"), "format: got 'gif', allowed are png, npy, nifti"),
+        (lambda: make(pipeline, tmp_path / "c", 2, format="gif"), "format: got 'gif', allowed are png, npy, nifti"),
         (
             lambda: make(pipeline, tmp_path / "c", 2, scheduler="fast"),
             "scheduler: got 'fast', allowed are ddim, ddpm, dpm, unipc",
