@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,10 @@ def by_batch(rows: Sequence[Row], link: Link) -> str | None:
         color = OURS if rs[0]["family"] == "ours" else PEER
         for ax, key in ((left, "median_s"), (right, "images_per_s")):
             y = [1e3 * r["median_s"] if key == "median_s" else r["batch"] / r["median_s"] for r in rs]
-            _points(ax, [r["batch"] for r in rs], y, rs, link, mark, color, name, line=True)
+            points = list(zip((r["batch"] for r in rs), y, rs, strict=True))
+            style = "-" if rs[0]["dtype"] == "float32" else "--"
+            ax.plot([x for x, _, _ in points], y, color=color, lw=0.8, ls=style)
+            _points(ax, points, link, mark, color, name)
     for ax, what in ((left, "ms a batch"), (right, "images/s")):
         ax.set(xscale="log", xlabel="batch", ylabel=what)
         ax.set_ylim(bottom=0)
@@ -167,9 +170,7 @@ def roofline_chart(rows: Sequence[Row], on: Ceilings, link: Link) -> str | None:
     ax.text(low * 1.1, low * on.bandwidth[0] * 2.4, f"copy {on.bandwidth[0] / 1e9:.3g} GB/s", rotation=32, fontsize=8)
     for mark, (name, found) in zip(MARKS, points.items(), strict=False):
         color = PEER if name == "ops, reference" else OURS
-        _points(
-            ax, [x for x, _, _ in found], [y for _, y, _ in found], [r for _, _, r in found], link, mark, color, name
-        )
+        _points(ax, found, link, mark, color, name)
     ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations/s")
     ax.grid(lw=0.5)
     _legend(fig, ax, 3)
@@ -187,16 +188,8 @@ def pareto_chart(rows: Sequence[Row], link: Link) -> str | None:
         of = sorted((r for r in rows if r["solver"] == solver), key=lambda r: int(r["steps"]))
         ax.plot([r["ms_per_image"] for r in of], [r["rms"] for r in of], color=PEER, lw=0.7)
         for r in of:
-            _points(
-                ax,
-                [r["ms_per_image"]],
-                [r["rms"]],
-                [r],
-                link,
-                mark,
-                OURS if r["provider"] in front else PEER,
-                solver if r is of[0] else "",
-            )
+            color, label = OURS if r["provider"] in front else PEER, solver if r is of[0] else ""
+            _points(ax, [(r["ms_per_image"], r["rms"], r)], link, mark, color, label)
             ax.annotate(
                 str(r["steps"]), (r["ms_per_image"], r["rms"]), textcoords="offset points", xytext=(4, 4), fontsize=8
             )
@@ -218,7 +211,7 @@ def cost_chart(rows: Sequence[Row], link: Link) -> str | None:
         ax.plot([c["images"] for c in r["cost"]], [c["ms_per_image"] for c in r["cost"]], color=color, lw=0.8)
         for c in r["cost"]:
             label = r["provider"] if c is r["cost"][0] else ""
-            _points(ax, [c["images"]], [c["ms_per_image"]], [r], link, mark, color, label, hollow=c["extrapolated"])
+            _points(ax, [(c["images"], c["ms_per_image"], r)], link, mark, color, label, hollow=c["extrapolated"])
     ax.set(xscale="log", yscale="log", xlabel="images", ylabel="ms an image, everything included")
     ax.grid(lw=0.5)
     _plain(ax.yaxis)
@@ -234,22 +227,18 @@ def _figure(height: float, columns: int = 1) -> tuple[Figure, Any]:
 
 def _points(
     ax: Axes,
-    x: Sequence[float],
-    y: Sequence[float],
-    rows: Iterable[Row],
+    points: Sequence[tuple[float, float, Row]],
     link: Link,
     mark: str,
     color: str,
     label: str,
-    line: bool = False,
     hollow: bool = False,
 ) -> None:
-    if line:
-        ax.plot(x, y, color=color, lw=0.8)
-    drawn = ax.scatter(
-        x, y, s=22, marker=mark, facecolors="none" if hollow else color, edgecolors=color, label=label or None, zorder=3
-    )
-    drawn.set_urls([link(r) for r in rows])
+    """Marks at x and y, each linked to its row."""
+    x, y = [x for x, _, _ in points], [y for _, y, _ in points]
+    faces = "none" if hollow else color
+    drawn = ax.scatter(x, y, s=22, marker=mark, facecolors=faces, edgecolors=color, label=label or None, zorder=3)
+    drawn.set_urls([link(r) for _, _, r in points])
 
 
 def _plain(*axes: Axis) -> None:

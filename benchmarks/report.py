@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,7 @@ import jinja2
 from sbldm_fast.errors import UserError
 from sbldm_fast.files import whole_file
 
-from .charts import by_batch, cost_chart, pareto_chart, roofline_chart, waterfall
+from .charts import Link, by_batch, cost_chart, pareto_chart, roofline_chart, waterfall
 from .harness import failures
 from .rows import Row, latest, machine_id, read_rows
 from .t4 import SOURCES, errors, measured_ceilings, steps_table
@@ -88,7 +88,6 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
         name: latest(of)
         for name, of in sorted(machines.items(), key=lambda item: max(r["run"] for r in item[1]), reverse=True)
     }
-    linked = [row for of in shown.values() for row in of]
 
     def link(row: Row) -> str:
         return f"#{row['id']}"
@@ -103,57 +102,60 @@ def write_report(paths: Sequence[Path], out: Path) -> dict[str, Any]:
         t4=_t4(shown),
         ours=lambda line: any(not isinstance(cell, str) and cell[1].get("family") == "ours" for cell in line),
         date=datetime.now(UTC).date().isoformat(),
-        rows=[(r["id"], _title(r), json.dumps({k: v for k, v in r.items() if k != "id"}, indent=1)) for r in linked],
     )
     with whole_file(out) as aside:
         aside.write_text(page)
     for of in shown.values():
         faults += failures(of)
-    return {"out": str(out), "rows": len(linked), "machines": list(shown), "faults": faults}
+    return {"out": str(out), "rows": sum(map(len, shown.values())), "machines": list(shown), "faults": faults}
 
 
-def _machine(name: str, rows: Sequence[Row], link: Any) -> dict[str, Any]:
+def _machine(name: str, rows: Sequence[Row], link: Link) -> dict[str, Any]:
+    """What the page shows of one machine."""
     of = {target: [r for r in rows if r["target"] == target] for target in TABLES}
-    charts = []
     sampling = groups(of["sampling"])[0] if of["sampling"] else []
-    if sampling:
-        for dtype in dict.fromkeys(r["dtype"] for r in sampling if "dtype" in r):
-            charts.append(
-                (
-                    "What each stage is worth: the smallest batch, from a textbook's loop to ours.",
-                    waterfall(sampling, dtype, link),
-                )
-            )
-        charts.append(("Latency and throughput against the batch.", by_batch(sampling, link)))
-    if on := measured_ceilings(of["kernels"]):
-        charts.append(
-            (
-                "Roofline with the ceilings measured on this machine.",
-                roofline_chart([*of["kernels"], *sampling], on, link),
-            )
-        )
-    charts.append(
-        (
-            "Steps against error: nothing is both faster and nearer than a coloured point.",
-            pareto_chart(of["solvers"], link),
-        )
-    )
-    charts.append(("What an image costs by how many are made; hollow: extrapolated.", cost_chart(of["scaling"], link)))
     tables = [(*TITLES[target], TABLES[target](group)) for target in TITLES for group in groups(of.get(target, []))]
     if energy := energy_table(sampling):
         tables.insert(len(tables) - 1, (*TITLES["energy"], energy))
-    last = max(rows, key=lambda r: str(r["run"]))
-    drawn = [(caption, _own_ids(svg, f"{name} {i}")) for i, (caption, svg) in enumerate(charts) if svg]
+    charts = enumerate(_charts(of, sampling, link))
     return {
         "name": name,
+        "about": _about(rows),
         "headline": _headline(sampling),
-        "charts": drawn,
+        "charts": [(caption, _own_ids(svg, f"{name} {i}")) for i, (caption, svg) in charts if svg],
         "tables": tables,
         "failures": failures(rows),
-        "env": json.dumps(last["env"], indent=1),
-        "runs": len({r["run"] for r in rows}),
-        "last": last["run"],
+        "env": json.dumps(max(rows, key=lambda r: str(r["run"]))["env"], indent=1),
+        "rows": [(r["id"], _title(r), json.dumps({k: v for k, v in r.items() if k != "id"}, indent=1)) for r in rows],
     }
+
+
+def _charts(of: dict[str, list[Row]], sampling: list[Row], link: Link) -> Iterator[tuple[str, str | None]]:
+    """The pictures with their captions; None where there are no rows for one."""
+    stages = "What each stage is worth: the smallest batch, from a textbook's loop to ours; × is over the first bar."
+    batches = "Latency and throughput against the batch; dashed: in half precision."
+    if sampling:
+        for dtype in dict.fromkeys(r["dtype"] for r in sampling if "dtype" in r):
+            yield stages, waterfall(sampling, dtype, link)
+        yield batches, by_batch(sampling, link)
+    if on := measured_ceilings(of["kernels"]):
+        drawn = roofline_chart([*of["kernels"], *sampling], on, link)
+        yield "Roofline with the ceilings measured on this machine.", drawn
+    front = "Steps against error: nothing is both faster and nearer than a colored point."
+    yield front, pareto_chart(of["solvers"], link)
+    yield "What an image costs by how many are made; hollow: extrapolated.", cost_chart(of["scaling"], link)
+
+
+def _about(rows: Sequence[Row]) -> str:
+    """What tells machines of one name apart: when they were measured, and what with."""
+    days = sorted({str(r["run"])[:10] for r in rows})
+    parts = [days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"]
+    torches, commits = (
+        sorted({str(v) for v in found if v})
+        for found in ((r["env"]["packages"].get("torch") for r in rows), (r["env"].get("commit") for r in rows))
+    )
+    parts += [f"{what} {', '.join(found)}" for what, found in (("torch", torches), ("commit", commits)) if found]
+    return "; ".join([*parts, f"{len(rows)} row{'s' if len(rows) > 1 else ''}"])
 
 
 def _own_ids(svg: str, picture: str) -> str:

@@ -163,7 +163,7 @@ def report(
     done = write_report(results or [Path("results")], out)
     for line in done["faults"]:
         print(line, file=sys.stderr)
-    print(json.dumps(done) if as_json else f"{done['rows']} rows of {', '.join(done['machines'])}: {out}")
+    print(json.dumps(done) if as_json else f"{done['rows']} rows of {'; '.join(done['machines'])}: {out}")
     if done["faults"]:
         raise typer.Exit(1)
 

@@ -98,6 +98,15 @@ def test_it_has_what_was_measured_and_says_what_was_not(page: tuple[Path, dict[s
     assert not done["faults"]
 
 
+def test_machines_of_one_name_are_told_apart(page: tuple[Path, dict[str, Any]]) -> None:
+    """By when they were measured, and with which torch and commit."""
+    links = re.findall(r'<li><a href="#m\d+">(.*?)</a> <span>(.*?)</span>', page[0].read_text())
+    assert [html.unescape(name) for name, _ in links] == page[1]["machines"]
+    assert len({about for _, about in links}) == len(links)
+    for _, about in links:
+        assert re.fullmatch(r"[-0-9]{10}( to [-0-9]{10})?; torch \S+; commit [0-9a-f+, ]+; \d+ rows", about)
+
+
 def test_the_gate_is_of_these_kernels() -> None:
     """benchmarks/gate.jsonl is rendered by `python -m sbldm_fast.kernels.preflight --worst --json`."""
     gate = [json.loads(line) for line in GATE.read_text().splitlines()]
@@ -126,18 +135,22 @@ def test_a_browser_shows_it_on_a_screen_and_on_a_phone(
     frame = tmp_path / "frame.html"
     document = "document.querySelector('iframe').contentDocument.documentElement"
     script = (
-        f"onload=()=>{{let d={document};"
-        " document.title=[d.scrollWidth,d.clientWidth,d.querySelectorAll('svg').length]}"
+        f"onload=()=>{{let d={document}, svgs=[...d.querySelectorAll('svg')];"
+        " let text=d.querySelector('svg text').getBoundingClientRect();"
+        " let wide=svgs.filter(s=>s.getBoundingClientRect().width>s.parentNode.clientWidth).length;"
+        " document.title=[d.scrollWidth,d.clientWidth,svgs.length,wide,Math.round(text.height)]}"
     )
     frame.write_text(
         '<iframe width="390" height="800"'
         f' srcdoc="{html.escape(page[0].read_text())}"></iframe><script>{script}</script>'
     )
-    title = re.search(r"<title>(\d+),(\d+),(\d+)</title>", browse(frame.as_uri(), "--dump-dom"))
+    title = re.search(r"<title>(\d+(?:,\d+){4})</title>", browse(frame.as_uri(), "--dump-dom"))
     assert title is not None
-    scroll, client, pictures = map(int, title.groups())
+    scroll, client, pictures, wide, letters = map(int, title[1].split(","))
     assert scroll <= client <= 390
     assert pictures >= 5
+    assert wide == pictures, "a picture scrolls in its box, so that its letters are not shrunk with it"
+    assert letters >= 12
 
 
 def test_damage_and_failures_are_on_the_page(tmp_path: Path) -> None:
