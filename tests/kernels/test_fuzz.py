@@ -6,7 +6,6 @@ SBLDM_FAST_FUZZ=nightly runs 1,000 cases a test, else 25 that are the same each 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -29,49 +28,11 @@ from sbldm_fast.kernels import (
 from sbldm_fast.kernels.ddim_step import PREDICTION_TYPES
 from torch import Tensor
 
+from .strategies import DTYPES, LAYOUTS, SEEDS, VALUES, bad_values, layouts, tensor, values, with_gradients
+
 norm, backward_of_norm = (
     importlib.import_module(f"sbldm_fast.kernels.group_norm_silu{part}") for part in ("", "_backward")
 )
-DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
-SEEDS = st.integers(0, 2**32)
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "nchw": lambda x: x.contiguous(),
-    "nhwc": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "half of a concatenation": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "every other row": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
-    "every other column": lambda x: x.repeat_interleave(2, 3)[..., ::2],
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "one sample for all": lambda x: x[:1].expand(x.shape),
-}
-HUGE = {torch.float32: 1e15, torch.bfloat16: 1e15, torch.float16: 3e4}
-TINY = {torch.float32: 1e-40, torch.bfloat16: 1e-40, torch.float16: 1e-7}  # below the smallest normal number
-VALUES: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
-    "normal": lambda x, _: x,
-    "mean 10": lambda x, _: x + 10,
-    "mean 100": lambda x, _: x + 100,
-    "constant": lambda x, _: torch.full_like(x, 3),
-    "denormal": lambda x, dtype: x * TINY[dtype],
-    "huge": lambda x, dtype: x.clamp(-1, 1) * HUGE[dtype],
-}
-layouts, values = st.sampled_from(sorted(LAYOUTS)), st.sampled_from(sorted(VALUES))
-bad_values = st.sampled_from([None, None, None, float("nan"), float("inf"), -float("inf")])
-
-
-def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str, value: str, bad: float | None = None) -> Tensor:
-    x = VALUES[value](torch.randn(shape), dtype).to(dtype)
-    if bad is not None:
-        x.view(-1)[int(torch.randint(x.numel(), ()))] = bad
-    return LAYOUTS[layout](x)
-
-
-def with_gradients(
-    run: Any, tensors: dict[str, Tensor], dtype: torch.dtype | None, *upstream: Tensor
-) -> dict[str, Tensor]:
-    leaves = {k: (t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_() for k, t in tensors.items()}
-    outputs = run(**leaves)
-    torch.autograd.backward(outputs, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
-    grads = {f"d{k}": t.grad for k, t in leaves.items() if t.grad is not None}
-    return {f"out{i}": o.detach() for i, o in enumerate(outputs)} | grads
 
 
 @pytest.mark.usefixtures("on_device")
@@ -160,10 +121,8 @@ def test_group_norm_silu(
         _group_tiles.plan.cache_clear()
         found = with_gradients(ours, tensors, None, *upstream)
     _group_tiles.plan.cache_clear()
-    same, exact = (
-        with_gradients(theirs, tensors, None, *upstream),
-        with_gradients(theirs, tensors, torch.float64, *upstream),
-    )
+    same = with_gradients(theirs, tensors, None, *upstream)
+    exact = with_gradients(theirs, tensors, torch.float64, *upstream)
     for name, got in found.items():
         three_way(got, same[name], exact[name], gradient=name.startswith("d"))
 
@@ -370,11 +329,10 @@ def test_losses(
 
     def literal(pred: Tensor, target: Tensor) -> tuple[Tensor]:
         kind = torch.float64 if pred.dtype == torch.float64 else torch.float32
+        difference = pred.to(kind) - target.to(kind)
         if not pred.numel():
-            return ((pred.to(kind) - target.to(kind)).mean(),)
-        power = (
-            torch.fft.fft2(pred.to(kind) - target.to(kind), norm=norm if op == "spectral_mse" else "ortho").abs() ** 2
-        )
+            return (difference.mean(),)
+        power = torch.fft.fft2(difference, norm=norm if op == "spectral_mse" else "ortho").abs() ** 2
         f = [torch.fft.fftfreq(n, dtype=torch.float64) for n in (H, W)]
         mask = (f[0][:, None] ** 2 + f[1] ** 2).sqrt() <= cutoff
         return ((power if op == "spectral_mse" else torch.where(mask, low, high) * power).mean(),)
@@ -391,12 +349,9 @@ def test_losses(
     if not tensors["pred"].numel():
         assert found["out0"].isnan()
         return
-    # what cancels in a part without weight was there before: the terms are as large as the error under the larger
-    # weight
-    e, weight = (
-        (tensors["pred"].double() - tensors["target"].double()).abs(),
-        max(low, high) if op == "frequency_loss" else 1.0,
-    )
+    # what cancels in a part without weight was there before: terms are as large as the error under the larger weight
+    e = (tensors["pred"].double() - tensors["target"].double()).abs()
+    weight = max(low, high) if op == "frequency_loss" else 1.0
     for name, got in found.items():
         unit = float((e**2).mean() if name == "out0" else 2 * e.max() / e.numel()) * weight
         three_way(got, same[name], exact[name], gradient=True, unit=unit)
