@@ -1,8 +1,7 @@
-"""What a step does on CUDA, counted without a GPU: operators are dispatched on meta tensors and compute nothing.
+"""What a step does on CUDA, counted without a GPU: the launches, bytes and operations of what `record` has recorded.
 
-Meta tensors take CUDA's path through our ops; attention is the flash operator that PyTorch takes there in half
-precision, and a convolution with a bias is two launches, as cuDNN has none that adds it (seen by `launches`, as is that
-it takes 7 or 8 memsets more).
+A convolution with a bias is two launches, as cuDNN has none that adds it (seen by `launches`, as is that it takes 7 or
+8 memsets more).
 
 python -m sbldm_fast.benchmarks.counts > benchmarks/counts.json     a test fails when they differ
 """
@@ -11,24 +10,29 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from sbldm_fast.kernels import backend
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from sbldm_fast import UNet2D, preset
-from sbldm_fast.models import AutoencoderKL
-from sbldm_fast.models.layers import Attention
-from sbldm_fast.sampling.loop import Buffers, make_step
-from sbldm_fast.sampling.model import merged_biases, phase_upsampling, predictor
+from .record import Call, record_step
 
 # operators that stall the host
 WAITS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique")
+# operators that launch nothing, as views do
+ALLOCATIONS = (
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "detach",
+    "new_empty",
+    "reshape",
+    "_unsafe_view",
+)
 
 
 class Counts(NamedTuple):
@@ -52,80 +56,36 @@ class Counts(NamedTuple):
         return sum(flops for _, flops in self.work)
 
 
-class _Counting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches, self.waits, self.transfers = Counter[str](), Counter[str](), 0
-        self.work: list[tuple[int, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func._overloadpacket.__name__
-        if name == "convolution" and any(t.is_contiguous(memory_format=torch.channels_last) for t in args[:2]):
-            # as cuDNN has it; on meta tensors it would be NCHW
-            out = torch.empty_like(out, memory_format=torch.channels_last)
-        if func.is_view or name in (
-            "empty",
-            "empty_strided",
-            "empty_like",
-            "detach",
-            "new_empty",
-            "reshape",
-            "_unsafe_view",
-        ):
-            return out
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+def count_calls(calls: Iterable[Call]) -> Counts:
+    """What recorded calls launch, move and compute."""
+    counts = Counts(Counter(), Counter(), 0, [])
+    for call in calls:
+        name = call.operator._overloadpacket.__name__
+        if call.operator.is_view or name in ALLOCATIONS:
+            continue
+        tensors = [t for t in tree_leaves((call.args, call.kwargs, call.out)) if isinstance(t, Tensor)]
         devices = {t.device.type for t in tensors}
         if name in WAITS:
-            self.waits[name] += 1
+            counts.waits[name] += 1
         elif len(devices) > 1 and any(t.numel() > 1 for t in tensors if t.device.type == "cpu"):
-            self.transfers += 1
-        self.launches[name] += 1
+            counts = counts._replace(transfers=counts.transfers + 1)
+        counts.launches[name] += 1
         moved = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
         # addmm_ computes what addmm does
-        flops = flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), func._overloadpacket))
-        self.work.append((moved, flops(*args, **(kwargs or {}), out_val=out) if flops else 0))
-        if name == "convolution" and args[2] is not None:
-            self.launches["bias of a convolution"] += 1
-            self.work.append((2 * out.numel() * out.element_size(), 0))
-        return out
+        flops = flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), call.operator._overloadpacket))
+        counts.work.append((moved, flops(*call.args, **call.kwargs, out_val=call.out) if flops else 0))
+        if name == "convolution" and call.args[2] is not None:
+            counts.launches["bias of a convolution"] += 1
+            counts.work.append((2 * call.out.numel() * call.out.element_size(), 0))
+    return counts
 
 
 def count(
     batch: int = 1, dtype: torch.dtype = torch.float16, counter_rows: bool = False, preset_name: str = "paper"
 ) -> tuple[Counts, Counts]:
-    """The counts of one DDIM step with our kernels, and of decoding; `counter_rows`: as `step-graph` reads its row."""
-    p = preset(preset_name)
-    unet = merged_biases(phase_upsampling(UNet2D(p.unet))).eval().to("meta", dtype)
-    unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            module.attend = _flash
-    vae = AutoencoderKL(p.vae).eval().to("meta")
-    with torch.no_grad(), backend("auto"):
-        x = torch.empty(batch, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size, device="meta")
-        rows = torch.empty(50, unet.row_offsets.numel(), dtype=dtype, device="meta")
-        table = torch.empty(50, 6, device="meta")
-        buffers = Buffers(torch.zeros(2, dtype=torch.int32, device="meta"), None, None, None, None, None, None, None)
-        step = make_step(predictor(unet), dtype, torch.channels_last, None, None, 0.0)
-        counted = []
-        for work in (
-            lambda: step(
-                x, rows.index_select(0, buffers.counter[:1]) if counter_rows else rows[:1], None, table, buffers, {}
-            ),
-            lambda: vae.decode(x / 1.0),
-        ):
-            with _Counting() as mode:
-                work()
-            counted.append(Counts(mode.launches, mode.waits, mode.transfers, mode.work))
-    return counted[0], counted[1]
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention whose result lies as CUDA's does, heads side by side, so that the projection behind it is one
-    launch."""
-    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
-    return torch.empty_like(out.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    """The counts of one DDIM step with our kernels, and of decoding, of `record_step` with these arguments."""
+    step, decode = record_step(batch, dtype, counter_rows, preset_name)
+    return count_calls(step), count_calls(decode)
 
 
 @cache

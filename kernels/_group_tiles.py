@@ -1,8 +1,14 @@
 """How programs share out the groups of a GroupNorm: what its forward and backward kernels have in common.
 
-A program owns one sample, a run of whole groups, and their pixels or a tile of them. On the way through the kernels
-size = (C, HW, W, chunks); TILE = (channels of a group, groups, lanes = channels of a program, pixels of a tile, 2^k >=
-chunks); affine = (weight, bias, scale, shift, row stride of scale, row stride of shift).
+A program owns one sample, a run of whole groups, and their pixels or a tile of them. Three tuples go through the
+kernels, which take them apart by name:
+
+    size = (C, HW, W, chunks)
+    TILE = (GROUP, GROUPS, LANES, PIXELS, CHUNKS)
+    affine = (weight, bias, scale, shift, row stride of scale, row stride of shift)
+
+A group has GROUP channels, a program GROUPS groups and LANES = 2^k >= their channels, a tile PIXELS pixels;
+chunks is the number of tiles of a group and CHUNKS = 2^k >= chunks.
 """
 
 from __future__ import annotations
@@ -24,33 +30,43 @@ SPLIT_TILE = 4096  # elements of one program where a group is cut
 def place(size, TILE):
     # the sample, channels and pixels of this program; one grid axis, as the others end at 65,535
     C, HW, _, chunks = size
-    programs = tl.cdiv(C, TILE[0] * TILE[1]) * chunks
+    GROUP: tl.constexpr = TILE[0]
+    GROUPS: tl.constexpr = TILE[1]
+    LANES: tl.constexpr = TILE[2]
+    PIXELS: tl.constexpr = TILE[3]
+    programs = tl.cdiv(C, GROUP * GROUPS) * chunks
     n = (tl.program_id(0) // programs).to(tl.int64)
     chunk = tl.program_id(0) % chunks
-    lane = tl.arange(0, TILE[2])
-    c = (tl.program_id(0) % programs) // chunks * (TILE[0] * TILE[1]) + lane
-    in_c = (lane < TILE[0] * TILE[1]) & (c < C)
-    s = chunk * TILE[3] + tl.arange(0, TILE[3])
+    lane = tl.arange(0, LANES)
+    c = (tl.program_id(0) % programs) // chunks * (GROUP * GROUPS) + lane
+    in_c = (lane < GROUP * GROUPS) & (c < C)
+    s = chunk * PIXELS + tl.arange(0, PIXELS)
     return n, chunk, c, in_c, s, in_c[:, None] & (s < HW)[None, :]
 
 
 @triton.jit
 def offsets(n, c, s, size, strides, FLAT: tl.constexpr):
     # FLAT: the rows follow on one another, so a pixel needs no division
+    _, _, W, _ = size
+    of_sample, of_channel, of_row, of_pixel = strides
     s = s.to(tl.int64)
-    pixel = s * strides[3] if FLAT else (s // size[2]) * strides[2] + (s % size[2]) * strides[3]
-    return n * strides[0] + c.to(tl.int64)[:, None] * strides[1] + pixel[None, :]
+    pixel = s * of_pixel if FLAT else (s // W) * of_row + (s % W) * of_pixel
+    return n * of_sample + c.to(tl.int64)[:, None] * of_channel + pixel[None, :]
 
 
 @triton.jit
 def spread(v, TILE):
     # from a value for each group to one for each of its channels
-    return tl.reshape(tl.broadcast_to(v[:, None], (TILE[1], TILE[2] // TILE[1])), (TILE[2],))
+    GROUPS: tl.constexpr = TILE[1]
+    LANES: tl.constexpr = TILE[2]
+    return tl.reshape(tl.broadcast_to(v[:, None], (GROUPS, LANES // GROUPS)), (LANES,))
 
 
 @triton.jit
 def per_group(v, TILE):
-    return spread(tl.sum(tl.reshape(v, (TILE[1], TILE[2] // TILE[1])), axis=1), TILE)
+    GROUPS: tl.constexpr = TILE[1]
+    LANES: tl.constexpr = TILE[2]
+    return spread(tl.sum(tl.reshape(v, (GROUPS, LANES // GROUPS)), axis=1), TILE)
 
 
 @triton.jit
@@ -90,11 +106,15 @@ def store_pair(pairs, first, second, row, column, mask, columns):
 @triton.jit
 def load_pairs(pairs, n, c, size, TILE):
     # what every tile of the sample has left of the groups of this program, as two [tiles, groups]
-    groups = size[0] // TILE[0]
-    k = tl.arange(0, TILE[4])
-    g = tl.min(c) // TILE[0] + tl.arange(0, TILE[1])
-    at = pairs + ((n * size[3] + k) * 2 * groups)[:, None] + g[None, :]
-    mask = (k < size[3])[:, None] & (g < groups)[None, :]
+    C, _, _, chunks = size
+    GROUP: tl.constexpr = TILE[0]
+    GROUPS: tl.constexpr = TILE[1]
+    CHUNKS: tl.constexpr = TILE[4]
+    groups = C // GROUP
+    k = tl.arange(0, CHUNKS)
+    g = tl.min(c) // GROUP + tl.arange(0, GROUPS)
+    at = pairs + ((n * chunks + k) * 2 * groups)[:, None] + g[None, :]
+    mask = (k < chunks)[:, None] & (g < groups)[None, :]
     return tl.load(at, mask=mask, other=0.0), tl.load(at + groups, mask=mask, other=0.0)
 
 

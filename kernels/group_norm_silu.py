@@ -77,23 +77,24 @@ def group_norm_silu_reference(
 
 @triton.jit
 def _load_sum(x, conv_bias, residual, h, n, c, in_c, s, mask, size, strides, FLAT: tl.constexpr):
-    v = tl.load(x + offsets(n, c, s, size, strides[0], FLAT), mask=mask, other=0.0).to(tl.float32)
+    x_strides, residual_strides, y_strides = strides  # h lies as y does
+    v = tl.load(x + offsets(n, c, s, size, x_strides, FLAT), mask=mask, other=0.0).to(tl.float32)
     if conv_bias is not None:
         # not where nothing is: the first mean would have it, and the second would have to take it out again
         v += tl.where(mask, tl.load(conv_bias + c, mask=in_c, other=0.0).to(tl.float32)[:, None], 0.0)
     if residual is not None:
-        v += tl.load(residual + offsets(n, c, s, size, strides[1], FLAT), mask=mask, other=0.0).to(tl.float32)
+        v += tl.load(residual + offsets(n, c, s, size, residual_strides, FLAT), mask=mask, other=0.0).to(tl.float32)
     if conv_bias is not None or residual is not None:
         # the statistics are those of the h that is returned, or would be
         rounded = v.to(x.dtype.element_ty)
         if h is not None:
-            tl.store(h + offsets(n, c, s, size, strides[2], FLAT), rounded, mask=mask)
+            tl.store(h + offsets(n, c, s, size, y_strides, FLAT), rounded, mask=mask)
         v = rounded.to(tl.float32)
     return v
 
 
 @triton.jit
-def _centred(v, mask, count, TILE):
+def _center(v, mask, count, TILE):
     # once, for the whole program: exact where the count is a power of two, as in every preset
     share = tl.div_rn(1.0, count)
     # twice: the mean of what is left after the rounded mean restores the digits that a sum far from zero has lost
@@ -106,11 +107,14 @@ def _centred(v, mask, count, TILE):
 
 @triton.jit
 def _tile_statistics_kernel(x, conv_bias, residual, h, pairs, strides, size, TILE: tl.constexpr, FLAT: tl.constexpr):
+    C, HW, _, chunks = size
+    GROUP: tl.constexpr = TILE[0]
+    PIXELS: tl.constexpr = TILE[3]
     n, chunk, c, in_c, s, mask = place(size, TILE)
     v = _load_sum(x, conv_bias, residual, h, n, c, in_c, s, mask, size, strides, FLAT)
-    count = tl.cast(tl.minimum(size[1] - chunk * TILE[3], TILE[3]) * TILE[0], tl.float32)
-    _, mean, squares = _centred(v, mask, count, TILE)
-    store_pair(pairs, mean, squares, n * size[3] + chunk, c // TILE[0], in_c & (c % TILE[0] == 0), size[0] // TILE[0])
+    count = tl.cast(tl.minimum(HW - chunk * PIXELS, PIXELS) * GROUP, tl.float32)
+    _, mean, squares = _center(v, mask, count, TILE)
+    store_pair(pairs, mean, squares, n * chunks + chunk, c // GROUP, in_c & (c % GROUP == 0), C // GROUP)
 
 
 @triton.jit
@@ -130,18 +134,20 @@ def _group_norm_silu_kernel(
     FLAT: tl.constexpr,
     SILU: tl.constexpr,
 ):
+    C, HW, _, _ = size
+    GROUP: tl.constexpr = TILE[0]
+    PIXELS: tl.constexpr = TILE[3]
+    CHUNKS: tl.constexpr = TILE[4]
     n, chunk, c, in_c, s, mask = place(size, TILE)
     v = _load_sum(x, conv_bias, residual, h, n, c, in_c, s, mask, size, strides, FLAT)
-    count = tl.cast(size[1], tl.float32) * TILE[0]
+    count = tl.cast(HW, tl.float32) * GROUP
     share = tl.div_rn(1.0, count)
     if pairs is None:
-        d, mean, squares = _centred(v, mask, count, TILE)
+        d, mean, squares = _center(v, mask, count, TILE)
     else:
         means, within = load_pairs(pairs, n, c, size, TILE)
-        counts = (
-            tl.maximum(tl.minimum(size[1] - tl.arange(0, TILE[4]) * TILE[3], TILE[3]), 0).to(tl.float32)[:, None]
-            * TILE[0]
-        )
+        pixels = tl.maximum(tl.minimum(HW - tl.arange(0, CHUNKS) * PIXELS, PIXELS), 0)
+        counts = pixels.to(tl.float32)[:, None] * GROUP
         about = tl.sum(means * counts, axis=0) * share
         between = means - about[None, :]
         rest = tl.sum(between * counts, axis=0) * share
@@ -150,12 +156,13 @@ def _group_norm_silu_kernel(
         mean = spread(about + rest, TILE)
         d = v - spread(about, TILE)[:, None] - spread(rest, TILE)[:, None]
     rstd = inverse_root(squares * share + eps)
-    store_pair(stats, mean, rstd, n, c // TILE[0], in_c & (c % TILE[0] == 0) & (chunk == 0), size[0] // TILE[0])
+    store_pair(stats, mean, rstd, n, c // GROUP, in_c & (c % GROUP == 0) & (chunk == 0), C // GROUP)
     a, b = load_affine(n, c, in_c, affine)
     v = d * (rstd * a)[:, None] + b[:, None]
     if SILU:
         v = v * tl.sigmoid(v)
-    tl.store(y + offsets(n, c, s, size, strides[2], FLAT), v.to(y.dtype.element_ty), mask=mask)
+    _, _, y_strides = strides
+    tl.store(y + offsets(n, c, s, size, y_strides, FLAT), v.to(y.dtype.element_ty), mask=mask)
 
 
 torch.library.define(
@@ -203,10 +210,11 @@ def _launch(
     size, TILE, programs, warps = plan(x.shape, num_groups, x.stride(1) == 1, x.element_size(), register_tile(x.device))
     common = {"TILE": TILE, "FLAT": is_flat(x, residual, y), "num_warps": warps}
     terms = x, conv_bias, residual, h if keep_sum else None
+    chunks = size[-1]
     pairs = None
     with torch.cuda.device_of(x):
-        if size[3] > 1:
-            pairs = torch.empty(x.shape[0], size[3], 2, num_groups, dtype=torch.float32, device=x.device)
+        if chunks > 1:
+            pairs = torch.empty(x.shape[0], chunks, 2, num_groups, dtype=torch.float32, device=x.device)
             _tile_statistics_kernel[(programs,)](*terms, pairs, _strides(*terms, y), size, **common)
             if keep_sum:
                 terms = h, None, None, None

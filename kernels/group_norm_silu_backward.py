@@ -65,13 +65,16 @@ def group_norm_silu_backward_reference(
 
 @triton.jit
 def _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT: tl.constexpr, SILU: tl.constexpr):
-    groups = size[0] // TILE[0]
-    at = stats + n * 2 * groups + c // TILE[0]
+    C, _, _, _ = size
+    GROUP: tl.constexpr = TILE[0]
+    h_strides, dy_strides, _, _ = strides
+    groups = C // GROUP
+    at = stats + n * 2 * groups + c // GROUP
     mean, rstd = tl.load(at, mask=in_c, other=0.0), tl.load(at + groups, mask=in_c, other=0.0)
     a, b = load_affine(n, c, in_c, affine)
-    u = tl.load(h + offsets(n, c, s, size, strides[0], FLAT), mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(h + offsets(n, c, s, size, h_strides, FLAT), mask=mask, other=0.0).to(tl.float32)
     u = tl.where(mask, (u - mean[:, None]) * rstd[:, None], 0.0)
-    q = tl.load(dy + offsets(n, c, s, size, strides[1], FLAT), mask=mask, other=0.0).to(tl.float32)
+    q = tl.load(dy + offsets(n, c, s, size, dy_strides, FLAT), mask=mask, other=0.0).to(tl.float32)
     if SILU:
         p = u * a[:, None] + b[:, None]
         sigmoid = tl.sigmoid(p)
@@ -83,33 +86,38 @@ def _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT:
 def _tile_gradients_kernel(
     h, dy, stats, sums, pairs, strides, affine, size, TILE: tl.constexpr, FLAT: tl.constexpr, SILU: tl.constexpr
 ):
+    C, _, _, chunks = size
+    GROUP: tl.constexpr = TILE[0]
     n, chunk, c, in_c, s, mask = place(size, TILE)
     u, q, a, _ = _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT, SILU)
     A, B = tl.sum(q * u, axis=1), tl.sum(q, axis=1)
-    row = n * size[3] + chunk
-    store_pair(sums, A, B, row, c, in_c, size[0])
-    one_lane = in_c & (c % TILE[0] == 0)
-    store_pair(pairs, per_group(a * A, TILE), per_group(a * B, TILE), row, c // TILE[0], one_lane, size[0] // TILE[0])
+    row = n * chunks + chunk
+    store_pair(sums, A, B, row, c, in_c, C)
+    one_lane = in_c & (c % GROUP == 0)
+    store_pair(pairs, per_group(a * A, TILE), per_group(a * B, TILE), row, c // GROUP, one_lane, C // GROUP)
 
 
 @triton.jit
 def _group_norm_silu_backward_kernel(
     h, dy, dh, dx, stats, sums, pairs, strides, affine, size, TILE: tl.constexpr, FLAT: tl.constexpr, SILU: tl.constexpr
 ):
+    C, HW, _, _ = size
+    GROUP: tl.constexpr = TILE[0]
+    _, _, dh_strides, dx_strides = strides
     n, _, c, in_c, s, mask = place(size, TILE)
     u, q, a, rstd = _slope(h, dy, stats, n, c, in_c, s, mask, strides, affine, size, TILE, FLAT, SILU)
     if pairs is None:
         A, B = tl.sum(q * u, axis=1), tl.sum(q, axis=1)
-        store_pair(sums, A, B, n, c, in_c, size[0])
+        store_pair(sums, A, B, n, c, in_c, C)
         by_u, by_one = per_group(a * A, TILE), per_group(a * B, TILE)
     else:
         of_u, of_one = load_pairs(pairs, n, c, size, TILE)
         by_u, by_one = spread(tl.sum(of_u, axis=0), TILE), spread(tl.sum(of_one, axis=0), TILE)
-    share = tl.div_rn(1.0, tl.cast(size[1], tl.float32) * TILE[0])
+    share = tl.div_rn(1.0, tl.cast(HW, tl.float32) * GROUP)
     d = (a[:, None] * q - (by_one * share)[:, None] - u * (by_u * share)[:, None]) * rstd[:, None]
     if dh is not None:
-        d += tl.load(dh + offsets(n, c, s, size, strides[2], FLAT), mask=mask, other=0.0).to(tl.float32)
-    tl.store(dx + offsets(n, c, s, size, strides[3], FLAT), d.to(dx.dtype.element_ty), mask=mask)
+        d += tl.load(dh + offsets(n, c, s, size, dh_strides, FLAT), mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx + offsets(n, c, s, size, dx_strides, FLAT), d.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -187,16 +195,17 @@ def _launch(
     common = {"TILE": TILE, "FLAT": is_flat(h, dy, dh, dx), "SILU": silu, "num_warps": warps}
     strides = (h.stride(), dy.stride(), None if dh is None else dh.stride(), dx.stride())
     affine = affine_arguments(weight, bias, scale, shift)
-    sums = torch.empty(N, size[3], 2, C, dtype=torch.float32, device=h.device)
+    chunks = size[-1]
+    sums = torch.empty(N, chunks, 2, C, dtype=torch.float32, device=h.device)
     pairs = None
     with torch.cuda.device_of(h):
-        if size[3] > 1:
-            pairs = torch.empty(N, size[3], 2, stats.shape[2], dtype=torch.float32, device=h.device)
+        if chunks > 1:
+            pairs = torch.empty(N, chunks, 2, stats.shape[2], dtype=torch.float32, device=h.device)
             _tile_gradients_kernel[(programs,)](h, dy, stats, sums, pairs, strides, affine, size, **common)
         _group_norm_silu_backward_kernel[(programs,)](
             h, dy, dh, dx, stats, sums, pairs, strides, affine, size, **common
         )
-        sums = sums.sum(1) if size[3] > 1 else sums[:, 0]
+        sums = sums.sum(1) if chunks > 1 else sums[:, 0]
         if weight is not None or bias is not None or scale is not None:
             each = None if scale is None else scale.new_empty(N, C)
             _parameters_kernel[(triton.cdiv(C, BLOCK),)](

@@ -26,7 +26,7 @@ from ._backend import resolve, tl, triton
 from .philox_normal import normals, normals_reference
 
 BLOCK = 512  # Philox counters of a program, each worth four elements: a latent of 8x16x16 is one program
-COLUMNS = 6  # without history
+COLUMNS = 6  # of the table without history; the kernel spells it out
 
 
 def solver_step_reference(

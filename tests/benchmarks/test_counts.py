@@ -41,7 +41,7 @@ def test_a_row_by_the_counter_is_one_launch_more() -> None:
 
 
 def test_a_wait_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sbldm_fast.benchmarks.counts as module
+    import sbldm_fast.benchmarks.record as module
 
     real = module.predictor
 

@@ -5,46 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from sbldm_fast.kernels import GroupNormSiLU, preflight
-from torch import nn
-
-from sbldm_fast.models import AutoencoderKL, UNet2D
-from sbldm_fast.models.presets import PRESETS
-
-
-def test_table_of_norms_is_what_the_presets_run() -> None:
-    """Meta tensors take the kernels' path through the models."""
-    seen = set()
-
-    def record(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        assert isinstance(module, GroupNormSiLU)
-        x, terms = (
-            args[0],
-            [name for key, name in (("conv_bias", "bias"), ("residual", "residual")) if given.get(key) is not None],
-        )
-        words = ["time"] * (len(args) > 1 and args[1] is not None) + [module.activation, *terms]
-        words += ["sum"] * bool(given.get("residual") is not None or (terms and given.get("return_sum")))
-        seen.add((module.num_channels, module.num_groups, x.shape[2] * x.shape[3], " ".join(words)))
-
-    for p in PRESETS.values():
-        unet, vae = UNet2D(p.unet).eval().to("meta"), AutoencoderKL(p.vae).eval().to("meta")
-        for m in (*unet.modules(), *vae.modules()):
-            if isinstance(m, GroupNormSiLU):
-                m.register_forward_pre_hook(record, with_kwargs=True)
-        with torch.no_grad(), torch.device("meta"):
-            unet(
-                torch.empty(1, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size),
-                torch.zeros(1, dtype=torch.int64),
-            )
-            vae.decode(vae.encode(torch.empty(1, 1, p.vae.sample_size, p.vae.sample_size)).mean)
-    assert set(preflight.PRESET_NORMS) == seen
+from sbldm_fast.kernels import preflight
 
 
 def run(code: str) -> Any:
@@ -58,9 +27,9 @@ def run(code: str) -> Any:
 PRELUDE = """
 import json, torch
 from dataclasses import asdict
-from functools import partial
 from sbldm_fast.kernels import preflight as p
-one = next(s for s in p.specialisations(torch.float32) if s.kernel == "_ddim_step_kernel")
+from sbldm_fast.kernels._specializations import Launch, specializations, unique
+one = next(s for s in specializations(torch.float32) if s.kernel == "_ddim_step_kernel")
 block = (list(one.signature).index("BLOCK"),)
 double = one._replace(signature=one.signature | {"x": "*fp64"})
 spilling = one._replace(constants=one.constants | {block: 65536}, num_warps=1)
@@ -93,7 +62,7 @@ def test_finds_float64_spills_narrow_loads_and_kernels_that_do_not_compile() -> 
 @TRITON
 @pytest.mark.parametrize(("kernel", "status"), [("one", 0), ("double", 1), ("spilling", 1)])
 def test_exit_status_is_1_where_a_budget_is_broken(kernel: str, status: int) -> None:
-    code = f"p.specialisations = lambda dtype: [{kernel}]\nprint(json.dumps(p.main(['--sm', '75', '--worst'])))"
+    code = f"p.specializations = lambda dtype: [{kernel}]\nprint(json.dumps(p.main(['--sm', '75', '--worst'])))"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + code], capture_output=True, text=True, env=env, cwd="/", check=True
@@ -108,9 +77,10 @@ def test_what_is_compiled_is_what_is_launched() -> None:
     got = run(
         PRELUDE
         + """
-seen = p.specialisations(torch.float16)
-wanted = ("_group_norm_silu_kernel", "64/32 HW=256 nhwc silu bias sum sample")
-n = next(s for s in seen if (s.kernel, s.name) == wanted)
+seen = specializations(torch.float16)
+words = {"2x64x16x16", "nhwc", "conv_bias", "num_groups=32", "silu", "keep_sum"}
+n = next(s for s in seen if s.kernel == "_group_norm_silu_kernel" and words <= set(s.name.split())
+         and "residual" not in s.name and s.signature["conv_bias"] == "*fp16")
 tile = n.constants[tuple(n.signature).index("TILE"),]
 print(json.dumps([sorted({s.kernel for s in seen}), n.signature, tile, n.num_warps]))
 """
@@ -140,11 +110,11 @@ cases = [(view(1, 1, 1, (1, 1, 1, 1)), 1), (view(8, 1, 1, (8, 1, 1, 1)), 8), (vi
          (view(12, 5, 7, (840, 70, 14, 2)), 4), (view(3, 129, 130, (50310, 16770, 130, 1)), 3),
          (view(15, 96, 90, (129600, 1, 1350, 15)), 3),
          (view(4, 2, 2, (2**33, 2**32, 2, 1)), 2), (view(256, 64, 64, (2**20, 2**12, 64, 1)), 1)]
-norm, grad = p.group_norm_silu._launch, p.group_norm_silu_backward._launch
-found = [s for x, G in cases for s in (
-    *p.recorded("odd", False, partial(norm, x, w(x.shape[1]), x, G, None, w(x.shape[1]), 1e-5, None, None, True, True)),
-    *p.recorded("odd", False, partial(grad, x, x, x, stats(G), w(x.shape[1]), None, None, None, False)))]
-print(json.dumps([p.compile_one(s, "fp16", 75).fault for s in p.unique(found)]))
+calls = [launch for x, G in cases for launch in (
+    Launch("group_norm_silu", (x, w(x.shape[1]), x, G, None, w(x.shape[1]), 1e-5, None, None, True, True)),
+    Launch("group_norm_silu_backward", (x, x, x, stats(G), w(x.shape[1]), None, None, None, False)))]
+found = unique(s for launch in calls for s in launch.record())
+print(json.dumps([p.compile_one(s, "fp16", 75).fault for s in found]))
 """
     )
     assert len(faults) >= 14
@@ -162,28 +132,111 @@ def test_every_op_compiles_where_sizes_are_one() -> None:
 def new(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 i64, i32 = torch.int64, torch.int32
-calls = {}
+calls = []
 for shape in ((1, 1, 1, 1), (1, 8, 16, 16), (1, 1, 40, 1), (1, 1, 1, 40)):
     x = new(*shape)
-    calls |= {f"{name} {shape}": call for name, call in {
-        "ddim": partial(p.ddim_step._launch, x, x, new(), new(), 1.0, x, "epsilon", 1.0),
-        "solver": partial(p.solver_step._launch, x, new(2, *shape[1:]), new(1, 8), new(2, dtype=i32), new(1),
-                          new(1, 2, *shape), new(1, 2, dtype=i64), new(1, dtype=torch.bool), x, new(1, 2), 1.0),
-        "frequency": partial(p.frequency_loss._launch, x, x, 1.0, 0.5, 0.25, True),
-        "spectral": partial(p.spectral_mse._launch, x, x, 1.0, True),
-        "diffuse": partial(p.diffuse._launch, x, new(1, dtype=i64), new(1), new(2, dtype=i64), 0, "epsilon", 2**21),
-        "philox": partial(p.philox_normal._launch, new(1, dtype=i64), shape, 1, 1, torch.float32),
-        "norm": partial(p.group_norm_silu._launch, x, new(shape[1]), x, 1, new(shape[1]), new(shape[1]), 1e-5,
-                        new(1, shape[1]), new(1, shape[1]), True, True),
-        "gradient": partial(p.group_norm_silu_backward._launch, x, x, x, new(1, 2, 1), new(shape[1]), None,
-                            new(1, shape[1]), None, True),
-    }.items()}
-found = p.unique(s for name, call in calls.items() for s in p.recorded(name, False, call))
+    calls += [
+        Launch("ddim_step", (x, x, new(), new(), 1.0, x, "epsilon", 1.0)),
+        Launch("solver_step", (x, new(2, *shape[1:]), new(1, 8), new(2, dtype=i32), new(1), new(1, 2, *shape),
+                               new(1, 2, dtype=i64), new(1, dtype=torch.bool), x, new(1, 2), 1.0)),
+        Launch("frequency_loss", (x, x, 1.0, 0.5, 0.25, True)),
+        Launch("spectral_mse", (x, x, 1.0, True)),
+        Launch("diffuse", (x, new(1, dtype=i64), new(1), new(2, dtype=i64), 0, "epsilon", 2**21)),
+        Launch("philox_normal", (new(1, dtype=i64), shape, 1, 1, torch.float32)),
+        Launch("group_norm_silu", (x, new(shape[1]), x, 1, new(shape[1]), new(shape[1]), 1e-5, new(1, shape[1]),
+                                   new(1, shape[1]), True, True)),
+        Launch("group_norm_silu_backward", (x, x, x, new(1, 2, 1), new(shape[1]), None, new(1, shape[1]), None, True)),
+    ]
+found = unique(s for launch in calls for s in launch.record())
 print(json.dumps([f"{s.kernel} {s.name}: {p.compile_one(s, '', 75).fault}" for s in found]))
 """
     )
     assert len(faults) > 30
     assert [line for line in faults if "does not compile" in line or "f64" in line or "spilled" in line] == []
+
+
+def gate_row(kernel: str, sm: int, /, **changes: Any) -> dict[str, Any]:
+    row = asdict(preflight.Report("worst of 1", kernel, "all", sm))
+    return row | {"digest": preflight.digests()[kernel], "triton": preflight.triton.__version__} | changes
+
+
+@TRITON
+@pytest.mark.parametrize(
+    ("changes", "proven"),
+    [
+        ({}, {"_mean_kernel", "_diffuse_kernel"}),
+        ({"digest": "0"}, {"_mean_kernel"}),
+        ({"triton": "0"}, {"_mean_kernel"}),
+        ({"fault": "spilled 8 > 0"}, {"_mean_kernel"}),
+        ({"sm": 80}, {"_mean_kernel"}),
+    ],
+)
+def test_a_kernel_is_proven_by_sound_rows_of_every_architecture(
+    changes: dict[str, Any], proven: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [gate_row("_mean_kernel", sm) for sm in preflight.ARCHITECTURES]
+    rows += [gate_row("_diffuse_kernel", sm, **(changes if sm == 75 else {})) for sm in preflight.ARCHITECTURES]
+    (tmp_path / "gate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(preflight, "GATE", tmp_path / "gate.jsonl")
+    assert {row["kernel"] for row in preflight.proven_rows()} == proven
+
+
+def test_a_digest_is_of_the_op_and_of_what_it_is_compiled_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = preflight.digests()
+    assert len(before) == 14
+    folder = tmp_path / "kernels"
+    shutil.copytree(preflight.HERE, folder)
+    monkeypatch.setattr(preflight, "HERE", folder)
+    monkeypatch.setattr(preflight, "LAUNCHES", folder / "launches.json")
+
+    def changed(file: str, old: str, new: str) -> set[str]:
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new))
+        preflight.digests.cache_clear()
+        now = preflight.digests()
+        (folder / file).write_text(text)
+        preflight.digests.cache_clear()
+        return {kernel for kernel in before if before[kernel] != now[kernel]}
+
+    norms = {"_group_norm_silu_kernel", "_tile_statistics_kernel"}
+    backward = {"_group_norm_silu_backward_kernel", "_tile_gradients_kernel", "_parameters_kernel"}
+    assert changed("group_norm_silu.py", "Wu & He", "Wu and He") == norms
+    assert changed("_group_tiles.py", "SPLIT_TILE = 4096", "SPLIT_TILE = 2048") == norms | backward
+    assert changed("philox_normal.py", "Philox", "philox") > {"_philox_normal_kernel", "_solver_step_kernel"}
+    assert changed("launches.json", '["group_norm_silu_backward", ', '["group_norm_silu_backward",  ') == backward
+    assert changed("budgets.toml", "[default]", "[default] ") == set(before)
+    assert changed("__init__.py", "solver_step", "solver_step ") == set()
+
+
+@TRITON
+def test_what_the_gate_proves_is_compiled_once_more_on_one_kernel() -> None:
+    """The rows of a real compilation pass; one register off fails, and says so."""
+    code = """
+import contextlib, io, os, pathlib, tempfile
+job = next(job for job in p.jobs_of([75]) if job[0].kernel == "_philox_normal_kernel")
+p.ARCHITECTURES = {75: p.ARCHITECTURES[75]}
+p.specializations = lambda dtype: [job[0]] if dtype == torch.float32 else []
+p.GATE = pathlib.Path(tempfile.mkdtemp()) / "gate.jsonl"
+def call(*options):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = p.main(["--sm", "75", "--worst", *options])
+    return status, out.getvalue(), err.getvalue()
+first = call("--json")
+p.GATE.write_text(first[1])
+kept = call("--json", "--changed")
+row = json.loads(first[1])
+p.GATE.write_text(json.dumps(row | {"registers": row["registers"] + 1}))
+print(json.dumps([first, kept, call("--changed"), row["registers"]]))
+"""
+    (status, out, err), kept, wrong, registers = run(PRELUDE + code)
+    assert (status, err) == (0, "1 kernels compiled for sm 75, 0 failed; compiled, not run\n")
+    assert kept[:2] == [0, out]
+    assert kept[2].splitlines()[0] == "1 kernels are as gate.jsonl proves them, one compiled again"
+    assert kept[2].splitlines()[1].startswith("0 kernels compiled")
+    assert wrong[0] == 1
+    assert f"_philox_normal_kernel, registers is {registers} and was {registers + 1}" in wrong[2]
 
 
 def report(**values: Any) -> preflight.Report:

@@ -1,0 +1,226 @@
+"""What runs on a GPU, recorded without one: the real models run on meta tensors, which compute nothing.
+
+Meta tensors take CUDA's path through our ops. `counts` counts what is recorded here, `t4` prices it, and
+`kernels.preflight` compiles it: the calls of our ops lie in kernels/launches.json, where float16 stands for whatever a
+model computes in.
+
+python -m sbldm_fast.benchmarks.record > kernels/launches.json     a test fails when they differ
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from sbldm_fast.kernels import backend, ddim_step, diffuse, frequency_loss, philox_normal, solver_step, spectral_mse
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from sbldm_fast import UNet2D, preset
+from sbldm_fast.models import AutoencoderKL
+from sbldm_fast.models.presets import PRESETS, Preset
+from sbldm_fast.models.layers import Attention
+from sbldm_fast.sampling.loop import Buffers, make_step
+from sbldm_fast.sampling.model import merged_biases, phase_upsampling, predictor
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+ALIGNED = 16  # elements: of any dtype they are a multiple of 16 bytes
+
+
+class Call(NamedTuple):
+    """One call of an operator."""
+
+    operator: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every call that is made inside its `with` block, autograd's included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func._overloadpacket is torch.ops.aten.convolution and any(
+            suggest_memory_format(t) == torch.channels_last for t in args[:2]
+        ):
+            # as cuDNN has it; on meta tensors it would be NCHW
+            out = torch.empty_like(out, memory_format=torch.channels_last)
+        self.calls.append(Call(func, tuple(args), kwargs, out))
+        return out
+
+
+def record(work: Callable[[], object]) -> list[Call]:
+    """The calls that `work` makes."""
+    recorder = Recorder()
+    with backend("auto"), recorder:
+        work()
+    return recorder.calls
+
+
+class Autocast(TorchFunctionMode):
+    """Mixed precision on meta tensors, which PyTorch's autocast does not know: products in float16, weights as they
+    are."""
+
+    PRODUCTS = (
+        torch.conv2d,
+        torch.conv_transpose2d,
+        torch.nn.functional.linear,
+        torch.nn.functional.scaled_dot_product_attention,
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.PRODUCTS:
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to(torch.float16), (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+def record_step(
+    batch: int = 1, dtype: torch.dtype = torch.float16, counter_rows: bool = False, preset_name: str = "paper"
+) -> tuple[list[Call], list[Call]]:
+    """One DDIM step of `FastSampler` with our kernels, and decoding; `counter_rows`: as `step-graph` reads its row."""
+    p = preset(preset_name)
+    unet = merged_biases(phase_upsampling(UNet2D(p.unet))).eval().to("meta", dtype)
+    unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.attend = _attend
+    vae = AutoencoderKL(p.vae).eval().to("meta")
+    with torch.no_grad():
+        x = torch.empty(batch, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size, device="meta")
+        rows = torch.empty(50, unet.row_offsets.numel(), dtype=dtype, device="meta")
+        table = torch.empty(50, 6, device="meta")
+        buffers = Buffers(torch.zeros(2, dtype=torch.int32, device="meta"), None, None, None, None, None, None, None)
+        step = make_step(predictor(unet), dtype, torch.channels_last, None, None, 0.0)
+
+        def one_step() -> Tensor:
+            row = rows.index_select(0, buffers.counter[:1]) if counter_rows else rows[:1]
+            return step(x, row, None, table, buffers, {})
+
+        return record(one_step), record(lambda: vae.decode(x / 1.0))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention whose result lies as CUDA's does, heads side by side, so that the projection behind it is one launch:
+    the flash operator, which PyTorch takes there in half precision."""
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    return torch.empty_like(out.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _run_models(p: Preset, layout: torch.memory_format, mixed: bool, training: bool) -> None:
+    """UNet and autoencoder forward, in float16 or in mixed precision, and with `training` backward."""
+    dtype = torch.float32 if mixed else torch.float16
+
+    def ready(model: nn.Module) -> Any:
+        return model.train(training).to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
+
+    def new(channels: int, side: int) -> Tensor:
+        return torch.empty(2, channels, side, side, dtype=dtype).to(memory_format=layout)
+
+    with torch.device("meta"), torch.set_grad_enabled(training), Autocast() if mixed else nullcontext():
+        unet, vae = ready(UNet2D(p.unet)), ready(AutoencoderKL(p.vae))
+        noise = unet(new(p.unet.in_channels, p.unet.sample_size), torch.zeros(2, dtype=torch.int64))
+        image = vae.decode(vae.encode(new(p.vae.in_channels, p.vae.sample_size)).mean)
+    if training:
+        (noise.float().square().mean() + image.float().square().mean()).backward()
+
+
+def _run_losses(p: Preset) -> None:
+    """What the objective of training may be, on predictions in float16 and on images in their place."""
+    latent, image = (p.unet.in_channels, p.unet.sample_size), (p.vae.in_channels, p.vae.sample_size)
+    for (channels, side), layout, grad in product((latent, image), LAYOUTS, (False, True)):
+        pred = torch.empty(2, channels, side, side, dtype=torch.float16, device="meta").to(memory_format=layout)
+        pred.requires_grad_(grad)
+        target = torch.empty(2, channels, side, side, device="meta")
+        frequency_loss(pred, target, low_weight=1.0, high_weight=0.5)
+        for norm in ("ortho", "backward"):
+            spectral_mse(pred, target, norm=norm)
+
+
+def _run_steps_and_noise(p: Preset) -> None:
+    """Noise, noised pairs, DDIM's steps and, in each use that the sampler makes of it, `solver_step`."""
+    shape = (2, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size)
+
+    def new(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    philox_normal(shape, 0, device="meta")
+    z, alphas, t = new(*shape, dtype=torch.float16), new(50, 2), new(2, dtype=torch.int64)
+    for kind in PREDICTION_TYPES:
+        for eta in (0.0, 1.0):
+            ddim_step(z, z, alphas[1, 0], alphas[1, 1], eta=eta, noise=z, prediction_type=kind)
+        for cutmix_prob in (0.0, 0.25):
+            diffuse(z, t, new(1000), 0, prediction_type=kind, cutmix_prob=cutmix_prob)
+    for history, *uses in product(range(4), *[(False, True)] * 4):
+        if history and len(set(uses)) > 1:
+            continue  # with history: nothing of the rest, or all of it
+        guided, noisy, stopping, channels_last = uses
+        output = new(4 if guided else 2, *shape[1:], dtype=torch.float16).to(memory_format=LAYOUTS[channels_last])
+        solver_step(
+            new(*shape),
+            output,
+            new(50, 6 + 2 * history),
+            new(2, dtype=torch.int32),
+            guidance_scale=new(1) if guided else None,
+            history=new(history, 2, *shape) if history else None,
+            seeds=new(2, 2, dtype=torch.int64) if noisy else None,
+            frozen=new(2, dtype=torch.bool) if stopping else None,
+            x0=new(*shape) if stopping else None,
+            statistics=new(2, 2) if stopping else None,
+        )
+
+
+def record_presets() -> Iterator[Call]:
+    """The calls of our ops that sampling and training make with each preset."""
+    for name, p in PRESETS.items():
+        # sampling, validation and training
+        for layout, (mixed, training) in product(LAYOUTS, ((False, False), (True, False), (True, True))):
+            yield from record(partial(_run_models, p, layout, mixed, training))
+        yield from record_step(2, preset_name=name)[0]
+        with torch.no_grad():
+            yield from record(partial(_run_steps_and_noise, p))
+        yield from record(partial(_run_losses, p))
+
+
+def launches() -> str:
+    """kernels/launches.json: a line for each call, the op and its arguments in the order of its schema."""
+    ours = (call for call in record_presets() if call.operator.namespace == "sbldm_fast")
+    lines = {json.dumps([call.operator._opname, *map(describe, call.args)]) for call in ours}
+    return "[\n" + ",\n".join(sorted(lines)) + "\n]\n"
+
+
+def describe(value: Any) -> Any:
+    """An argument as JSON; a tensor as `dtype[shape]`, with strides where it is not contiguous and with an offset.
+
+    Of the offset only its remainder by ALIGNED is kept: that is all that Triton looks at.
+    """
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if not isinstance(value, Tensor):
+        return value
+    name = str(value.dtype).removeprefix("torch.")
+    strides = "" if value.is_contiguous() else f" strides {_sizes(value.stride())}"
+    offset = value.storage_offset() % ALIGNED
+    return f"{name}{_sizes(value.shape)}{strides}{f' offset {offset}' if offset else ''}"
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return f"[{','.join(map(str, sizes))}]"
+
+
+if __name__ == "__main__":
+    print(launches(), end="")
