@@ -1,8 +1,8 @@
 """What the five graphs compute, as modules from named tensors to named tensors, and where they keep float32.
 
     unet         prediction of a latent at a timestep
-    step         one solver step: x' = a_0 x + b_0 m + d x0 + s z + sum_k (a_k x_-k + b_k m_-k), x0 = clip(c_x x + c_m
-    m)
+    step         one solver step: x' = a_0 x + b_0 m + d x0 + s z + sum_k (a_k x_-k + b_k m_-k)
+                 with x0 = clip(c_x x + c_m m)
     sampler      all steps in one loop, then the decoder if there is one
     vae_encoder  image to the mean and logarithmic variance of its scaled latent
     vae_decoder  scaled latent to image

@@ -4,8 +4,8 @@ r"""One DDIM step in one pass: x0 from the model's output, clipping, direction, 
           = m                                    sample       e = (x - sqrt(a) m) / sqrt(1-a)
           = sqrt(a) x - sqrt(1-a) m              v_prediction e = sqrt(a) m + sqrt(1-a) x
     sigma = eta sqrt((1-a')/(1-a)) sqrt((a'-a)/a')
-    x'    = sqrt(a') clip(x0) + sqrt(1 - a' - sigma^2) e + sigma z,   1 - a' - sigma^2 = (1-a') (1 - eta^2 + eta^2 a
-    (1-a') / (a' (1-a)))
+    x'    = sqrt(a') clip(x0) + sqrt(1 - a' - sigma^2) e + sigma z
+            1 - a' - sigma^2 = (1-a') (1 - eta^2 + eta^2 a (1-a') / (a' (1-a)))
 
 The right-hand forms of 1 - a/a' and 1 - a' - sigma^2 are computed: sums of what is not negative, in which nothing
 cancels. a is alphas_cumprod at this timestep, a' at the previous one. As in diffusers, e is not derived again after

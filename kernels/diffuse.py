@@ -209,24 +209,19 @@ def diffuse(
         raise UserError(f"prediction_type: got {prediction_type!r}, allowed are {', '.join(PREDICTION_TYPES)}")
     if not 0 <= cutmix_prob <= 1:
         raise UserError(f"cutmix_prob: got {cutmix_prob}, allowed is 0 to 1")
-    words = []
-    for name, value, top in (("seed", seed, 2**63), ("stream", stream, 2**31)):
-        if isinstance(value, Tensor):
-            check_shape(name, value, ((), (1,)), z0, (torch.int64,))
-            words.append(value.reshape(1))
-        else:
-            check_count(name, value, top)
-            words.append(torch.full((1,), value, dtype=torch.int64, device=z0.device))
-    arguments = (
-        z0,
-        timesteps,
-        alphas_cumprod,
-        torch.cat(words),
-        first_index,
-        prediction_type,
-        round(cutmix_prob * 2**23),
-    )
+    key = torch.cat([_word("seed", seed, 2**63, z0), _word("stream", stream, 2**31, z0)])
+    threshold = round(cutmix_prob * 2**23)
+    arguments = (z0, timesteps, alphas_cumprod, key, first_index, prediction_type, threshold)
     if resolve(z0.device)[0] == "torch":
         return diffuse_reference(*arguments)
     z_t, target = torch.ops.sbldm_fast.diffuse(*arguments)
     return z_t, target
+
+
+def _word(name: str, value: int | Tensor, top: int, z0: Tensor) -> Tensor:
+    """A number below `top` as int64 `[1]` on the device of `z0`."""
+    if isinstance(value, Tensor):
+        check_shape(name, value, ((), (1,)), z0, (torch.int64,))
+        return value.reshape(1)
+    check_count(name, value, top)
+    return torch.full((1,), value, dtype=torch.int64, device=z0.device)

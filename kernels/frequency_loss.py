@@ -1,13 +1,14 @@
 r"""A mean squared error that weighs low and high spatial frequencies apart; loss and gradient at once.
 
     e = pred - target,   E = FFT2(e) / sqrt(H W),   |f| = sqrt(fx^2 + fy^2) on the unshifted grid of fftfreq
-    loss = low_weight mean_low + high_weight mean_high,   mean_low = sum_{|f| <= cutoff} |E|^2 / numel,   mean_high the
-    rest / numel dpred = 2 / numel (low_weight e_low + high_weight e_high) = -dtarget
+    loss = low_weight mean_low + high_weight mean_high
+    mean_low = sum_{|f| <= cutoff} |E|^2 / numel,   mean_high the rest / numel
+    dpred = 2 / numel (low_weight e_low + high_weight e_high) = -dtarget
 
 By Parseval weights 1, 1 give exactly the mean squared error. Images up to 32x32 need no FFT: with the real orthonormal
 basis B of the low modes, `[K, H W]` (K = 49 at 16x16 and cutoff 1/4), e_low = B^T B e and e_high = e - e_low, whose
 squares add up without cancellation. Larger ones take rfft2, one pass that weighs and adds up, and irfft2. A mode is low
-or high by float64 arithmetic. Layouts: any strides. Source: 000 section 3.6 prints a centred mask on an unshifted FFT,
+or high by float64 arithmetic. Layouts: any strides. Source: 000 section 3.6 prints a centered mask on an unshifted FFT,
 which marks the high modes; here they agree.
 """
 
@@ -74,6 +75,12 @@ def _half_mask(H: int, W: int, cutoff: float, device: torch.device) -> Tensor:
 
 
 @triton.jit
+def offset(n, c, y, x, strides):
+    of_sample, of_channel, of_row, of_pixel = strides
+    return n * of_sample + c * of_channel + y * of_row + x * of_pixel
+
+
+@triton.jit
 def _basis_kernel(
     pred,
     target,
@@ -96,9 +103,9 @@ def _basis_kernel(
     s = tl.arange(0, PIXELS)
     mask = s < H * W
     y, x = (s // W).to(tl.int64), (s % W).to(tl.int64)
-    ps, ts, gs = strides
-    e = tl.load(pred + n * ps[0] + c * ps[1] + y * ps[2] + x * ps[3], mask=mask, other=0.0).to(tl.float32)
-    e -= tl.load(target + n * ts[0] + c * ts[1] + y * ts[2] + x * ts[3], mask=mask, other=0.0).to(tl.float32)
+    pred_strides, target_strides, grad_strides = strides
+    e = tl.load(pred + offset(n, c, y, x, pred_strides), mask=mask, other=0.0).to(tl.float32)
+    e -= tl.load(target + offset(n, c, y, x, target_strides), mask=mask, other=0.0).to(tl.float32)
     low = tl.zeros_like(e)
     for start in range(0, K, MODES):
         k = start + tl.arange(0, MODES)
@@ -110,7 +117,7 @@ def _basis_kernel(
     tl.store(sums + tl.program_id(0) * 2 + 1, tl.sum(high * high))
     if grad is not None:
         g = (low_weight * low + high_weight * high) * (2.0 / tl.cast(numel, tl.float32))
-        tl.store(grad + n * gs[0] + c * gs[1] + y * gs[2] + x * gs[3], g, mask=mask)
+        tl.store(grad + offset(n, c, y, x, grad_strides), g, mask=mask)
 
 
 @triton.jit

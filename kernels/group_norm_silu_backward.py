@@ -1,7 +1,7 @@
 r"""The gradients of `group_norm_silu`, which calls this op; formulas of u, p, a, b there.
 
-    q  = dy sigmoid(p) (1 + p (1 - sigmoid(p))),   A_nc = sum_hw q u,   B_nc = sum_hw q          (without activation q =
-    dy)
+    q  = dy sigmoid(p) (1 + p (1 - sigmoid(p)))   (without activation: dy)
+    A_nc = sum_hw q u,   B_nc = sum_hw q
     dx = rstd (a q - mean_g(a q) - u mean_g(a q u)) + dh,   dresidual = dx
     dweight = sum_n A (1 + scale),   dbias = sum_n B (1 + scale),   dscale = A weight + B bias,   dshift = B
 

@@ -26,7 +26,7 @@ from ._backend import resolve, tl, triton
 from .philox_normal import normals, normals_reference
 
 BLOCK = 512  # Philox counters of a program, each worth four elements: a latent of 8x16x16 is one program
-COLUMNS = 6  # of the table without history; the kernel spells it out
+COLUMNS = 6  # of the table without history, as the kernel reads them: c_x, c_m, d, s, a_0, b_0
 
 
 def solver_step_reference(
@@ -326,16 +326,7 @@ def _check(
             f"history: got shape {tuple(history.shape)}, allowed is [K, 2, {', '.join(map(str, x.shape))}] with K >= 1"
         )
     K = _history_length(history)
-    if (
-        table.dim() != 2
-        or table.shape[1] != COLUMNS + 2 * K
-        or table.dtype != torch.float32
-        or table.device != x.device
-    ):
-        raise UserError(
-            f"table: got {table.dtype} {tuple(table.shape)} on {table.device}, "
-            f"allowed is float32 [steps, {COLUMNS} + 2 * {K}] on {x.device}"
-        )
+    _check_table(table, K, x.device)
     for name, t, dtype, shapes in (
         ("counter", counter, torch.int32, ((2,),)),
         ("guidance_scale", guidance, torch.float32, ((1,), (N,))),
@@ -352,3 +343,12 @@ def _check(
             f"{'x0' if x0 is None else 'statistics'}: got None, allowed are x0 and statistics together or neither"
         )
     check_clip(clip_range)
+
+
+def _check_table(table: Tensor, K: int, device: torch.device) -> None:
+    columns = table.shape[1] if table.dim() == 2 else None
+    if (columns, table.dtype, table.device) != (COLUMNS + 2 * K, torch.float32, device):
+        raise UserError(
+            f"table: got {table.dtype} {tuple(table.shape)} on {table.device}, "
+            f"allowed is float32 [steps, {COLUMNS} + 2 * {K}] on {device}"
+        )

@@ -1,11 +1,12 @@
 r"""The mean squared error of two Fourier transforms, without a Fourier transform.
 
-    mean |FFT2(pred) - FFT2(target)|^2 = factor mean (pred - target)^2,   dpred = 2 factor / numel (pred - target) =
-    -dtarget factor = H W (norm "backward"), 1 ("ortho"), 1 / (H W) ("forward")
+    mean |FFT2(pred) - FFT2(target)|^2 = factor mean (pred - target)^2
+    dpred = 2 factor / numel (pred - target) = -dtarget
+    factor = H W (norm "backward"), 1 ("ortho": the mean squared error itself), 1 / (H W) ("forward")
 
-This is Parseval's theorem: the loss favours no frequency, it rescales the mean squared error. Infinity gives infinity,
-where a literal transform gives NaN. Layouts: any strides; where pred and
-target lie alike and without gaps, in one run. Source: 001 equation 4.
+This is Parseval's theorem: the loss favors no frequency, it rescales the mean squared error. Infinity gives infinity,
+where a literal transform gives NaN. Layouts: any strides; where pred and target lie alike and without gaps, in one run.
+Source: 001 equation 4.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from sbldm_fast.errors import UserError
 
 from ._arguments import check_float, check_like
 from ._backend import needs_grad, resolve, tl, triton
-from .frequency_loss import backward, setup_context
+from .frequency_loss import backward, offset, setup_context
 
 NORMS = ("backward", "ortho", "forward")
 BLOCK = 2048
@@ -40,14 +41,13 @@ def _spectral_mse_kernel(
         at_p, at_t, at_g = i, i, i
     else:
         x, y, c, n = i % W, i // W % H, i // W // H % C, i // W // H // C
-        ps, ts, gs = strides
-        at_p = n * ps[0] + c * ps[1] + y * ps[2] + x * ps[3]
-        at_t = n * ts[0] + c * ts[1] + y * ts[2] + x * ts[3]
+        pred_strides, target_strides, grad_strides = strides
+        at_p = offset(n, c, y, x, pred_strides)
+        at_t = offset(n, c, y, x, target_strides)
         if grad is not None:
-            at_g = n * gs[0] + c * gs[1] + y * gs[2] + x * gs[3]
-    e = tl.load(pred + at_p, mask=mask, other=0.0).to(tl.float32) - tl.load(target + at_t, mask=mask, other=0.0).to(
-        tl.float32
-    )
+            at_g = offset(n, c, y, x, grad_strides)
+    p = tl.load(pred + at_p, mask=mask, other=0.0).to(tl.float32)
+    e = p - tl.load(target + at_t, mask=mask, other=0.0).to(tl.float32)
     tl.store(sums + tl.program_id(0), tl.sum(e * e))
     if grad is not None:
         tl.store(grad + at_g, e * (2.0 * factor / tl.cast(numel, tl.float32)), mask=mask)
