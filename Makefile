@@ -27,6 +27,7 @@ preflight: .venv/installed
 	$(BIN)/python -m sbldm_fast.kernels.preflight --worst --changed
 
 gate: .venv/installed
+	mkdir -p build
 	$(BIN)/python -m sbldm_fast.kernels.preflight --worst --changed --json > build/gate.jsonl
 	mv build/gate.jsonl benchmarks/gate.jsonl
 
