@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +100,18 @@ def test_functions_of_many_arguments_are_those_with_a_reason() -> None:
         if len(given) > ARGUMENTS and not name.startswith("kernels/"):
             many.add(name)
     assert many == set(MANY_ARGUMENTS)
+
+
+def test_files_that_a_module_reads_beside_itself_are_installed() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    read = [
+        (name.split("/")[0], file)
+        for name, text in sources("kernels", "export", "benchmarks")
+        for file in re.findall(r'__file__\)\.with_name\("([\w.]+)"\)', text)
+        if not file.endswith(".py")
+    ]
+    assert len(read) >= 4
+    assert [(folder, file) for folder, file in read if file not in data[f"sbldm_fast.{folder}"]] == []
 
 
 def test_no_line_is_kept_from_the_formatter() -> None:
