@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_map_only
 
 from sbldm_fast import UNet2D, preset
 from sbldm_fast.models import AutoencoderKL
-from sbldm_fast.models.presets import PRESETS, Preset
 from sbldm_fast.models.layers import Attention
+from sbldm_fast.models.presets import PRESETS, Preset
 from sbldm_fast.sampling.loop import Buffers, make_step
 from sbldm_fast.sampling.model import merged_biases, phase_upsampling, predictor
 

@@ -9,8 +9,8 @@ from sbldm_fast.kernels._specializations import LAUNCHES, Launch, _argument
 from sbldm_fast.kernels._specializations import launches as read_launches
 
 from sbldm_fast.models import AutoencoderKL, UNet2D
-from sbldm_fast.models.config import PRESETS
 from sbldm_fast.models.layers import GroupNormSiLU
+from sbldm_fast.models.presets import PRESETS
 
 
 def test_what_is_committed_is_what_the_models_launch() -> None:
