@@ -1,4 +1,7 @@
-"""The import direction, and what importing costs."""
+"""The import direction, and what importing costs.
+
+python tests/test_imports.py     the floors and rooms, each with those that it imports from
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 GROUND = ("sbldm_fast.errors", "sbldm_fast.machine", "sbldm_fast.files", "sbldm_fast.images", "sbldm_fast.config")
 FLOORS = {"kernels": 0, "sbldm_fast": 1, "export": 2, "benchmarks": 3}
+# from the ground to the roof: each room imports from those before it
+ROOMS = (
+    "ground",
+    "kernels",
+    "diffusion",
+    "models",
+    "sampling",
+    "data",
+    "training",
+    "evaluation",
+    "doctor",
+    "export",
+    "benchmarks",
+    "roof",
+)
 
 
 def _floor(module: str) -> int | None:
@@ -23,14 +41,16 @@ def _floor(module: str) -> int | None:
     return FLOORS.get(parts[1], 1) if len(parts) > 1 else 1
 
 
-def _imports(path: Path, root: Path = ROOT) -> list[str]:
-    """Every module that a file may import, relative imports resolved as the installed package resolves them."""
+def _imports(path: Path, root: Path = ROOT, loading: bool = False) -> list[str]:
+    """Every module that a file may import, relative imports resolved as the installed package resolves them; with
+    `loading` only what it imports before a function of it is called."""
     package = [
         *(["sbldm_fast"] if path.parts[len(root.parts)] != "sbldm_fast" else []),
         *path.relative_to(root).parts[:-1],
     ]
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if loading else ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -38,6 +58,37 @@ def _imports(path: Path, root: Path = ROOT) -> list[str]:
             module = ".".join([*base, *([node.module] if node.module else [])])
             names += [module, *(f"{module}.{alias.name}" for alias in node.names)]
     return names
+
+
+def _room(module: str) -> str | None:
+    """The room of a module; none for other packages, and for the public names of `sbldm_fast` itself."""
+    if module.startswith(GROUND):
+        return "ground"
+    top, _, rest = module.partition(".")
+    name = rest.split(".")[0]
+    if name.startswith(("cli", "__main__")):
+        return "roof"
+    return name if top == "sbldm_fast" and name in ROOMS else None
+
+
+def _files() -> dict[str, Path]:
+    """The files of the package by the name that they are imported as."""
+    found = {}
+    for folder in FLOORS:
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts if folder == "sbldm_fast" else ("sbldm_fast", *parts))
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def _rooms() -> dict[str, set[str]]:
+    """Each room with the other rooms that its files import from."""
+    found: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for name, path in _files().items():
+        if room := _room(name):
+            found[room] |= {other for module in _imports(path) if (other := _room(module)) and other != room}
+    return found
 
 
 def test_imports_are_resolved(tmp_path: Path) -> None:
@@ -64,6 +115,24 @@ def test_imports_run_one_way(folder: str) -> None:
             if module == "sbldm_fast" and folder == "kernels":
                 continue  # the package around all floors, of `from sbldm_fast.errors import`
             assert floor is None or floor <= FLOORS[folder], f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_rooms_import_from_those_before_them() -> None:
+    for room, others in _rooms().items():
+        above = {other for other in others if ROOMS.index(other) > ROOMS.index(room)}
+        assert not above, f"{room} imports from {', '.join(above)}"
+
+
+def test_no_files_import_each_other_when_they_are_loaded() -> None:
+    files = _files()
+    left = {name: {m for m in _imports(path, loading=True) if m in files} for name, path in files.items()}
+    for name, path in files.items():
+        if path.name == "__init__.py":
+            left[name] = set()  # it collects what stands in its folder
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left
 
 
 def test_the_ground_floor_imports_nothing_above_it() -> None:
@@ -109,3 +178,8 @@ def test_imported_modules_of_the_library_load_no_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert done.stdout.strip() == "[]"
+
+
+if __name__ == "__main__":
+    for room, others in reversed(_rooms().items()):
+        print(f"{room:11} <- {', '.join(sorted(others, key=ROOMS.index))}")
