@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sbldm_fast import FastSampler
 from sbldm_fast.doctor import op_errors
+from sbldm_fast.machine import default_device
 
 from .harness import Absent, host, relative, why_not
 from .rows import Row, append, head
@@ -146,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--preset", default="paper")
     given = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     torch.backends.cudnn.allow_tf32 = False
     failed = 0
     common = head("checks", device=str(device))

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from sbldm_fast.machine import default_device
+
 from .harness import Absent, Case, failures, host, parity
 from .suite_kernels import cases
 from .timing import wait
@@ -21,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each case of the module, named by problem and provider."""
     if "group_of_cases" not in metafunc.fixturenames:
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     module = metafunc.module
     groups: dict[str, dict[str, Case]]
     if hasattr(module, "pytest_cases"):
@@ -58,7 +60,7 @@ def timed(benchmark: Any, group_of_cases: dict[str, Case], provider: str) -> Cal
         found = parity(case, results, results, provider)
         row = {"provider": provider, "parity": found, "approximate": case.approximate}
         assert not failures([row]), f"{failures([row])}: no figure"
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         benchmark.extra_info["provider"] = provider
 
         def waited() -> None:

@@ -50,39 +50,53 @@ class Case:
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How cases are timed.
+
+    Attributes:
+        rounds: of all cases in turn.
+        seconds: after which no further round begins.
+        bundle: time calls of less than 2 ms several at a time, one after the other; on CUDA from one captured graph of
+            `CAPTURED` calls, as a Python call takes longer than a small kernel, or from Python where that fails
+            (`timed` says).
+        cold: also single calls after the caches were flushed.
+        energy: also the joules of a call, where NVML counts them.
+    """
+
+    rounds: int
+    seconds: float = math.inf
+    bundle: bool = False
+    cold: bool = False
+    energy: bool = False
+
+
 def measure(
     cases: Mapping[str, Case],
+    timing: Timing,
     *,
-    rounds: int,
     base: str,
     device: torch.device,
-    seconds: float = math.inf,
-    bundle: bool = False,
-    cold: bool = False,
-    energy: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """A row for each case: warmed up one after the other, then timed in turns, every other round backwards, so that
     drift favours nobody.
 
-    After `seconds` of timing, or an interrupt (Ctrl-C), no further round begins, though three are made of what was
+    After the seconds of `timing`, or an interrupt (Ctrl-C), no further round begins, though three are made of what was
     warmed up; the rows after an interrupt say `interrupted`, and whoever asked for them asks for no more.
 
     A row has the seconds (raw, median, p10, p90, interquartile range, n), `build_s`, `first_call_s` and `compile_s`
     (the first call beyond the median), on CUDA `peak_bytes` of building and two calls beyond what was there, `parity`
-    of the first and the last call, `speedup` over the case `base` (None without parity), `remarks`, with `cold` the
-    seconds of single calls after the caches were flushed, and with `energy` the joules of a call where NVML counts
-    them. `bundle`: calls of less than 2 ms are timed several at a time, one after the other; on CUDA from one captured
-    graph of `CAPTURED` calls, as a Python call takes longer than a small kernel, or from Python where that fails
-    (`timed` says). A case that cannot run is a row with `absent` or `failed`, and why; a failure ends nothing but its
+    of the first and the last call, `speedup` over the case `base` (None without parity), `remarks`, and what `timing`
+    asks for beside. A case that cannot run is a row with `absent` or `failed`, and why; a failure ends nothing but its
     own case. TF32 is off, so that float32 means float32.
     """
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
-        run = _Run(cases, device, bundle, say)
+        run = _Run(cases, timing, device, say)
         run.warm_up()
-        run.time(rounds, seconds)
-        return run.rows_of(rounds, base, cold, energy)
+        run.time()
+        return run.rows_of(base)
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
 
@@ -91,9 +105,9 @@ class _Run:
     """A run of `measure`: what was built, what it gave and how long it took, case by case."""
 
     def __init__(
-        self, cases: Mapping[str, Case], device: torch.device, bundle: bool, say: Callable[[str], None]
+        self, cases: Mapping[str, Case], timing: Timing, device: torch.device, say: Callable[[str], None]
     ) -> None:
-        self.cases, self.device, self.bundle, self.say = cases, device, bundle, say
+        self.cases, self.timing, self.device, self.say = cases, timing, device, say
         self.gpu = Gpu() if device.type == "cuda" else None
         self.rows: dict[str, Row] = {
             name: {"provider": name, "dtype": case.dtype, **case.about} for name, case in cases.items()
@@ -138,25 +152,26 @@ class _Run:
         on_cuda = self.device.type == "cuda"
         row["peak_bytes"] = allocated(self.device, peak=True) - before if on_cuda else None
         self.times[name], self.single[name] = 1, call
-        if self.bundle:
+        if self.timing.bundle:
             call, self.times[name], row["timed"] = bundled(call, self.device)
         self.calls[name] = call
 
-    def time(self, rounds: int, limit: float) -> None:
-        """Time the cases in turns; after `limit` seconds no further round begins."""
-        self.say(f"timing: {rounds} rounds of {len(self.calls)} providers")
+    def time(self) -> None:
+        """Time the cases in turns; when the time is over no further round begins."""
+        timing = self.timing
+        self.say(f"timing: {timing.rounds} rounds of {len(self.calls)} providers")
         raw = self.raw = {name: [] for name in self.calls}
         begun = time.perf_counter()
-        for i, name in enumerate(turns(list(self.calls), rounds)):
+        for i, name in enumerate(turns(list(self.calls), timing.rounds)):
             if i % len(raw) == 0:
                 self._look()
-                over = self.stopped or time.perf_counter() - begun > limit
+                over = self.stopped or time.perf_counter() - begun > timing.seconds
                 if i >= ROUNDS_AT_LEAST * len(raw) and over:
                     break
             if name not in self.calls:  # dropped meanwhile
                 continue
             try:
-                time.sleep(SETTLE if self.device.type == "cpu" and not self.bundle else 0.0)
+                time.sleep(SETTLE if self.device.type == "cpu" and not timing.bundle else 0.0)
                 seconds, self.last[name] = seconds_of(self.calls[name], self.device)
                 raw[name].append(seconds / self.times[name])
             except KeyboardInterrupt:
@@ -165,9 +180,10 @@ class _Run:
                 self._drop(name, error)
         self._look()
 
-    def rows_of(self, rounds: int, base: str, cold: bool, energy: bool) -> list[Row]:
+    def rows_of(self, base: str) -> list[Row]:
         """The rows, with what is known about each figure."""
-        idle = self.gpu.idle_watts() if self.gpu and energy else None
+        timing = self.timing
+        idle = self.gpu.idle_watts() if self.gpu and timing.energy else None
         for name in [name for name in self.calls if not self.raw[name]]:
             about = ("provider", "dtype", *self.cases[name].about)
             self.rows[name] = {key: self.rows[name][key] for key in about}
@@ -182,9 +198,9 @@ class _Run:
                 agrees = found["parity"] and found["parity"]["ok"] and base in median
                 factor = {"over": base, "factor": median[base] / median[name]} if agrees else None
                 found["speedup"] = factor
-                if cold:
-                    found["cold"] = summary(cold_calls(self.single[name], rounds, self.device))
-                if self.gpu and energy:
+                if timing.cold:
+                    found["cold"] = summary(cold_calls(self.single[name], timing.rounds, self.device))
+                if self.gpu and timing.energy:
                     found["energy"] = self.gpu.energy(self.single[name], idle)
             except Exception as error:  # likewise
                 self._drop(name, error)
@@ -203,7 +219,7 @@ class _Run:
         """Of the first call and of the last: what drifted has no parity either. A bundle's state may go on from call to
         call, and a check has a result of its own: there the first alone."""
         case, first = self.cases[name], self.results[name]
-        drifted = host(self.last[name]) if case.reference and not case.check and not self.bundle else first
+        drifted = host(self.last[name]) if case.reference and not case.check and not self.timing.bundle else first
         return parity(case, self.results | {name: first + drifted}, self.results, name)
 
     def _drop(self, name: str, error: BaseException) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
+from sbldm_fast.machine import default_device
 
 from .providers import exported
 from .rows import Row
@@ -31,6 +31,6 @@ def bench_export(
     Raises:
         ValueError: steps, batches or rounds below 1.
     """
-    who = list(exported(torch.device("cuda" if torch.cuda.is_available() else "cpu"), compiled))
+    who = list(exported(default_device(), compiled))
     options = {"preset_name": preset_name, "steps": steps, "batches": batches, "rounds": rounds, "say": say}
     yield from bench_sampling(**options, who=who, target="export", base="reference")  # type: ignore[arg-type]

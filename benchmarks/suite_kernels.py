@@ -14,8 +14,9 @@ from sbldm_fast.kernels import backend
 from sbldm_fast.kernels._backend import obstacle
 
 from sbldm_fast.errors import UserError
+from sbldm_fast.machine import default_device
 
-from .harness import Absent, Case, interrupted, measure
+from .harness import Absent, Case, Timing, interrupted, measure
 from .rows import Row, head
 
 OPS = ("group_norm_silu", "ddim_step", "solver_step", "frequency_loss", "spectral_mse", "philox_normal", "diffuse")
@@ -82,7 +83,7 @@ def bench_kernels(
     """
     if rounds < 1 or set(ops) - set(PARTS):
         raise UserError(f"ops, rounds: got {', '.join(ops)}, {rounds}, allowed are {', '.join(PARTS)}, and 1 or more")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     for op in ops:
         if op == "ceilings":
             yield from ceilings(device, rounds, seconds)
@@ -109,15 +110,8 @@ def timed(
     # the problems of an op share the function that torch.compile is given: counted together, its ninth version would
     # run eagerly
     torch._dynamo.reset()
-    rows = measure(
-        cases(problem, device, compiled),
-        rounds=rounds,
-        base="eager",
-        device=device,
-        seconds=seconds,
-        bundle=True,
-        cold=True,
-    )
+    timing = Timing(rounds, seconds, bundle=True, cold=True)
+    rows = measure(cases(problem, device, compiled), timing, base="eager", device=device)
     copy = next((r["median_s"] for r in rows if r["provider"] == "copy" and "median_s" in r), None)
     return [
         (
@@ -181,6 +175,6 @@ def ceilings(device: torch.device, rounds: int, seconds: float = math.inf) -> It
         name: Case(partial(_as_it_is, call, device), None, 0.0, about=about) for name, (call, _, _) in calls.items()
     }
     common = head("kernels", op="ceilings", shape="", layout="", device=str(device))
-    for row in measure(found, rounds=rounds, base="", device=device, seconds=seconds, bundle=True):
+    for row in measure(found, Timing(rounds, seconds, bundle=True), base="", device=device):
         _, amount, unit = calls[row["provider"]]
         yield common | row | ({"rate": amount / row["median_s"], "unit": unit} if "median_s" in row else {})

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from sbldm_fast.errors import UserError
-from sbldm_fast.machine import native_half
+from sbldm_fast.machine import default_device, native_half
 
 from .counts import step_work
-from .harness import interrupted, measure
+from .harness import Timing, interrupted, measure
 from .providers import FLOAT, Ours, Provider, Reference, brief, providers
 from .rows import Row, head
 from .setup import SamplingSetup
@@ -51,42 +51,39 @@ def bench_sampling(
         raise UserError(f"dtypes: got {', '.join(dtypes)}, allowed are {', '.join(DTYPES)}")
     if min(rounds, *steps, *batches) < 1:
         raise UserError(f"steps, batch, rounds: got {list(steps)}, {list(batches)}, {rounds}, allowed is 1 or more")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     native = native_half(device)
     # float32 is always there: the others are held against it
     precisions = list(dict.fromkeys((FLOAT, *([DTYPES[name] for name in dtypes] or ([native] if native else [])))))
     who = list(who or (brief(device, precisions, compiled) if short else providers(device, precisions, compiled)))
     base = base if importlib.util.find_spec(base) else "reference"
-    for count, batch in ((s, b) for s in steps for b in batches):
+    for count, size in ((s, b) for s in steps for b in batches):
         # Dynamo counts versions of a function over the whole process; each problem starts afresh
         torch.compiler.reset()
-        problem = SamplingSetup(preset_name, count, batch, device)
-        common = head(
-            target, preset=preset_name, steps=count, batch=batch, shape=list(problem.noise.shape), device=str(device)
-        )
-        cases = {p.name: p.case(problem) for p in who}
-        works = {
-            p.name: {"work": step_work(preset_name, batch, p.dtype)}
-            for p in who
-            if p.family == "ours" and isinstance(p, Ours) and not p.images
-        }
-        say(f"{count} steps, batch {batch}")
-        rows = measure(cases, rounds=rounds, base=base, device=device, seconds=seconds, energy=energy, say=say)
-        common["parameters"] = problem.parameters()
-        images = next(
-            (r["median_s"] for r in rows if r["provider"] == Reference(images=True).name and "median_s" in r), None
-        )
-        for row in rows:
-            if row.get("speedup") and row["decodes"]:  # decoding is in both
-                row["speedup"] = images and {"over": Reference(images=True).name, "factor": images / row["median_s"]}
-            yield (
-                common
-                | row
-                | per_image(row, count, batch)
-                | (works.get(row["provider"], {}) if "median_s" in row else {})
-            )
+        setup = SamplingSetup(preset_name, count, size, device)
+        what = {"preset": preset_name, "steps": count, "batch": size}
+        common = head(target, **what, shape=list(setup.noise.shape), device=str(device))
+        say(f"{count} steps, batch {size}")
+        cases, timing = {p.name: p.case(setup) for p in who}, Timing(rounds, seconds, energy=energy)
+        rows = measure(cases, timing, base=base, device=device, say=say)
+        common["parameters"] = setup.parameters()
+        yield from (common | row for row in _with_figures(rows, who, preset_name, count, size))
         if interrupted(rows):
             return
+
+
+def _with_figures(rows: Sequence[Row], who: Sequence[Provider], preset: str, steps: int, batch: int) -> Iterator[Row]:
+    """The rows with the figures of an image, and of our loops what a step does."""
+    images = Reference(images=True).name
+    seconds = next((r["median_s"] for r in rows if r["provider"] == images and "median_s" in r), None)
+    by_name = {provider.name: provider for provider in who}
+    for row in rows:
+        provider = by_name[row["provider"]]
+        if row.get("speedup") and row["decodes"]:  # decoding is in both
+            row["speedup"] = seconds and {"over": images, "factor": seconds / row["median_s"]}
+        counted = provider.family == "ours" and isinstance(provider, Ours) and not provider.images
+        work = {"work": step_work(preset, batch, provider.dtype)} if counted and "median_s" in row else {}
+        yield row | per_image(row, steps, batch) | work
 
 
 def per_image(row: Row, steps: int, batch: int) -> Row:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sbldm_fast import Pipeline
 from sbldm_fast.errors import UserError
+from sbldm_fast.machine import default_device
 
-from .harness import Case, measure
+from .harness import Case, Timing, measure
 from .rows import Row, head
 from .suite_sampling import per_image
 
@@ -35,7 +35,7 @@ def bench_solvers(
     """
     if min(batch, rounds, *steps) < 1:
         raise UserError(f"batch, steps, rounds: got {batch}, {list(steps)}, {rounds}, allowed is 1 or more")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     pipe = Pipeline.from_pretrained("demo").to(device)
     say(f"the converged images: {CONVERGED} steps")
     wanted = pipe.sampler(CONVERGED)(batch, seed=0)
@@ -55,7 +55,7 @@ def bench_solvers(
     what = {f"{solver} {count}": (solver, count) for solver in ("ddim", "dpm", "unipc") for count in steps}
     cases = {name: Case(partial(build, name, *of), None, 0.0) for name, of in what.items()}
     common = head("solvers", preset="demo", batch=batch, shape=list(wanted.shape), device=str(device))
-    for row in measure(cases, rounds=rounds, base="", device=device, say=say):
+    for row in measure(cases, Timing(rounds), base="", device=device, say=say):
         solver, count = what[row["provider"]]
         name = row["provider"]
         error = {"rms": float((images[name] - wanted).square().mean().sqrt())} if name in images else {}

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from sbldm_fast import DDPMScheduler, UNet2D, preset
 from sbldm_fast.errors import UserError
-from sbldm_fast.machine import native_half
+from sbldm_fast.machine import default_device, native_half
 from sbldm_fast.models import SchedulerConfig
 from sbldm_fast.training import Objective, TrainConfig
 from sbldm_fast.training.stages import unet_loss
 from sbldm_fast.training.step import Step
 
-from .harness import Case, measure
+from .harness import Case, Timing, measure
 from .rows import Row, head
 from .timing import Output
 
@@ -62,7 +62,7 @@ def bench_training(
         raise UserError(f"dtypes: got {', '.join(dtypes)}, allowed are {', '.join(AMP)}")
     if min(batch, steps, rounds) < 1:
         raise UserError(f"batch, steps, rounds: got {batch}, {steps}, {rounds}, allowed is 1 or more")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     torch.compiler.reset()
     half = native_half(device)
     # float32 is always there: the others are held against it
@@ -72,7 +72,7 @@ def bench_training(
     cases, c = training_cases(preset_name, batch, steps, device, compiled, precisions), preset(preset_name).unet
     shape = [batch, c.in_channels, c.sample_size, c.sample_size]
     common = head("training", preset=preset_name, batch=batch, steps=steps, device=str(device), shape=shape)
-    for row in measure(cases, rounds=rounds, base=PLAIN, device=device, seconds=seconds, say=say):
+    for row in measure(cases, Timing(rounds, seconds), base=PLAIN, device=device, say=say):
         ms = 1e3 * row["median_s"] / steps if "median_s" in row else None
         yield (
             common

@@ -27,7 +27,7 @@ SUITES = {
         bench_sampling, {"steps": [10], "batches": [1], "rounds": 6, "compiled": False, "dtypes": ["float32"]}
     ),
     "training": Suite(bench_training, {"steps": 1, "rounds": 6, "compiled": False}),
-    "export": Suite(bench_export, {"steps": 10, "batches": [1], "rounds": 6, "compiled": False}),
+    "export": Suite(bench_export, {"steps": [10], "batches": [1], "rounds": 6, "compiled": False}),
     "memory": Suite(bench_memory, {"steps": 2, "batches": [1], "compiled": False}),
     "startup": Suite(bench_startup, {"steps": 10, "rounds": 1, "compiled": False}),
     "scaling": Suite(bench_scaling, {"steps": 10, "batch": 4, "seconds": 4.0, "compiled": False}),

@@ -127,8 +127,6 @@ def demo(
     out: OutFolder = Path("demo"),
 ) -> None:
     """Run doctor, make 16 images, measure their latency, export to ONNX. Example: sbldm-fast demo -o demo"""
-    import torch
-
     from sbldm_fast import Pipeline
     from sbldm_fast.benchmarks.harness import failures
     from sbldm_fast.benchmarks.providers import FLOAT, Diffusers, Ours, Reference, providers
@@ -139,13 +137,14 @@ def demo(
     from sbldm_fast.export import export as run
     from sbldm_fast.files import whole_file
     from sbldm_fast.images import save_grid, to_uint8
+    from sbldm_fast.machine import default_device
 
     start = time.monotonic()
     print("1/4 doctor")
     found = examine()
     print_doctor(found)
     print("2/4 sixteen images from the bundled weights, 50 DDIM steps")
-    pipe = Pipeline.from_pretrained("demo").to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = Pipeline.from_pretrained("demo").to(default_device())
     images = pipe.sample(16, seed=0, steps=50, progress=True)
     save_grid(to_uint8(images), out / "samples.png")
     print("3/4 latency of the paper-size UNet against diffusers")

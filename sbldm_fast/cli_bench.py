@@ -20,40 +20,51 @@ from .errors import MissingExtra
 Suite = StrEnum("Suite", ["kernels", "sampling", "training", "export", "memory", "startup", "scaling", "solvers"])
 
 
+# The options of bench bear the names of what they choose; `_suite_arguments` gives each suite those that it takes.
+Suites = Annotated[list[Suite] | None, typer.Argument(help="What to measure.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A minute or less: few steps and rounds, nothing that compiles.")]
+Preset = Annotated[str | None, typer.Option(help="paper, template or demo (default: paper).")]
+Counts = Annotated[str | None, typer.Option(help="Solver or training steps, e.g. 50 or 10,50.")]
+BatchSizes = Annotated[str | None, typer.Option(help="Batch sizes, e.g. 1,8.")]
+Rounds = Annotated[int | None, typer.Option(help="Interleaved repetitions.")]
+Seconds = Annotated[
+    float | None, typer.Option(help="After which the rounds of a problem end; of each process of scaling.")
+]
+Processes = Annotated[str | None, typer.Option(help="Numbers of processes of scaling, e.g. 1,2.")]
+Ops = Annotated[list[str] | None, typer.Option(help="An op to time; may be given again (default: all).")]
+Large = Annotated[bool | None, typer.Option("--large/--no-large", help="Also ops on 64 MB and more.")]
+Compiled = Annotated[
+    bool | None, typer.Option("--compile/--no-compile", help="Also through torch.compile, which takes minutes.")
+]
+Dtypes = Annotated[str | None, typer.Option(help="float32, float16, bfloat16 (default: float32 and the native half).")]
+Short = Annotated[bool | None, typer.Option("--short", help="Our ways, to images too, and the plain loops alone.")]
+Energy = Annotated[bool | None, typer.Option("--energy", help="Also joules, where NVML counts them.")]
+RowFile = Annotated[
+    Path | None,
+    typer.Option("-o", "--out", callback=place, help="JSONL file to append to (default: results/MACHINE/SUITE.jsonl)."),
+]
+TwoFiles = Annotated[
+    tuple[Path, Path] | None, typer.Option("--compare", help="Two row files, before and after, to judge instead.")
+]
+
+
 def bench(
-    suites: Annotated[list[Suite] | None, typer.Argument(help="What to measure.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A minute or less: few steps and rounds, nothing that compiles.")
-    ] = False,
-    preset: Annotated[str | None, typer.Option(help="paper, template or demo (default: paper).")] = None,
-    steps: Annotated[str | None, typer.Option(help="Solver or training steps, e.g. 50 or 10,50.")] = None,
-    batch: Annotated[str | None, typer.Option(help="Batch sizes, e.g. 1,8.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Interleaved repetitions.")] = None,
-    seconds: Annotated[
-        float | None, typer.Option(help="After which the rounds of a problem end; of each process of scaling.")
-    ] = None,
-    processes: Annotated[str | None, typer.Option(help="Numbers of processes of scaling, e.g. 1,2.")] = None,
-    op: Annotated[list[str] | None, typer.Option(help="An op to time; may be given again (default: all).")] = None,
-    large: Annotated[bool | None, typer.Option("--large/--no-large", help="Also ops on 64 MB and more.")] = None,
-    compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Also through torch.compile, which takes minutes.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16, bfloat16 (default: float32 and the native half).")
-    ] = None,
-    short: Annotated[
-        bool | None, typer.Option("--short", help="Our ways, to images too, and the plain loops alone.")
-    ] = None,
-    energy: Annotated[bool | None, typer.Option("--energy", help="Also joules, where NVML counts them.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--out", callback=place, help="JSONL file to append to (default: results/MACHINE/SUITE.jsonl)."
-        ),
-    ] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None, typer.Option("--compare", help="Two row files, before and after, to judge instead.")
-    ] = None,
+    suites: Suites = None,
+    quick: Quick = False,
+    preset: Preset = None,
+    steps: Counts = None,
+    batch: BatchSizes = None,
+    rounds: Rounds = None,
+    seconds: Seconds = None,
+    processes: Processes = None,
+    op: Ops = None,
+    large: Large = None,
+    compiled: Compiled = None,
+    dtype: Dtypes = None,
+    short: Short = None,
+    energy: Energy = None,
+    out: RowFile = None,
+    compare: TwoFiles = None,
     as_json: Json = False,
 ) -> None:
     """Measure in turns, against peers, gated by parity. Example: sbldm-fast bench sampling --quick
@@ -72,32 +83,36 @@ def bench(
         raise typer.BadParameter(
             f"got none, allowed are {', '.join(Suite)}, or --compare BEFORE AFTER", param_hint="SUITES"
         )
-    from sbldm_fast.benchmarks.harness import failures, interrupted
-    from sbldm_fast.benchmarks.rows import append, machine, machine_name
-    from sbldm_fast.benchmarks.suites import SUITES
-    from sbldm_fast.benchmarks.table import TABLES, groups
-
+    if seconds is not None and not seconds > 0:
+        raise typer.BadParameter(f"got {seconds}, allowed is above 0", param_hint="--seconds")
     given = {
-        "preset_name": preset,
+        "preset": preset,
         "steps": _sizes(steps, "steps"),
         "batch": _sizes(batch, "batch"),
         "rounds": rounds,
         "seconds": seconds,
         "processes": _sizes(processes, "processes"),
-        "ops": op,
+        "op": op,
         "large": large,
-        "compiled": compiled,
+        "compile": compiled,
+        "dtype": dtype.split(",") if dtype is not None else None,
         "short": short,
-        "dtypes": dtype.split(",") if dtype is not None else None,
         "energy": energy,
     }
-    if seconds is not None and not seconds > 0:
-        raise typer.BadParameter(f"got {seconds}, allowed is above 0", param_hint="--seconds")
-    chosen = {k: v for k, v in given.items() if v is not None}
+    _measure([suite.value for suite in suites], quick, {k: v for k, v in given.items() if v is not None}, out, as_json)
+
+
+def _measure(suites: list[str], quick: bool, given: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    """Run the suites one after another, write their rows, and print them or their tables."""
+    from sbldm_fast.benchmarks.harness import failures, interrupted
+    from sbldm_fast.benchmarks.rows import append, machine, machine_name
+    from sbldm_fast.benchmarks.suites import SUITES
+    from sbldm_fast.benchmarks.table import TABLES, groups
+
     asked = {}  # all of it is understood before any of it runs
-    for suite in suites:
-        run, briefly = SUITES[suite.value]
-        asked[suite.value] = run, (briefly if quick else {}) | _arguments(run, chosen, suite.value)
+    for name in suites:
+        run, briefly = SUITES[name]
+        asked[name] = run, (briefly if quick else {}) | _suite_arguments(run, given, name)
     wrong, stopped = [], False
     for name, (run, arguments) in asked.items():
         file, rows = out or Path("results") / machine_name(machine()) / f"{name}.jsonl", []
@@ -116,19 +131,20 @@ def bench(
         raise typer.Exit(130 if stopped else 1)
 
 
-def _arguments(run: Callable[..., Any], given: dict[str, Any], suite: str) -> dict[str, Any]:
-    """What was typed, as the suite takes it."""
+def _suite_arguments(run: Callable[..., Any], given: dict[str, Any], suite: str) -> dict[str, Any]:
+    """What was typed, by option, as the arguments of a suite."""
     known = inspect.signature(run).parameters
+    names = {"preset": "preset_name", "op": "ops", "compile": "compiled", "dtype": "dtypes"}
+    names |= {"batch": "batches"} if "batches" in known else {}
     found: dict[str, Any] = {}
-    for name, value in given.items():
-        key = "batches" if name == "batch" and "batches" in known else name
-        option = {"preset_name": "preset", "ops": "op", "compiled": "compile", "dtypes": "dtype"}.get(name, name)
-        if key not in known:
+    for option, value in given.items():
+        name = names.get(option, option)
+        if name not in known:
             raise typer.BadParameter(f"got {value}, allowed with suite {suite} is none", param_hint=f"--{option}")
-        single = isinstance(value, list) and not isinstance(known[key].default, tuple)
+        single = isinstance(value, list) and not isinstance(known[name].default, tuple)
         if single and len(value) > 1:
             raise typer.BadParameter(f"got {value}, allowed with suite {suite} is one number", param_hint=f"--{option}")
-        found[key] = value[0] if single else value
+        found[name] = value[0] if single else value
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from sbldm_fast.benchmarks.harness import Absent, Case, failures, host, interrupted, measure, relative
+from sbldm_fast.benchmarks.harness import Absent, Case, Timing, failures, host, interrupted, measure, relative
 from sbldm_fast.benchmarks.timing import CAPTURED, bundled, cache_bytes, interleaved, summary, turns
 
 CPU = torch.device("cpu")
@@ -21,7 +21,8 @@ def case(value: float = 1.0, reference: str | None = "a", tolerance: float = 1e-
 
 
 def run(cases: dict[str, Case], **options: Any) -> dict[str, dict[str, Any]]:
-    return {row["provider"]: row for row in measure(cases, **({"rounds": 2, "base": "a", "device": CPU} | options))}
+    timing = Timing(**({"rounds": 2} | options))
+    return {row["provider"]: row for row in measure(cases, timing, base="a", device=CPU)}
 
 
 def test_every_other_round_runs_backwards() -> None:
@@ -197,7 +198,7 @@ def test_no_precision_may_lose_more_than_a_fiftieth() -> None:
 def test_rounds_end_with_the_time_but_not_before_three() -> None:
     calls: list[str] = []
     cases = {name: Case(lambda name=name: lambda: calls.append(name) or torch.ones(1), "a", 0.0) for name in "ab"}  # type: ignore[misc]
-    rows = {row["provider"]: row for row in measure(cases, rounds=50, base="a", device=CPU, seconds=0.0)}
+    rows = run(cases, rounds=50, seconds=0.0)
     assert rows["a"]["n"] == rows["b"]["n"] == 3
     assert not interrupted(list(rows.values()))
 
@@ -216,9 +217,7 @@ def test_after_an_interrupt_there_are_rows(when: str) -> None:
 
         return Case(lambda: call, "a", 0.0)
 
-    rows = {
-        row["provider"]: row for row in measure({name: case(name) for name in "ab"}, rounds=50, base="a", device=CPU)
-    }
+    rows = run({name: case(name) for name in "ab"}, rounds=50)
     assert interrupted(list(rows.values()))
     assert rows["a"]["n"] == 3
     assert rows["a"]["interrupted"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sbldm_fast.benchmarks import harness, nvml
-from sbldm_fast.benchmarks.harness import Case, measure
+from sbldm_fast.benchmarks.harness import Case, Timing, measure
 from sbldm_fast.benchmarks.nvml import Gpu
 
 CPU = torch.device("cpu")
@@ -141,8 +141,7 @@ def test_rows_say_what_disturbed_them(
     monkeypatch.setattr(harness, "Gpu", lambda: gpu)
     for name in ("allocated", "wait"):
         monkeypatch.setattr(harness, name, lambda *_, **__: 0)
-    (row,) = measure(
-        {"a": Case(lambda: lambda: torch.ones(1), "a", 0.0)}, rounds=3, base="a", device=torch.device("cuda")
-    )
+    cases = {"a": Case(lambda: lambda: torch.ones(1), "a", 0.0)}
+    (row,) = measure(cases, Timing(3), base="a", device=torch.device("cuda"))
     assert [r for r in row["remarks"] if not r.startswith("spread")] == remarks
     assert row["clock_mhz"] == {"start": clocks[0], "median": sorted(clocks)[len(clocks) // 2], "least": min(clocks)}
