@@ -1,0 +1,82 @@
+"""Every example runs, at a small size, as it is typed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sbldm_fast import AutoencoderKL, Pipeline, SchedulerConfig, UNet2D, UNetConfig, VAEConfig
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TOLERANCE = 1e-4  # relative: float32 after all steps
+
+
+def run_example(name: str, *arguments: str, folder: Path) -> str:
+    """What the example prints, run in `folder`."""
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def found_error(text: str) -> float:
+    """The error that an example prints last."""
+    return float(text.split()[-1])
+
+
+@pytest.fixture
+def small_pipeline(tmp_path: Path) -> Path:
+    """A pipeline folder of small models."""
+    torch.manual_seed(0)
+    small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    vae = VAEConfig(sample_size=16, latent_channels=4, **small)
+    unet = UNetConfig(
+        sample_size=8, in_channels=4, out_channels=4, attention_resolutions=(4,), time_embed_dim=32, **small
+    )
+    Pipeline(AutoencoderKL(vae), UNet2D(unet), SchedulerConfig()).save(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_sample(tmp_path: Path) -> None:
+    out = run_example("sample.py", "-n", "2", "--steps", "2", folder=tmp_path)
+    assert out.startswith("2 images in ")
+    assert Image.open(tmp_path / "samples.png").size == (2 * 128, 128 + 14)
+
+
+def test_drop_in_diffusers(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    assert found_error(run_example("drop_in_diffusers.py", "-n", "2", "--steps", "3", folder=tmp_path)) < TOLERANCE
+
+
+def test_drop_in_monai(tmp_path: Path) -> None:
+    pytest.importorskip("monai")
+    assert found_error(run_example("drop_in_monai.py", "-n", "2", "--steps", "3", folder=tmp_path)) < TOLERANCE
+
+
+def test_export_and_run(tmp_path: Path, small_pipeline: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    out = run_example("export_and_run.py", str(small_pipeline), "-n", "2", "--steps", "3", folder=tmp_path)
+    assert len(re.findall(r"^\w+\.onnx: error ", out, re.M)) == 5
+    assert found_error(out) < TOLERANCE
+    assert (tmp_path / "onnx.png").is_file()
+
+
+def test_train_on_your_scans_and_again(tmp_path: Path) -> None:
+    pytest.importorskip("nilearn")
+    arguments = ("synthetic:3", "--steps", "1", "--batch-size", "2", "-n", "1")
+    assert "trained on " in run_example("train_on_your_scans.py", *arguments, folder=tmp_path)
+    assert (tmp_path / "run" / "samples.png").is_file()
+    assert "trained on " in run_example("train_on_your_scans.py", *arguments, folder=tmp_path), "goes on"
+
+
+def test_every_example_is_short_and_tested() -> None:
+    tests = Path(__file__).read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 60, path.name
+        assert f'"{path.name}"' in tests, path.name
