@@ -9,7 +9,7 @@ ifeq ($(CUDA_SITE),)
 CONSTRAINTS := -c constraints.txt
 endif
 
-.PHONY: demo test lint preflight gate gpu results weights build/tree
+.PHONY: demo test lint docs preflight gate gpu results weights build/tree
 
 demo: .venv/installed
 	$(BIN)/sbldm-fast demo -o demo
@@ -21,6 +21,11 @@ lint: .venv/installed build/tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONSAFEPATH=1 MYPYPATH=build/tree $(BIN)/mypy -p sbldm_fast
+
+# The API reference of the public names, from their docstrings, to build/docs/index.html.
+PUBLIC := sbldm_fast sbldm_fast.kernels sbldm_fast.data sbldm_fast.training sbldm_fast.export sbldm_fast.images sbldm_fast.errors
+docs: .venv/installed build/tree
+	cd build && PYTHONSAFEPATH=1 PYTHONPATH=tree ../$(BIN)/pdoc --docformat google --no-search -t ../docs/reference -o docs $(PUBLIC)
 
 # Compiles the kernels that benchmarks/gate.jsonl does not prove; `make gate` writes their rows there.
 preflight: .venv/installed
@@ -40,7 +45,7 @@ gpu: build/tree
 results: .venv/installed
 	test -f "$(ROWS)" || { echo "make results needs ROWS=file with the rows, such as gpu/rows.jsonl" >&2; exit 2; }
 	$(BIN)/python -m sbldm_fast.benchmarks.rows "$(ROWS)" benchmarks/results
-	$(BIN)/python -m sbldm_fast.benchmarks.table README.md benchmarks/GPU.md
+	$(BIN)/python -m sbldm_fast.benchmarks.pages README.md docs/benchmarks.md docs/rows.md benchmarks/GPU.md
 
 # The bundled weights again, from the folders ms/ and dicom_t1_axial/ in SCANS; about two hours on one core. Cut off, it goes on.
 weights: .venv/installed

@@ -1,8 +1,7 @@
 """The pictures of the report: SVG drawn by matplotlib, in colours that the page's theme decides, each mark linked to
 its row.
 
-python -m sbldm_fast.benchmarks.charts ROWS benchmarks/waterfall.svg     the README's picture; a test fails when they
-differ
+python -m sbldm_fast.benchmarks.charts ROWS benchmarks/waterfall.svg     a test fails when rows and picture differ
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ from sbldm_fast.files import whole_file
 
 from .charts import Link, by_batch, cost_chart, pareto_chart, roofline_chart, waterfall
 from .harness import failures
+from .pages import headline
 from .rows import Row, latest, machine_id, read_rows
 from .t4 import SOURCES, errors, measured_ceilings, steps_table
-from .table import TABLES, Table, groups, headline
+from .table import TABLES, Table, groups
 
 GATE = Path(__file__).with_name("gate.jsonl")
 TITLES = {

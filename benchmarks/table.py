@@ -1,22 +1,15 @@
-"""Results as Markdown, rendered from the rows and never typed: what `bench` prints, and the blocks of the README.
-
-python -m sbldm_fast.benchmarks.table README.md benchmarks/GPU.md
-"""
+"""Results as tables, made from the rows: what `bench` prints, and what pages and the report show."""
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sbldm_fast.errors import UserError
-from sbldm_fast.files import whole_file
 
 from .harness import approximate
 from .rows import Row, latest, read_rows
-from .verdicts import interval
 
 MARK = "†"
 Cell = str | tuple[str, Row]  # a text, or a figure with the row that it is from
@@ -103,7 +96,8 @@ def below(rows: Sequence[Row], what: str) -> list[str]:
     return notes
 
 
-def _steps(rows: Sequence[Row]) -> str:
+def count_steps(rows: Sequence[Row]) -> str:
+    """The numbers of steps of some rows, in words."""
     counts = sorted({r["steps"] for r in rows})
     return f"{' and '.join(map(str, counts))} step{'s' if counts != [1] else ''}"
 
@@ -125,7 +119,7 @@ def sampling_table(rows: Sequence[Row]) -> Table:
     if compiling:
         columns.append("compiling, s")
         body = [[*line, f"{compiling[str(line[0])]:.0f}" if line[0] in compiling else ""] for line in body]
-    return Table(["provider"], columns, body, below(rows, f"DDIM, {_steps(rows)}"))
+    return Table(["provider"], columns, body, below(rows, f"DDIM, {count_steps(rows)}"))
 
 
 def training_table(rows: Sequence[Row]) -> Table:
@@ -143,7 +137,7 @@ def training_table(rows: Sequence[Row]) -> Table:
         if not missing(r)
     ]
     columns = ["ms/step", "items/s", "minutes of 100,000 steps", "× plain PyTorch float32", "loss differs by"]
-    return Table(["provider"], columns, body, below(rows, f"batch {rows[0]['batch']}, {_steps(rows)} a run"))
+    return Table(["provider"], columns, body, below(rows, f"batch {rows[0]['batch']}, {count_steps(rows)} a run"))
 
 
 def kernels_table(rows: Sequence[Row]) -> Table:
@@ -174,7 +168,7 @@ def startup_table(rows: Sequence[Row]) -> Table:
         parts = *(r["parts"][key] for key in ("import_s", "build_s", "run_s")), r["cold_cache_s"]
         body.append([r["provider"], figure(f"{r['median_s']:.1f}", r), *(f"{s:.1f}" for s in parts)])
     columns = ["first image, s", "importing", "building", "sampling and decoding", "first process of all"]
-    return Table(["provider"], columns, body, below(rows, f"{_steps(rows)}, fresh processes"))
+    return Table(["provider"], columns, body, below(rows, f"{count_steps(rows)}, fresh processes"))
 
 
 def memory_table(rows: Sequence[Row]) -> Table:
@@ -204,7 +198,10 @@ def scaling_table(rows: Sequence[Row]) -> Table:
     star = "*: beyond what was made in the time, by the median batch."
     columns = [f"{n} image{'s' if n > 1 else ''}: ms each" for n in counts]
     return Table(
-        ["provider"], [*columns, "images/s"], body, [*below(rows, f"batch {rows[0]['batch']}, {_steps(rows)}"), star]
+        ["provider"],
+        [*columns, "images/s"],
+        body,
+        [*below(rows, f"batch {rows[0]['batch']}, {count_steps(rows)}"), star],
     )
 
 
@@ -242,63 +239,6 @@ def fastest(rows: Sequence[Row], dtype: str) -> tuple[Row | None, Row | None]:
         for family in ("ours", "peer")
     )
     return own, peer
-
-
-def headline(rows: Sequence[Row]) -> str:
-    """The answer in a sentence, in float32, of the smallest batch: our fastest way beside diffusers' own loop and the
-    fastest peer.
-
-    Raises:
-        ValueError: no peer, or none of ours, in these rows.
-    """
-    batch = min(r["batch"] for r in rows)
-    own, peer = fastest(rows, "float32")
-    eager = next((r for r in rows if r["batch"] == batch and r["provider"] == "diffusers" and "median_s" in r), None)
-    if own is None or peer is None or eager is None:
-        raise UserError("headline: got rows without a peer or without ours, allowed are rows with both")
-    e = own["env"]
-    where = e["gpu"] or f"{e['cpu']}, {e['threads']} threads"
-    (low, high), (peer_low, peer_high) = (interval(r["raw_s"]) for r in (own, peer))
-    beside = (
-        f"{peer['median_s'] / own['median_s']:.2f} times as fast as"
-        if high < peer_low or peer_high < low
-        else "within the noise as fast as"
-    )
-    return (
-        f"**{own['ms_per_image']:.0f} ms an image** with `{own['provider']}`: {eager['median_s'] / own['median_s']:.2f}"
-        f" times as fast as diffusers' own loop ({eager['ms_per_image']:.0f} ms), and {beside} the fastest peer timed"
-        f" ({peer['provider']}, {peer['ms_per_image']:.0f} ms); {own['steps']} DDIM steps, batch {batch}, float32,"
-        f" {where}."
-    )
-
-
-def render(readme: str | Path) -> str:
-    """The text of `readme`, each block `<!-- SUITE: FILE -->` ... `<!-- end SUITE -->` rendered from FILE beside it.
-
-    Beside the suites there are `headline`, a sentence, and of a folder `gpus`, a line per GPU, and `gpu`, a section per
-    GPU.
-
-    Raises:
-        ValueError: a file with a line that is not a row.
-    """
-    readme = Path(readme)
-
-    def block(match: re.Match[str]) -> str:
-        kind, file = match.groups()
-        if kind == "gpus":
-            made = gpus_table(readme.parent / file).markdown()
-        elif kind == "gpu":
-            made = "\n".join(gpu_summary(rows) for rows in gpus(readme.parent / file))
-        else:
-            rows, faults = read_rows(readme.parent / file)
-            if faults:
-                raise UserError(faults[0])
-            chosen = groups(latest(rows))[0]
-            made = headline(chosen) if kind == "headline" else TABLES[kind](chosen).markdown()
-        return f"<!-- {kind}: {file} -->\n{made}\n<!-- end {kind} -->"
-
-    kinds = "|".join([*TABLES, "headline", "gpu", "gpus"])
-    return re.sub(rf"<!-- ({kinds}): (\S+) -->.*?<!-- end \1 -->", block, readme.read_text(), flags=re.DOTALL)
 
 
 def gpu_summary(rows: Sequence[Row], failed: Mapping[str, int] | None = None, left: Sequence[str] = ()) -> str:
@@ -366,7 +306,7 @@ def gpu_table(rows: Sequence[Row]) -> Table:
         body.append([str(r["batch"]), r["provider"], *figures])
     over = next((r["speedup"]["over"] for r in rows if r.get("speedup")), "its reference")
     columns = ["ms/step", "samples/s", "peak MiB", "error", f"× {over}"]
-    return Table(["batch", "provider"], columns, body, below(rows, f"DDIM, {_steps(rows)}"))
+    return Table(["batch", "provider"], columns, body, below(rows, f"DDIM, {count_steps(rows)}"))
 
 
 def gpus(folder: Path) -> list[list[Row]]:
@@ -428,13 +368,3 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "scaling": scaling_table,
     "solvers": solvers_table,
 }
-
-
-if __name__ == "__main__":
-    try:
-        for page in sys.argv[1:]:
-            text = render(page)
-            with whole_file(page) as aside:
-                aside.write_text(text)
-    except (ValueError, OSError) as error:
-        sys.exit(f"table: {error}")

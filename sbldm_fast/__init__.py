@@ -4,6 +4,9 @@
     images = Pipeline.from_pretrained("demo").sample(16, seed=0, steps=50)   # [16, 1, 128, 128] in [-1, 1]
 
 Images are synthetic, not for diagnosis.
+
+Beside the names below: `sbldm_fast.kernels`, the fused ops; `sbldm_fast.data`, scans to slices; `sbldm_fast.training`;
+`sbldm_fast.export`, ONNX graphs; `sbldm_fast.images`, pictures of samples; `sbldm_fast.errors`.
 """
 
 from .diffusion import (

@@ -1,4 +1,4 @@
-"""The README is its rows."""
+"""Pages are their rows."""
 
 from __future__ import annotations
 
@@ -11,28 +11,50 @@ from typing import Any
 
 import pytest
 from sbldm_fast.benchmarks.charts import standalone, waterfall
+from sbldm_fast.benchmarks.pages import headline, render
 from sbldm_fast.benchmarks.rows import append, latest, read_rows
-from sbldm_fast.benchmarks.table import Table, fastest, gpu_summary, groups, headline, render, sampling_table
+from sbldm_fast.benchmarks.table import Table, fastest, gpu_summary, groups, sampling_table
 
 ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", "docs/benchmarks.md", "docs/rows.md", "benchmarks/GPU.md"]
 
 
-def test_the_readme_is_its_rows() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert "<!-- headline: benchmarks/results/" in text[: text.index("\n## ")], "the first screen has figures"
-    assert "<!-- sampling: benchmarks/results/" in text
-    assert render(ROOT / "README.md") == text
-    assert "<!-- gpus: benchmarks/results -->" in text[: text.index("\n## ")], (
-        "the first screen says what ran on which GPU"
-    )
-    page = ROOT / "benchmarks" / "GPU.md"
-    assert "<!-- gpu: results -->" in page.read_text()
-    assert render(page) == page.read_text()
+def test_the_pages_are_their_rows() -> None:
+    for page in PAGES:
+        assert render(ROOT / page) == (ROOT / page).read_text(), f"make results renders {page} anew"
+    readme = (ROOT / "README.md").read_text()
+    first_screen = readme[: readme.index("\n## What runs where")]
+    assert "<!-- latency: benchmarks/results/" in first_screen, "the first screen has figures"
+    benchmarks = (ROOT / "docs/benchmarks.md").read_text()
+    for block in (
+        "headline: ../benchmarks/results/",
+        "sampling: ../benchmarks/results/",
+        "gpus: ../benchmarks/results",
+    ):
+        assert f"<!-- {block}" in benchmarks
+    assert "<!-- gpu: results -->" in (ROOT / "benchmarks/GPU.md").read_text()
 
 
-def test_the_readmes_picture_is_its_rows() -> None:
+def test_make_results_renders_every_page_with_figures() -> None:
+    rendered = re.search(r"benchmarks\.pages (.+)", (ROOT / "Makefile").read_text())
+    assert rendered is not None
+    assert rendered[1].split() == PAGES
+    with_blocks = [p for p in ROOT.glob("**/*.md") if "build" not in p.parts and "<!-- end " in p.read_text()]
+    assert {str(p.relative_to(ROOT)) for p in with_blocks if not set(p.parts) & {".venv", "demo"}} == set(PAGES)
+
+
+def test_the_table_of_the_first_screen_is_short_and_says_its_basis() -> None:
+    block = re.search(r"<!-- latency: .*?-->\n(.*?)<!-- end latency -->", (ROOT / "README.md").read_text(), re.S)
+    assert block is not None
+    lines = [line for line in block[1].splitlines() if line.startswith("|")]
+    assert len(lines) - 2 <= 8
+    assert lines[0].startswith("| machine | precision | fastest of ours | fastest peer | batch |")
+    assert block[1].count("Preset `") == len({line.split("|")[1] for line in lines[2:]}), "a note for each machine"
+
+
+def test_the_picture_is_of_the_rows_of_the_headline() -> None:
     """Words and figures; where matplotlib puts a line is its own affair."""
-    rows = re.search(r"<!-- headline: (\S+) -->", (ROOT / "README.md").read_text())
+    rows = re.search(r"<!-- headline: \.\./(\S+) -->", (ROOT / "docs/benchmarks.md").read_text())
     assert rows is not None
     drawn, kept = (
         re.findall(r"<text[^>]*>([^<]+)</text>", text)
@@ -42,14 +64,23 @@ def test_the_readmes_picture_is_its_rows() -> None:
     assert any(text.endswith("×") for text in kept)
 
 
-@pytest.mark.parametrize("figure", ["| reference |", " ms an image**"])
-def test_a_changed_figure_in_the_readme_is_found(tmp_path: Path, figure: str) -> None:
+@pytest.mark.parametrize(
+    ("page", "figure"),
+    [
+        ("README.md", "| float32 | "),
+        ("docs/benchmarks.md", "| reference |"),
+        ("docs/benchmarks.md", " ms an image**"),
+        ("docs/rows.md", "| `raw_s` |"),
+    ],
+)
+def test_a_changed_figure_is_found(tmp_path: Path, page: str, figure: str) -> None:
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / page).read_text()
     changed = text.replace(figure, f"{figure} 0.01 |", 1)
     assert changed != text
-    (tmp_path / "README.md").write_text(changed)
-    assert render(tmp_path / "README.md") == text
+    (tmp_path / page).parent.mkdir(exist_ok=True)
+    (tmp_path / page).write_text(changed)
+    assert render(tmp_path / page) == text
 
 
 def test_a_damaged_row_file_is_not_rendered(tmp_path: Path) -> None:
@@ -238,9 +269,9 @@ def test_the_picture_has_the_bars_of_the_headline() -> None:
 def test_a_page_that_cannot_be_rendered_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"target": "samp')
     (tmp_path / "README.md").write_text("<!-- sampling: r.jsonl -->\n<!-- end sampling -->")
-    command = [sys.executable, "-m", "sbldm_fast.benchmarks.table", str(tmp_path / "README.md")]
+    command = [sys.executable, "-m", "sbldm_fast.benchmarks.pages", str(tmp_path / "README.md")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("table: ")
+    assert done.stderr.startswith("pages: ")
     assert "line 1 is not a row" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""`sbldm-fast export` as a user meets it, and the README's lines that need nothing but ONNX Runtime and NumPy."""
+"""`sbldm-fast export` as a user meets it, and the lines of docs/export.md that need nothing but ONNX Runtime and NumPy."""
 
 from __future__ import annotations
 
@@ -111,10 +111,10 @@ def test_a_diffusers_folder_is_exported(run: Any, tmp_path: Path) -> None:
     assert run("export", "--check", tmp_path / "o")[0] == 0
 
 
-def test_the_readmes_lines_run_without_torch(exported: Exported, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_the_lines_of_the_page_run_without_torch(exported: Exported, pipeline: Pipeline, tmp_path: Path) -> None:
     code = next(
         block
-        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.S)
         if "onnxruntime" in block
     )
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
