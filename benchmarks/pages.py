@@ -66,7 +66,7 @@ def latency_table(files: Sequence[Path]) -> Table:
     """What a reader asks first: a line for each file's machine, its smallest and largest batch and each precision in
     which both we and a peer were timed, with the fastest of either.
 
-    A file has the rows of one machine. `~`: the intervals of the two medians meet, so that the difference may be chance.
+    A file has the rows of one machine. `~`: the intervals of the medians meet, so that the difference may be chance.
 
     Raises:
         UserError: a file with a line that is not a row.

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         resume=True,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    print(f"trained on {result['slices']} slices of {result['subjects']} subjects")
+    print(f"trained on {result['slices']} slices")
     images = Pipeline.from_pretrained(run / "pipeline").sample(options.n, seed=0, steps=50)
     save_grid(to_uint8(images), options.out / "samples.png")
     print(options.out / "samples.png")

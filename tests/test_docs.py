@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,33 @@ def test_every_environment_variable_has_its_line() -> None:
         read |= set(re.findall(r"environ(?:\.get\(|\[)\s*\"(\w+)\"", path.read_text()))
     listed = set(re.findall(r"`([A-Z][A-Z_]+)`", text_of(Path("docs/environment.md"))))
     assert read <= listed, "an environment variable that is read and not listed"
+    used = [p.read_text() for folder in (*SOURCES, "tests") for p in (ROOT / folder).rglob("*.*py*") if p.is_file()]
+    assert {name for name in listed if not any(name in text for text in used)} <= {"CXX"}, "one that nothing reads"
+
+
+def test_messages_that_are_explained_exist() -> None:
+    """The pieces of a message between dots, of the first column of the page, are in the sources."""
+    sources = [p.read_text() for folder in SOURCES for p in (ROOT / folder).rglob("*.py")]
+    rows = re.findall(r"^\| (.+?) \| .+ \| .+ \|$", text_of(Path("docs/troubleshooting.md")), re.M)
+    messages = [message for row in rows for message in re.findall(r"`([^`]*\.\.\.[^`]*)`", row)]
+    assert len(messages) >= 9
+    for message in messages:
+        for piece in filter(None, (piece.strip() for piece in message.split("..."))):
+            assert any(piece in text for text in sources), f"{message}: {piece}"
+
+
+def test_names_of_the_walks_are_those_of_the_code() -> None:
+    sources = [p.read_text() for folder in SOURCES for p in (ROOT / folder).rglob("*.py")]
+    walks = text_of(Path("docs/architecture.md")).partition("## Five walks")[2].partition("## Decisions")[0]
+    for name in re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)?)`", walks):
+        last = name.rpartition(".")[2]
+        assert (ROOT / name).exists() or any(re.search(rf"\b{last}\b", text) for text in sources), name
+
+
+def test_every_extra_is_explained() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    listed = re.findall(r"^\| `([\w-]+)` \| .+ \|$", text_of(Path("docs/troubleshooting.md")), re.M)
+    assert set(listed) == set(extras)
 
 
 def public_modules() -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,20 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 TOLERANCE = 1e-4  # relative: float32 after all steps
 
 
-def run_example(name: str, *arguments: str, folder: Path) -> str:
-    """What the example prints, run in `folder`."""
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs an example in an empty folder, as `python examples/NAME ARGUMENTS` does; what it prints."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 def found_error(text: str) -> float:
@@ -44,35 +54,38 @@ def small_pipeline(tmp_path: Path) -> Path:
 
 
 def test_sample(tmp_path: Path) -> None:
-    out = run_example("sample.py", "-n", "2", "--steps", "2", folder=tmp_path)
-    assert out.startswith("2 images in ")
+    """In a process of its own, as it is typed."""
+    command = [sys.executable, str(EXAMPLES / "sample.py"), "-n", "2", "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 images in ")
     assert Image.open(tmp_path / "samples.png").size == (2 * 128, 128 + 14)
 
 
-def test_drop_in_diffusers(tmp_path: Path) -> None:
+def test_drop_in_diffusers(run_example: Run) -> None:
     pytest.importorskip("diffusers")
-    assert found_error(run_example("drop_in_diffusers.py", "-n", "2", "--steps", "3", folder=tmp_path)) < TOLERANCE
+    assert found_error(run_example("drop_in_diffusers.py", "-n", "2", "--steps", "3")) < TOLERANCE
 
 
-def test_drop_in_monai(tmp_path: Path) -> None:
+def test_drop_in_monai(run_example: Run) -> None:
     pytest.importorskip("monai")
-    assert found_error(run_example("drop_in_monai.py", "-n", "2", "--steps", "3", folder=tmp_path)) < TOLERANCE
+    assert found_error(run_example("drop_in_monai.py", "-n", "2", "--steps", "3")) < TOLERANCE
 
 
-def test_export_and_run(tmp_path: Path, small_pipeline: Path) -> None:
+def test_export_and_run(run_example: Run, tmp_path: Path, small_pipeline: Path) -> None:
     pytest.importorskip("onnxruntime")
-    out = run_example("export_and_run.py", str(small_pipeline), "-n", "2", "--steps", "3", folder=tmp_path)
+    out = run_example("export_and_run.py", str(small_pipeline), "-n", "2", "--steps", "3")
     assert len(re.findall(r"^\w+\.onnx: error ", out, re.M)) == 5
     assert found_error(out) < TOLERANCE
     assert (tmp_path / "onnx.png").is_file()
 
 
-def test_train_on_your_scans_and_again(tmp_path: Path) -> None:
+def test_train_on_your_scans_and_again(run_example: Run, tmp_path: Path) -> None:
     pytest.importorskip("nilearn")
     arguments = ("synthetic:3", "--steps", "1", "--batch-size", "2", "-n", "1")
-    assert "trained on " in run_example("train_on_your_scans.py", *arguments, folder=tmp_path)
+    assert "trained on " in run_example("train_on_your_scans.py", *arguments)
     assert (tmp_path / "run" / "samples.png").is_file()
-    assert "trained on " in run_example("train_on_your_scans.py", *arguments, folder=tmp_path), "goes on"
+    assert "trained on " in run_example("train_on_your_scans.py", *arguments), "goes on"
 
 
 def test_every_example_is_short_and_tested() -> None:

@@ -1,4 +1,4 @@
-"""`sbldm-fast export` as a user meets it, and the lines of docs/export.md that need nothing but ONNX Runtime and NumPy."""
+"""`sbldm-fast export` as a user meets it, and the lines of docs/export.md that need ONNX Runtime and NumPy alone."""
 
 from __future__ import annotations
 
