@@ -88,7 +88,7 @@ def latency_table(files: Sequence[Path]) -> Table:
             ratio = f"{peer['median_s'] / own['median_s']:.2f}{'' if apart(own, peer) else ' ~'}"
             body.append([machine, dtype, ours[1], theirs[1], str(batch), ours[0], theirs[0], ratio])
         notes += below(shown, f"DDIM, {count_steps(shown)}")
-    if any(line[-1].endswith("~") for line in body):
+    if any(str(line[-1]).endswith("~") for line in body):
         notes.append("~: the confidence intervals of both medians meet, so the difference may be chance.")
     words = ["machine", "precision", "fastest of ours", "fastest peer"]
     return Table(

@@ -44,11 +44,9 @@ def found_error(text: str) -> float:
 def small_pipeline(tmp_path: Path) -> Path:
     """A pipeline folder of small models."""
     torch.manual_seed(0)
-    small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    vae = VAEConfig(sample_size=16, latent_channels=4, **small)
-    unet = UNetConfig(
-        sample_size=8, in_channels=4, out_channels=4, attention_resolutions=(4,), time_embed_dim=32, **small
-    )
+    small = {"sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
+    vae = VAEConfig(latent_channels=4, **small)
+    unet = UNetConfig(in_channels=4, out_channels=4, attention_resolutions=(), time_embed_dim=32, **small)
     Pipeline(AutoencoderKL(vae), UNet2D(unet), SchedulerConfig()).save(tmp_path / "small")
     return tmp_path / "small"
 
