@@ -49,7 +49,6 @@ MANY_ARGUMENTS = {
     "sbldm_fast/training/stages.py:train_pipeline": "what a user calls",
     "export/exporter.py:export": "what a user calls",
     "export/ort.py:stream": "what a user calls: as FastSampler's",
-    "benchmarks/harness.py:measure": "what a user calls",
     "benchmarks/suite_sampling.py:bench_sampling": "a suite: an argument is an option of bench",
 }
 

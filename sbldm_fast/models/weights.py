@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -90,6 +91,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a safetensors file, and nothing else is read: {error}") from None
+
+
+def digest_weights(*models: nn.Module, beside: bytes = b"") -> str:
+    """The sha256 of the bits of all weights and buffers, in their order, after the bytes `beside`."""
+    digest = hashlib.sha256(beside)
+    for model in models:
+        for value in model.state_dict().values():
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

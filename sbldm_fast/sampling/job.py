@@ -4,7 +4,6 @@ twice."""
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib.util
 import json
 import math
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from sbldm_fast.files import read_json, whole_file, write_json
 from sbldm_fast.images import NOTICE, save_grid, save_nifti, save_png, to_uint8
 from sbldm_fast.machine import torchrun_number
+from sbldm_fast.models.weights import digest_weights
 
 from ..errors import MissingExtra, UserError
 from .modes import choose
@@ -142,11 +142,7 @@ def _missing_for_all(out: Path, n: int, format: str, world: int) -> list[int]:
 
 def _identity(pipe: Pipeline) -> str:
     configs = [part.config.to_dict() for part in (pipe.vae, pipe.unet, pipe.scheduler)]
-    digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
-    for model in (pipe.vae, pipe.unet):
-        for value in model.state_dict().values():
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest_weights(pipe.vae, pipe.unet, beside=json.dumps(configs, sort_keys=True).encode())
 
 
 def _claim(out: Path, format: str, settings: dict[str, Any]) -> int:

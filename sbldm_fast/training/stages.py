@@ -24,7 +24,7 @@ from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.kernels import diffuse
 from sbldm_fast.models import AutoencoderKL, DiagonalGaussian, UNet2D
 from sbldm_fast.models.presets import Preset
-from sbldm_fast.models.weights import read_tensors, write_tensors
+from sbldm_fast.models.weights import digest_weights, read_tensors, write_tensors
 from sbldm_fast.sampling.pipeline import Pipeline
 
 from . import checkpoint
@@ -160,7 +160,7 @@ def encode_splits(
 ) -> dict[str, Tensor]:
     """The latents of each split, encoded once: a resumed run reads them back if weights, slices and views are the
     same."""
-    made_of = {"stamp": context.settings["data"], "views": views, "seed": seed, "vae": _digest(vae)}
+    made_of = {"stamp": context.settings["data"], "views": views, "seed": seed, "vae": digest_weights(vae)}
     path = context.folder / "latents"
     if context.ranks.rank == 0 and not (path.exists() and read_json(path / "state.json") == made_of):
         latents = {
@@ -173,13 +173,6 @@ def encode_splits(
     if dist.is_initialized():
         dist.barrier()
     return read_tensors(path / "latents.safetensors")
-
-
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def unet_loss(
