@@ -58,7 +58,7 @@ WATERFALL = (
 
 
 def waterfall(rows: Sequence[Row], dtype: str, link: Link) -> str | None:
-    """ms an image, stage by stage, of the smallest batch; a stage that this machine lacks says why."""
+    """ms a latent, stage by stage, of the smallest batch; a stage that this machine lacks says why."""
     chosen = [r for r in rows if r["batch"] == min(r["batch"] for r in rows)]
     by_name = {r["provider"]: r for r in chosen}
     half = "" if dtype == "float32" else f" {dtype}"
@@ -99,7 +99,7 @@ def waterfall(rows: Sequence[Row], dtype: str, link: Link) -> str | None:
     ax.set_yticks(range(len(stages)), [label for label, _ in stages])
     ax.invert_yaxis()
     ax.set_xlim(0, longest * 1.55)
-    ax.set_xlabel(f"ms an image, {dtype}; line: p10 to p90")
+    ax.set_xlabel(f"ms a latent, {dtype}; line: p10 to p90")
     return _svg(fig, "waterfall" + dtype)
 
 

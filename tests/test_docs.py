@@ -10,6 +10,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,19 @@ def test_every_extra_is_explained() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     listed = re.findall(r"^\| `([\w-]+)` \| .+ \|$", text_of(Path("docs/troubleshooting.md")), re.M)
     assert set(listed) == set(extras)
+
+
+def test_every_op_stands_in_its_places() -> None:
+    """Those of the recipe in CONTRIBUTING.md."""
+    ops = [path.stem for path in (ROOT / "kernels").glob("*.py") if "@torch.library" in path.read_text()]
+    ops = [op for op in ops if not op.endswith("_backward")]
+    assert len(ops) >= 7
+    named = ("kernels/__init__.py", "benchmarks/suite_kernels.py", "sbldm_fast/doctor.py", "docs/kernels.md")
+    for op in [*ops, "<op>"]:
+        for place in (f"kernels/{op}.py", f"tests/kernels/test_{op}.py", f"benchmarks/bench_{op}.py"):
+            assert (ROOT / place).exists() if op in ops else f"`{place}`" in text_of(Path("CONTRIBUTING.md")), place
+    for op, place in product(ops, (*named, "tests/kernels/test_fuzz.py", "kernels/launches.json")):
+        assert op in (ROOT / place).read_text(), f"{op} is not in {place}"
 
 
 def public_modules() -> list[str]:

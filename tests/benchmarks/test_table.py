@@ -69,7 +69,7 @@ def test_the_picture_is_of_the_rows_of_the_headline() -> None:
     [
         ("README.md", "| float32 | "),
         ("docs/benchmarks.md", "| reference |"),
-        ("docs/benchmarks.md", " ms an image**"),
+        ("docs/benchmarks.md", " ms a latent**"),
         ("docs/rows.md", "| `raw_s` |"),
     ],
 )
@@ -159,7 +159,7 @@ def test_the_headline_by_hand() -> None:
     ]
     assert (
         headline(rows)
-        == "**500 ms an image** with `FastSampler compile float32`: 4.00 times as fast as diffusers' own loop (2000"
+        == "**500 ms a latent** with `FastSampler compile float32`: 4.00 times as fast as diffusers' eager loop (2000"
         " ms), and 1.50 times as fast as the fastest peer timed (diffusers torch.compile, 750 ms); 50 DDIM steps,"
         " batch 1, float32, NVIDIA T4."
     )
