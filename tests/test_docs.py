@@ -149,7 +149,12 @@ def test_every_environment_variable_has_its_line() -> None:
         read |= set(re.findall(r"environ(?:\.get\(|\[)\s*\"(\w+)\"", path.read_text()))
     listed = set(re.findall(r"`([A-Z][A-Z_]+)`", text_of(Path("docs/environment.md"))))
     assert read <= listed, "an environment variable that is read and not listed"
-    used = [p.read_text() for folder in (*SOURCES, "tests") for p in (ROOT / folder).rglob("*.*py*") if p.is_file()]
+    used = [
+        p.read_text()
+        for folder in (*SOURCES, "tests")
+        for p in (ROOT / folder).rglob("*.*py*")
+        if p.suffix in (".py", ".ipynb")
+    ]
     assert {name for name in listed if not any(name in text for text in used)} <= {"CXX"}, "one that nothing reads"
 
 

@@ -96,9 +96,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # PyTorch's fused one takes 46 ms forward and backward where this takes 4: 32 images of 8 x 8 pixels, 16 heads
         # of 8 (LOG 19)
-        weights: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
-        return weights @ v
+        return attend_in_three(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def attend_in_three(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` in three operators, for a few pixels on a CPU: Inductor fuses them with their neighbours."""
+    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
 
 
 class Attention(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sbldm_fast.kernels import group_norm_silu
 from sbldm_fast.models import UNet2D
-from sbldm_fast.models.layers import Attention, ResBlock, Upsample, added_by_norms
+from sbldm_fast.models.layers import Attention, ResBlock, Upsample, added_by_norms, attend_in_three, bare
 
 from ..errors import UserError
 
@@ -188,12 +188,7 @@ def phase_upsampling(model: UNet2D) -> UNet2D:
     model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if (
-                isinstance(child, Upsample)
-                and type(child.conv) is nn.Conv2d
-                and not _hooked(child)
-                and not _hooked(child.conv)
-            ):
+            if isinstance(child, Upsample) and not _hooked(child) and bare(child.conv):
                 setattr(parent, name, _transposed(child.conv))
     return model
 
@@ -234,16 +229,12 @@ def half(model: nn.Module, dtype: torch.dtype, dims: int) -> tuple[nn.Module, to
 
 
 def for_cpu(model: nn.Module) -> nn.Module:
-    """A copy as a CPU wants it: weights for oneDNN with the channels side by side, attention over a few pixels written
-    out.
-
-    `softmax(q k^T / sqrt(d)) v` in three operators that Inductor fuses with their neighbours; PyTorch's own is made for
-    long sequences.
-    """
+    """A copy as a CPU wants it: weights for oneDNN with the channels side by side, attention in three operators, as
+    PyTorch's own is made for long sequences."""
     model = _channels_last(copy.deepcopy(model))
     for module in model.modules():
         if isinstance(module, Attention):
-            module.attend = _attention
+            module.attend = attend_in_three
     return model
 
 
@@ -252,10 +243,6 @@ def _channels_last(model: nn.Module) -> nn.Module:
     for p in model.parameters():
         p.data = p.data.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p.data
     return model
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
 
 
 def fuse_norms(
