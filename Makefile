@@ -25,7 +25,7 @@ lint: .venv/installed build/tree
 # The API reference of the public names, from their docstrings, to build/docs/index.html.
 PUBLIC := sbldm_fast sbldm_fast.kernels sbldm_fast.data sbldm_fast.training sbldm_fast.export sbldm_fast.images sbldm_fast.errors
 docs: .venv/installed build/tree
-	cd build && PYTHONSAFEPATH=1 PYTHONPATH=tree ../$(BIN)/pdoc --docformat google --no-search -t ../docs/reference -o docs $(PUBLIC)
+	cd build && PYTHONSAFEPATH=1 PYTHONPATH=tree $(abspath $(BIN))/pdoc --docformat google --no-search -t ../docs/reference -o docs $(PUBLIC)
 
 # Compiles the kernels that benchmarks/gate.jsonl does not prove; `make gate` writes their rows there.
 preflight: .venv/installed

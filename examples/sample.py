@@ -2,7 +2,7 @@
 
 Expected: `samples.png`, a sheet of four by four axial slices: `sbldm_fast/assets/demo/samples.png`, to the byte on the
 CPU that it was measured on. Most are brains without a skull, some are heads with one; sulci are blurred. One core of an
-AMD EPYC took 27 s for sampling and 30 s in all. The images are synthetic, not for diagnosis.
+AMD EPYC took 3 s for sampling, and 5 to 8 s in all. The images are synthetic, not for diagnosis.
 """
 
 from __future__ import annotations
