@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 
 from .harness import Case
-from .providers import exported
+from .providers import export_providers
 from .setup import SamplingSetup
 
 
 def pytest_cases(device: torch.device) -> dict[str, dict[str, Case]]:
     problem = SamplingSetup("demo", 10, 1, device)
-    return {"demo 10 steps": {p.name: p.case(problem) for p in exported(device, compiled=False)}}
+    return {"demo 10 steps": {p.name: p.case(problem) for p in export_providers(device, compiled=False)}}
 
 
 def test_export(timed: Callable[[], None]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .rows import Row, append, head
 from .suite_kernels import OpCase, Providers, on_device, ours
-from .timing import bundled, interleaved, summary
+from .timing import bundle_calls, summary, time_in_turns
 
 # the paper's UNet at its three widths, its VAE's widest norm, and 64 MB in float32
 SHAPES = ((1, 64, 16, 32), (16, 64, 16, 32), (16, 256, 4, 32), (1, 32, 128, 8), (16, 64, 128, 32))
@@ -121,8 +121,8 @@ def measure_crossover(rounds: int = 9) -> tuple[int, Row]:
     best, seconds = TILES[0], {}
     for tile in TILES:
         x = torch.randn(4, 32, tile, 1, device="cuda", dtype=torch.float16)
-        calls = {f"limit {limit}": bundled(partial(_with_limit, x, limit), x.device) for limit in (tile, tile - 1)}
-        raw = interleaved({name: call for name, (call, _, _) in calls.items()}, rounds, x.device)
+        calls = {f"limit {limit}": bundle_calls(partial(_with_limit, x, limit), x.device) for limit in (tile, tile - 1)}
+        raw = time_in_turns({name: call for name, (call, _, _) in calls.items()}, rounds, x.device)
         one, two = (summary(raw[name])["median_s"] / times for name, (_, times, _) in calls.items())
         seconds[str(tile)] = {"one launch": one, "two": two}
         if one <= two and best in (tile, TILES[TILES.index(tile) - 1]):

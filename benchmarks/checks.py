@@ -27,7 +27,7 @@ from sbldm_fast.machine import default_device
 
 from .harness import Absent, host, relative, why_not
 from .rows import Row, append, head
-from .setup import SamplingSetup, stepped
+from .setup import SamplingSetup, textbook_loop
 
 # of the largest value, beside twice PyTorch's error
 ATOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -132,7 +132,7 @@ def graph_checks(device: torch.device, preset_name: str = "paper") -> Iterator[t
             raise Absent("CUDA graphs need CUDA")
         unet, scheduler = problem.ours
         with backend("torch"):
-            wanted = host(stepped(unet, scheduler, 5, problem.noise))
+            wanted = host(textbook_loop(unet, scheduler, 5, problem.noise))
         sampler = FastSampler(unet, scheduler, shape=problem.noise.shape[1:], steps=5, mode=mode)
         # captured, replayed, replayed
         return max(relative(host(sampler(noise=problem.noise)), wanted) for _ in range(3)), LOOP

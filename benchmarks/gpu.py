@@ -173,7 +173,7 @@ def run(folder: Path, device: str, env: Row, deadline: float, asked: Sequence[in
     rows = folder / "rows.jsonl"
     rows.touch()
     finished = {r["part"]: r["code"] for r in rows_of(rows, env) if r["target"] == "gpu"}
-    parts = plan(device, fitting(env), env.get("sm", 0))
+    parts = plan(device, fitting_batches(env), env.get("sm", 0))
     if why := no_tests():
         print(f"parity is left out: {why}")
         parts = [p for p in parts if not p.command.startswith("pytest")]
@@ -253,7 +253,7 @@ def work(
                     part=part.name,
                     code=code,
                     seconds=round(time.monotonic() - begun, 1),
-                    **passed(report, code),
+                    **read_junit(report, code),
                 )
             ],
         )
@@ -279,7 +279,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
 
 
-def passed(report: Path, code: int | None) -> Row:
+def read_junit(report: Path, code: int | None) -> Row:
     """What pytest's report says: how many passed or were skipped, and each failure in a line; `code` is how it
     ended."""
     try:
@@ -298,7 +298,7 @@ def passed(report: Path, code: int | None) -> Row:
     return {"passed": len(cases) - skipped - len(failures), "skipped": skipped, "failures": failures}
 
 
-def fitting(env: Row) -> list[int]:
+def fitting_batches(env: Row) -> list[int]:
     """The batches of the headline, halved until the GPU's free memory has room for them; and a word on who else is
     there."""
     if not env["gpu"]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .nvml import Gpu
 from .rows import Row
-from .timing import Output, allocated, bundled, cold_calls, remarks, seconds_of, summary, turns, wait
+from .timing import Output, allocated, bundle_calls, cold_calls, remarks, seconds_of, summary, turns, wait
 
 # seconds before each sample on a CPU: the threads of ONNX Runtime go on spinning and would slow whoever comes next
 SETTLE = 0.1
@@ -153,7 +153,7 @@ class _Run:
         row["peak_bytes"] = allocated(self.device, peak=True) - before if on_cuda else None
         self.times[name], self.single[name] = 1, call
         if self.timing.bundle:
-            call, self.times[name], row["timed"] = bundled(call, self.device)
+            call, self.times[name], row["timed"] = bundle_calls(call, self.device)
         self.calls[name] = call
 
     def time(self) -> None:

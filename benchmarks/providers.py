@@ -25,7 +25,7 @@ from sbldm_fast import FastSampler
 from sbldm_fast.sampling.loop import compilation
 
 from .harness import Absent, Case
-from .setup import SamplingSetup, stepped
+from .setup import SamplingSetup, textbook_loop
 from .timing import Output
 
 TOLERANCE = 1e-4  # float32, relative to the largest value, after all steps
@@ -58,7 +58,7 @@ class Provider(ABC):
     @property
     def baseline(self) -> str:
         """The plain loop in the same precision, whose error is allowed twice."""
-        return f"{self.plain}{half(self.dtype)}{' to images' * self.images}"
+        return f"{self.plain}{half_suffix(self.dtype)}{' to images' * self.images}"
 
     @property
     def prepares(self) -> bool:
@@ -85,7 +85,7 @@ class Provider(ABC):
     def suffix(self) -> str:
         """What the names of compiled and half-precision providers end with."""
         how = {None: "", "default": " torch.compile"}.get(self.compiled, f" torch.compile {self.compiled}")
-        return half(self.dtype) + how
+        return half_suffix(self.dtype) + how
 
     def loop(self, model: nn.Module, scheduler: Any, p: SamplingSetup, call: Callable[..., Any]) -> Output:
         """The textbook loop of `call(model)(x, t)` with the model in this precision, compiled as this provider is."""
@@ -96,7 +96,7 @@ class Provider(ABC):
 
         def run() -> Tensor:
             with compilation(p.device) if self.compiled else nullcontext():
-                return stepped(lambda x, t: call(model, x.to(self.dtype), t).float(), scheduler, p.steps, p.noise)
+                return textbook_loop(lambda x, t: call(model, x.to(self.dtype), t).float(), scheduler, p.steps, p.noise)
 
         return run
 
@@ -195,7 +195,7 @@ class DiffusersUnderOurs(Ours):
 
     @property
     def name(self) -> str:
-        return f"diffusers{half(self.dtype)} under FastSampler {self.mode}"
+        return f"diffusers{half_suffix(self.dtype)} under FastSampler {self.mode}"
 
     def build(self, p: SamplingSetup) -> Output:
         return self.sampler(p, *p.diffusers)
@@ -251,7 +251,7 @@ class Runtime(Provider):
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return torch.from_numpy(call({"x": x.numpy(), "t": t.expand(len(x)).numpy()}))
 
-        return lambda: stepped(predict, p.diffusers[1], p.steps, p.noise)
+        return lambda: textbook_loop(predict, p.diffusers[1], p.steps, p.noise)
 
 
 @dataclass(frozen=True)
@@ -303,12 +303,12 @@ class Exported(Provider):
         return lambda: torch.from_numpy(sampler(noise=start))
 
 
-def half(dtype: torch.dtype) -> str:
+def half_suffix(dtype: torch.dtype) -> str:
     """What the name of a provider in half precision has after its library."""
     return "" if dtype == FLOAT else f" {str(dtype)[6:]}"
 
 
-def exported(device: torch.device, compiled: bool = True) -> Iterator[Provider]:
+def export_providers(device: torch.device, compiled: bool = True) -> Iterator[Provider]:
     """The ways of ONNX Runtime, beside our own."""
     graphs = ["step-graph", "loop-graph"] * (device.type == "cuda")
     yield Reference()
@@ -318,7 +318,7 @@ def exported(device: torch.device, compiled: bool = True) -> Iterator[Provider]:
     yield from (Exported(mode="step", cuda=True, fuse=True), Exported(cuda=True))
 
 
-def brief(device: torch.device, dtypes: Sequence[torch.dtype], compiled: bool = False) -> Iterator[Provider]:
+def brief_providers(device: torch.device, dtypes: Sequence[torch.dtype], compiled: bool = False) -> Iterator[Provider]:
     """Our fastest ways, to latents and to images, beside the plain loops: what the first minutes on a GPU are spent on.
 
     With `compiled` also what torch.compile makes of the last of `dtypes`, diffusers' and ours.

@@ -29,7 +29,7 @@ from sbldm_fast.models import AutoencoderKL
 from sbldm_fast.models.layers import Attention
 from sbldm_fast.models.presets import PRESETS, Preset
 from sbldm_fast.sampling.loop import Buffers, make_step
-from sbldm_fast.sampling.model import merged_biases, phase_upsampling, predictor
+from sbldm_fast.sampling.model import merge_biases, predictor, replace_upsampling
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -94,7 +94,7 @@ def record_step(
 ) -> tuple[list[Call], list[Call]]:
     """One DDIM step of `FastSampler` with our kernels, and decoding; `counter_rows`: as `step-graph` reads its row."""
     p = preset(preset_name)
-    unet = merged_biases(phase_upsampling(UNet2D(p.unet))).eval().to("meta", dtype)
+    unet = merge_biases(replace_upsampling(UNet2D(p.unet))).eval().to("meta", dtype)
     unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
     for module in unet.modules():
         if isinstance(module, Attention):

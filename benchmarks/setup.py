@@ -113,7 +113,7 @@ class SamplingSetup:
         return path
 
 
-def stepped(model: Callable[[Tensor, Tensor], Tensor], scheduler: Any, steps: int, noise: Tensor) -> Tensor:
+def textbook_loop(model: Callable[[Tensor, Tensor], Tensor], scheduler: Any, steps: int, noise: Tensor) -> Tensor:
     """The textbook loop: the model, then `scheduler.step`, for each timestep. diffusers' objects and MONAI's."""
     scheduler.set_timesteps(steps, device=noise.device)
     x: Tensor = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from sbldm_fast.machine import default_device
 
-from .providers import exported
+from .providers import export_providers
 from .rows import Row
 from .suite_sampling import bench_sampling
 
@@ -31,6 +31,6 @@ def bench_export(
     Raises:
         ValueError: steps, batches or rounds below 1.
     """
-    who = list(exported(default_device(), compiled))
+    who = list(export_providers(default_device(), compiled))
     options = {"preset_name": preset_name, "steps": steps, "batches": batches, "rounds": rounds, "say": say}
     yield from bench_sampling(**options, who=who, target="export", base="reference")  # type: ignore[arg-type]

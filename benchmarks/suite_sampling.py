@@ -13,7 +13,7 @@ from sbldm_fast.machine import default_device, native_half
 
 from .counts import step_work
 from .harness import Timing, interrupted, measure
-from .providers import FLOAT, Ours, Provider, Reference, brief, providers
+from .providers import FLOAT, Ours, Provider, Reference, brief_providers, providers
 from .rows import Row, head
 from .setup import SamplingSetup
 
@@ -40,9 +40,9 @@ def bench_sampling(
     """One row for each provider, batch and number of steps: seconds for `batch` latents of DDIM, noise to latent.
 
     The providers are those of `providers` (or `who`), in `dtypes` (none: float32 and the machine's native half
-    precision); without `compiled` those that compile nothing; with `short` those of `brief`, which also decode; with
-    `energy` the joules of a run on CUDA. The speed-up is over `base`, eager float32 diffusers, or where it is not
-    installed over our textbook loop. `seconds`: after which a problem's rounds end.
+    precision); without `compiled` those that compile nothing; with `short` those of `brief_providers`, which also
+    decode; with `energy` the joules of a run on CUDA. The speed-up is over `base`, eager float32 diffusers, or where it
+    is not installed over our textbook loop. `seconds`: after which a problem's rounds end.
 
     Raises:
         ValueError: steps, batches or rounds below 1, or an unknown dtype.
@@ -55,7 +55,8 @@ def bench_sampling(
     native = native_half(device)
     # float32 is always there: the others are held against it
     precisions = list(dict.fromkeys((FLOAT, *([DTYPES[name] for name in dtypes] or ([native] if native else [])))))
-    who = list(who or (brief(device, precisions, compiled) if short else providers(device, precisions, compiled)))
+    listed = brief_providers if short else providers
+    who = list(who or listed(device, precisions, compiled))
     base = base if importlib.util.find_spec(base) else "reference"
     for count, size in ((s, b) for s in steps for b in batches):
         # Dynamo counts versions of a function over the whole process; each problem starts afresh

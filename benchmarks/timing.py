@@ -29,7 +29,7 @@ def turns(names: Iterable[str], rounds: int) -> Iterator[str]:
         yield from names if i % 2 == 0 else names[::-1]
 
 
-def interleaved(calls: Mapping[str, Output], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def time_in_turns(calls: Mapping[str, Output], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each call, `rounds` times, in turns."""
     raw: dict[str, list[float]] = {name: [] for name in calls}
     for name in turns(calls, rounds):
@@ -77,7 +77,7 @@ def seconds_of(call: Output, device: torch.device) -> tuple[float, Any]:
     return time.perf_counter() - start, out
 
 
-def bundled(call: Output, device: torch.device) -> tuple[Output, int, str]:
+def bundle_calls(call: Output, device: torch.device) -> tuple[Output, int, str]:
     """A call that lasts `SAMPLE_SECONDS` or more, how many of `call` it makes, and how: captured, or from Python."""
     inner, how = 1, "from Python"
     if device.type == "cuda":

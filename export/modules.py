@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from sbldm_fast.diffusion.table import SolverTable
 from sbldm_fast.models import AutoencoderKL, UNet2D
 from sbldm_fast.models.layers import Chain
-from sbldm_fast.sampling.model import TensorDict, phase_upsampling, predictor
+from sbldm_fast.sampling.model import TensorDict, predictor, replace_upsampling
 
 Tensors = dict[str, Tensor]
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, GroupNormSiLU)
@@ -133,7 +133,7 @@ class UNetGraph(nn.Module):
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.model = cast_weights(phase_upsampling(model) if isinstance(model, UNet2D) else model, dtype)
+        self.model = cast_weights(replace_upsampling(model) if isinstance(model, UNet2D) else model, dtype)
         self.predict = predictor(self.model, each=True)
 
     def forward(self, given: Tensors) -> Tensors:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import MissingExtra
-from .volumes import MAX_REACH, Unusable, Volume, oriented, silent
+from .volumes import MAX_REACH, Unusable, Volume, orient, silent
 
 # what tells time points and echoes of one series apart, by order of trust
 TIMES = (
@@ -187,7 +187,7 @@ def _volume(part: list[_Slice]) -> Volume:
     # array[column, row, slice]: PixelSpacing is that of rows, then that of columns
     affine[:3, 0], affine[:3, 1] = first.along[0] * first.spacing[1], first.along[1] * first.spacing[0]
     affine[:3, 2], affine[:3, 3] = first.normal * gap, first.position
-    return oriented(array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)  # DICOM's x and y run to the left and to the back
+    return orient(array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)  # DICOM's x and y run to the left and to the back
 
 
 def _plane(one: _Slice) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import MissingExtra
-from .volumes import Volume, oriented
+from .volumes import Volume, orient
 
 # relative intensity of grey matter, white matter and fluid: what the eye expects of the contrast, not a signal equation
 CONTRASTS = {"T1": (0.60, 0.95, 0.18), "T2": (0.55, 0.38, 1.00), "FLAIR": (0.80, 0.62, 0.12)}
@@ -100,4 +100,4 @@ def synthetic_brain(index: int, seed: int = 0) -> tuple[Volume, str, dict[str, f
 def mni152() -> Volume:
     """The ICBM 152 T1 template, skull-stripped, at 1 mm."""
     image = _nilearn_datasets().load_mni152_template(resolution=1)
-    return oriented(np.asarray(image.dataobj, dtype=np.float32), image.affine)
+    return orient(np.asarray(image.dataobj, dtype=np.float32), image.affine)

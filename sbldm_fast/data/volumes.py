@@ -138,7 +138,7 @@ def load_nifti(path: Path, volume: int | None = None) -> Volume:
         raise Unusable(
             f"not a readable NIfTI file ({getattr(error, 'strerror', None) or type(error).__name__})"
         ) from None
-    return oriented(array, affine)
+    return orient(array, affine)
 
 
 def _check_orientation(image: Any) -> None:
@@ -234,7 +234,7 @@ def _read_to_end(path: Path, most: int) -> None:
     )
 
 
-def oriented(array: np.ndarray, affine: np.ndarray) -> Volume:
+def orient(array: np.ndarray, affine: np.ndarray) -> Volume:
     """The scan `[i, j, k]` whose voxels `affine` takes to mm in RAS; only a scan that is tilted by more than 20 degrees
     is resampled.
 

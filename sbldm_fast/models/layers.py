@@ -33,19 +33,19 @@ def added_by_norms(device: torch.device) -> bool:
     return resolve(device)[0] == "triton"
 
 
-def bare(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+def is_bare_conv(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a module is a convolution and no more: one with hooks, or another in its place, is called as it is."""
     return type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> Sum:
     """A convolution whose bias waits for the norm behind it; on a CPU the convolution adds it for nothing."""
-    if added_by_norms(x.device) and bare(conv):
+    if added_by_norms(x.device) and is_bare_conv(conv):
         return Sum(conv._conv_forward(x, conv.weight, None), conv.bias)
     return Sum(conv(x))
 
 
-def norm_of(norm: nn.Module, x: Sum) -> Tensor:
+def normalize(norm: nn.Module, x: Sum) -> Tensor:
     """The norm of a sum that nobody else reads."""
     out = norm(x.x, conv_bias=x.conv_bias, residual=x.residual)
     y: Tensor = out if x.residual is None else out[0]
@@ -70,7 +70,7 @@ class ResBlock(nn.Module):
         y, entered = self.norm1(x.x, conv_bias=x.conv_bias, residual=x.residual, return_sum=True)
         h = convolve(self.conv1, y)
         out = convolve(self.conv2, self.dropout(self.norm2(h.x, scale, shift, conv_bias=h.conv_bias)))
-        if out.conv_bias is None or not bare(self.skip):
+        if out.conv_bias is None or not is_bare_conv(self.skip):
             return entered, out._replace(residual=self.skip(entered).to(out.x.dtype))
         # a sampler has made one of them
         bias = out.conv_bias if self.skip.bias is None else out.conv_bias + self.skip.bias
@@ -154,7 +154,7 @@ class Chain(nn.Sequential):
             elif isinstance(module, Attention):
                 h = module(h)
             elif isinstance(module, GroupNormSiLU):
-                h = Sum(norm_of(module, h))
+                h = Sum(normalize(module, h))
             elif isinstance(module, nn.Conv2d):
                 h = convolve(module, h.total())
             else:

@@ -14,7 +14,7 @@ from sbldm_fast.kernels import GroupNormSiLU
 
 from ..errors import UserError
 from .config import UNetConfig
-from .layers import Attention, Downsample, ResBlock, Sum, Upsample, convolve, norm_of
+from .layers import Attention, Downsample, ResBlock, Sum, Upsample, convolve, normalize
 from .weights import Pretrained
 
 
@@ -147,7 +147,7 @@ class UNet2D(Pretrained[UNetConfig]):
                 _, h = block(Sum(torch.cat([h.total(), skips.pop()], dim=1)), next(time), next(time))
             if level < len(self.upsample):
                 h = Sum(self.upsample[level](h.total()))
-        out: Tensor = self.conv_out(norm_of(self.norm_out, h))
+        out: Tensor = self.conv_out(normalize(self.norm_out, h))
         return out
 
     def forward(self, x: Tensor, t: Tensor | int, cond: None = None) -> Tensor:

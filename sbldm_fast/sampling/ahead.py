@@ -78,7 +78,7 @@ def cache_folder() -> Path:
     return folder
 
 
-def compiler() -> None:
+def require_compiler() -> None:
     """Look for the C++ compiler that Inductor would call.
 
     Raises:
@@ -102,7 +102,7 @@ def private_caches(device: torch.device) -> Iterator[None]:
         Unavailable: as `cache_folder`; and, to compile for a CPU, without a compiler.
     """
     if device.type == "cpu":
-        compiler()
+        require_compiler()
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor")
     try:
@@ -114,7 +114,7 @@ def private_caches(device: torch.device) -> Iterator[None]:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
 
 
-def compiled_ahead(
+def compile_ahead(
     function: Callable[..., Tensor], model: object, arguments: tuple[Any, ...], mode: str
 ) -> tuple[Callable[..., Tensor], bool]:
     """`function` of tensors, and of dicts of them, compiled for just these shapes; and whether it was on disk.

@@ -30,7 +30,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # what PyTorch keeps in each, `
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-def behind(thing: object, depth: int = 4) -> tuple[list[nn.Module], list[Tensor]]:
+def parts_of(thing: object, depth: int = 4) -> tuple[list[nn.Module], list[Tensor]]:
     """The modules and loose tensors that a model or function is made of: itself, its owner, what it closes over, names
     or holds."""
     modules: list[nn.Module] = []

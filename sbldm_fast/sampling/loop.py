@@ -15,8 +15,8 @@ from sbldm_fast.kernels import solver_step
 from sbldm_fast.models import UNet2D
 
 from ..errors import UserError
-from .ahead import NotTraceable, Unavailable, compiled_ahead, private_caches
-from .content import behind, survey
+from .ahead import NotTraceable, Unavailable, compile_ahead, private_caches
+from .content import parts_of, survey
 from .model import Predict, TensorDict, for_cpu, fuse_norms, predictor
 from .modes import OWN_GRAPHS
 from .plan import Plan
@@ -156,7 +156,7 @@ class Loop:
         self.graphs: dict[str, Callable[[], Tensor]] = {}
         # a graph keeps addresses, not tensors: without this a model that moves away would leave it freed memory
         parts = (network.model, options.decode)
-        self.held = [t.data for part in parts for t in survey(*behind(part))[1]]
+        self.held = [t.data for part in parts for t in survey(*parts_of(part))[1]]
 
     def run(self, batch: Batch, callback: Callback | None) -> Tensor:
         """From the first x to the last `[N, *shape]`, or to what `decode` makes of it."""
@@ -224,7 +224,7 @@ class Loop:
         try:
             with _COMPILING:
                 example = self.x, plan.time_rows[:1], kept | scale, self.cond
-                call, found = compiled_ahead(packed, model, example, mode)
+                call, found = compile_ahead(packed, model, example, mode)
         except Unavailable as failure:
             raise ModeFailed(str(failure)) from failure
         except NotTraceable as failure:

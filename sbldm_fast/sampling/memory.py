@@ -16,7 +16,7 @@ class _Enough(Exception):
     """A step ran."""
 
 
-def what_fits(
+def find_what_fits(
     clear: Callable[[], Any],
     run: Callable[[Batch, Callable[[int, float, Tensor], None]], Any],
     decode: Callable[[Tensor], Tensor] | None,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sbldm_fast.kernels import group_norm_silu
 from sbldm_fast.models import UNet2D
-from sbldm_fast.models.layers import Attention, ResBlock, Upsample, added_by_norms, attend_in_three, bare
+from sbldm_fast.models.layers import Attention, ResBlock, Upsample, added_by_norms, attend_in_three, is_bare_conv
 
 from ..errors import UserError
 
@@ -138,16 +138,16 @@ def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
     return predict
 
 
-def ready(model: Any, dtype: torch.dtype, device: torch.device, dims: int) -> tuple[Any, torch.memory_format]:
+def prepare_model(model: Any, dtype: torch.dtype, device: torch.device, dims: int) -> tuple[Any, torch.memory_format]:
     """The model as the loop wants it, and the layout of its input: `model` itself, or a copy where something is to be
     changed."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     layout = torch.preserve_format
     if ours(model):
-        model = phase_upsampling(model).eval()
-        model = merged_biases(model) if added_by_norms(device) else model
+        model = replace_upsampling(model).eval()
+        model = merge_biases(model) if added_by_norms(device) else model
     if parameter is not None and dtype != parameter.dtype:
-        model, layout = half(model, dtype, dims)
+        model, layout = to_half(model, dtype, dims)
         model.eval()
     return model, layout
 
@@ -177,7 +177,7 @@ def evaluating(model: object) -> Iterator[None]:
                     m.training = True
 
 
-def phase_upsampling(model: UNet2D) -> UNet2D:
+def replace_upsampling(model: UNet2D) -> UNet2D:
     """A copy in which each nearest-neighbour doubling with its 3x3 convolution is one 4x4 transposed convolution of
     stride 2.
 
@@ -188,12 +188,12 @@ def phase_upsampling(model: UNet2D) -> UNet2D:
     model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Upsample) and not _hooked(child) and bare(child.conv):
+            if isinstance(child, Upsample) and not _hooked(child) and is_bare_conv(child.conv):
                 setattr(parent, name, _transposed(child.conv))
     return model
 
 
-def merged_biases(model: UNet2D) -> UNet2D:
+def merge_biases(model: UNet2D) -> UNet2D:
     """Each shortcut's bias moved into that of the convolution that it is added to; in place, of a copy that shares what
     does not change."""
     for block in model.modules():
@@ -219,7 +219,7 @@ def _transposed(conv: nn.Conv2d) -> nn.ConvTranspose2d:
     return out
 
 
-def half(model: nn.Module, dtype: torch.dtype, dims: int) -> tuple[nn.Module, torch.memory_format]:
+def to_half(model: nn.Module, dtype: torch.dtype, dims: int) -> tuple[nn.Module, torch.memory_format]:
     """A copy in half precision, and how samples of `dims` dimensions should lie.
 
     Convolutions in half precision want the channels side by side, on tensor cores as on AMX.

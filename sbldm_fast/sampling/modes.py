@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import UserError
-from .ahead import Unavailable, cache_folder, compiler
+from .ahead import Unavailable, cache_folder, require_compiler
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 GRAPHS = ("step-graph", "loop-graph")
@@ -35,7 +35,7 @@ def choose(device: torch.device, n: int, steps: int) -> tuple[str, str]:
         return "loop-graph" if whole else "step-graph", why
     if n * steps >= COMPILE_PAYS:
         try:
-            compiler()
+            require_compiler()
             cache_folder()
         except Unavailable as why:
             return "eager", f"{n} samples of {steps} steps would win the minute of compiling back, but {why}"

@@ -17,7 +17,7 @@ from sbldm_fast.models import AutoencoderKL, SchedulerConfig, UNet2D
 
 from ..errors import UserError
 from .content import fingerprint
-from .request import whole
+from .request import whole_number
 from .sampler import MAX_LOOPS, FastSampler
 
 SCHEDULERS: dict[str, Any] = {
@@ -181,7 +181,7 @@ class Pipeline:
         Raises:
             ValueError: as `FastSampler`, or a batch size below 1.
         """
-        n, batch_size = whole("n", n, 1), whole("batch_size", batch_size, 1)
+        n, batch_size = whole_number("n", n, 1), whole_number("batch_size", batch_size, 1)
         sampler, size = self.sampler(steps, mode, scheduler=scheduler, eta=eta, dtype=dtype), even_batch(n, batch_size)
         batches = tqdm(
             sampler.stream(n, seed=seed, batch_size=size),

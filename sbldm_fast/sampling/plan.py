@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from sbldm_fast.diffusion.table import SolverTable
 
 from ..errors import UserError
-from .model import Predict, TensorDict, ours, predictor, ready
+from .model import Predict, TensorDict, ours, predictor, prepare_model
 from .modes import Mode
 from .precision import float32_precision
-from .request import whole
+from .request import whole_number
 
 STOPS = {"eps_norm": 0.05, "convergence": 1e-3, "x0_delta": 0.01}  # with the threshold of each
 
@@ -44,7 +44,7 @@ class Options:
         if self.threshold is not None and (self.stop is None or not self.threshold > 0):
             allowed = "above 0" + " and, without stop, None" * (self.stop is None)
             raise UserError(f"threshold: got {self.threshold}, allowed is {allowed}")
-        object.__setattr__(self, "shape", tuple(whole("shape", s, 1) for s in self.shape))
+        object.__setattr__(self, "shape", tuple(whole_number("shape", s, 1) for s in self.shape))
         if not self.shape:
             raise UserError("shape: got (), allowed is that of one sample, (C, H, W)")
         if self.stop is not None and self.threshold is None:
@@ -79,7 +79,7 @@ class Network:
         dtype = dtype or (torch.float32 if parameter is None else parameter.dtype)
         if ours(model) and tuple(shape[:-2]) != (channels := model.config.in_channels,):
             raise UserError(f"shape: got {shape}, allowed for this model is ({channels}, H, W)")
-        model, layout = ready(model, dtype, device, len(shape))
+        model, layout = prepare_model(model, dtype, device, len(shape))
         return cls(model, predictor(model), device, dtype, layout)
 
     def time_rows(self, timesteps: Tensor) -> Tensor:

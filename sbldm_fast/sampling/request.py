@@ -78,7 +78,7 @@ class SampleRequest:
         self.shape, self.device, self.guidance = shape, device, None
         self.x, self.seeds = seeds_and_noise(shape, device, n, seed, noise, indices)
         count = self.count = len(self.seeds)
-        self.size = count if batch_size is None else whole("batch_size", batch_size, 1)
+        self.size = count if batch_size is None else whole_number("batch_size", batch_size, 1)
         conds = self.cond = tensors_by_name(cond)
         if uncond is not None and guidance_scale is None:
             raise UserError("uncond: got a value, allowed without guidance_scale is None: there is no second pass")
@@ -145,7 +145,7 @@ def seeds_and_noise(
         many = None if indices is None else list(indices)
     except TypeError:
         raise UserError(f"indices: got {indices!r}, allowed are whole numbers, one for each sample") from None
-    asked = None if n is None else whole("n", n, 1)
+    asked = None if n is None else whole_number("n", n, 1)
     counts = [
         c for c in (asked, None if given is None else len(given), None if many is None else len(many)) if c is not None
     ]
@@ -165,8 +165,10 @@ def seeds_and_noise(
         raise UserError(
             f"seed: got {len(given_seeds)} seeds for {count} samples, allowed is one seed or one for each sample"
         )
-    listed = [whole("seed", v) for v in given_seeds]
-    drawn = [whole("indices", v) for v in many] if many is not None else list(range(count)) if one else [0] * count
+    listed = [whole_number("seed", v) for v in given_seeds]
+    drawn = (
+        [whole_number("indices", v) for v in many] if many is not None else list(range(count)) if one else [0] * count
+    )
     for name, values, top in (("seed", listed, 2**63), ("indices", drawn, 2**31)):
         if bad := [v for v in values if not 0 <= v < top]:
             raise UserError(f"{name}: got {bad[0]}, allowed is 0 to 2^{top.bit_length() - 1} - 1")
@@ -175,7 +177,7 @@ def seeds_and_noise(
     return given, torch.tensor([listed, drawn], dtype=torch.int64).T.contiguous()
 
 
-def whole(name: str, value: Any, least: int | None = None) -> int:
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
     """A whole number of any kind, NumPy's and PyTorch's among them, as Python's.
 
     Raises:

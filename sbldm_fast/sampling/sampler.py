@@ -16,16 +16,16 @@ from sbldm_fast.diffusion.table import SolverTable
 
 from ..errors import NotFinite, TooLarge, UserError
 from .loop import Callback, Loop, ModeFailed, broken
-from .memory import out_of_memory, what_fits
+from .memory import find_what_fits, out_of_memory
 from .model import Cond, evaluating, ours, tensors_by_name
 from .modes import Mode, choose, parse_mode
 from .plan import Options, Plan
 from .precision import float32_precision
-from .request import Arguments, Batch, SampleRequest, seeds_and_noise, whole
+from .request import Arguments, Batch, SampleRequest, seeds_and_noise, whole_number
 from .source import Source
-from .stepped import stepped
+from .stepped import step_through
 from .turn import Turn
-from .variations import invert, noise_arc, noised
+from .variations import invert, noise_arc, noise_latents
 
 MAX_LOOPS = 4  # batch sizes kept captured at a time
 
@@ -256,8 +256,8 @@ class FastSampler:
             raise UserError(
                 "scheduler: got one with noise in its steps, allowed is a deterministic one, such as DDIM with eta 0"
             )
-        first, last = (whole("seeds", seed, 0) for seed in seeds)
-        return self(noise=noise_arc((first, last), whole("n", n, 2), self.shape, self.device), **arguments)
+        first, last = (whole_number("seeds", seed, 0) for seed in seeds)
+        return self(noise=noise_arc((first, last), whole_number("n", n, 2), self.shape, self.device), **arguments)
 
     def from_latents(
         self,
@@ -284,7 +284,7 @@ class FastSampler:
         assert x is not None
         with self.at_work():
             start = self.source.start_for(strength)
-            noise = noised(self.source.plan_from(start), x, seeds)
+            noise = noise_latents(self.source.plan_from(start), x, seeds)
         request = SampleRequest(self.shape, self.device, noise=noise, seed=seed, indices=indices, **arguments)
         return torch.cat(list(self._stream(request, callback, start)))
 
@@ -352,7 +352,7 @@ class FastSampler:
             if not out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # what the failed attempt still holds
-            raise TooLarge(what_fits(self._loops.clear, run, self.decode, batch)) from error
+            raise TooLarge(find_what_fits(self._loops.clear, run, self.decode, batch)) from error
         if bad := broken(out[: len(places)]):
 
             def name_step(i: int, t: float, x: Tensor) -> None:
@@ -370,7 +370,7 @@ class FastSampler:
             self.counts["fallbacks"] += 1
             source = self.source
             with torch.no_grad(), float32_precision(self.device, source.options.tf32):
-                x = stepped(source.network, source.scheduler, source.steps, source.eta, batch, callback)
+                x = step_through(source.network, source.scheduler, source.steps, source.eta, batch, callback)
                 return x if self.decode is None else self.decode(x).clone()
         try:
             return self._loop(batch, start).run(batch, callback)

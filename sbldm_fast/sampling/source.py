@@ -16,7 +16,7 @@ from sbldm_fast.diffusion import NotLinear, SolverTable
 from sbldm_fast.diffusion.probe import copy_with_timesteps
 
 from ..errors import UserError
-from .content import addresses, behind, digest, fingerprint, survey
+from .content import addresses, digest, fingerprint, parts_of, survey
 from .modes import Mode, parse_mode
 from .plan import Network, Options, Plan, first_parameter, time_rows
 
@@ -178,8 +178,8 @@ class Source:
         if not (copied or graph or fuse):
             parameter = first_parameter(model)
             return () if parameter is None else (parameter.device, parameter.dtype)
-        found, tensors = survey(*behind(model))
-        read = addresses([*tensors, *survey(*behind(self.options.decode))[1]]) if graph or fuse else []
+        found, tensors = survey(*parts_of(model))
+        read = addresses([*tensors, *survey(*parts_of(self.options.decode))[1]]) if graph or fuse else []
         return found, read, digest(tensors) if copied else 0
 
     def _rewrite(self, model: Any) -> None:

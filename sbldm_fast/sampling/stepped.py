@@ -19,12 +19,12 @@ from .plan import Network
 from .request import Batch
 
 
-def of_both(seed: int, index: int) -> int:
+def seed_of(seed: int, index: int) -> int:
     """One number from a sample's two, spread over all its bits: a generator on a CPU takes the lower half alone."""
     return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:7])
 
 
-def stepped(
+def step_through(
     network: Network,
     scheduler: Any,
     steps: int,
@@ -50,7 +50,7 @@ def stepped(
     takes = inspect.signature(own.step).parameters
     size = 1 if "generator" in takes and "variance_noise" not in takes else len(x)
     copies = [copy.deepcopy(own) for _ in range(len(x) // size)]
-    generators = [torch.Generator(x.device).manual_seed(of_both(*pair)) for pair in batch.seeds.tolist()]
+    generators = [torch.Generator(x.device).manual_seed(seed_of(*pair)) for pair in batch.seeds.tolist()]
     times = own.timesteps.to(x.device)
     for i, t in enumerate(own.timesteps):
         h = torch.cat([scaled_input(one, part, t) for one, part in zip(copies, x.split(size), strict=True)])

@@ -28,7 +28,7 @@ def noise_arc(seeds: tuple[int, int], n: int, shape: tuple[int, ...], device: to
     return arc if w > 1e-3 else a.expand(n, *shape)
 
 
-def noised(plan: Plan, z: Tensor, seeds: Tensor) -> Tensor:
+def noise_latents(plan: Plan, z: Tensor, seeds: Tensor) -> Tensor:
     """`alpha z + sigma noise` at the first step of the plan, as noise of unit variance `[n, *shape]`."""
     table = plan.table
     noise = draw(seeds, tuple(z.shape[1:]), plan.network.device)

@@ -63,7 +63,7 @@ def save(
 
 
 @contextmanager
-def naming(folder: Path) -> Iterator[None]:
+def name_last_checkpoint(folder: Path) -> Iterator[None]:
     """Say of a write that failed what is not lost."""
     try:
         yield
@@ -129,7 +129,7 @@ def load_best(folder: Path, name: str, model: nn.Module) -> None:
     load_tensors(model, read_tensors(path / "model.safetensors"), str(path))
 
 
-def kept(folder: Path, name: str, steps: int) -> int:
+def kept_step(folder: Path, name: str, steps: int) -> int:
     """The step of the weights that a finished stage keeps."""
     path = folder / f"best-{name}" / "state.json"
     if not path.exists():

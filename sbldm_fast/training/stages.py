@@ -313,7 +313,7 @@ def train_pipeline(
     slices = {s: Slices(data, s) for s in ("train", "val") if s == "train" or any(row["split"] == s for row in rows)}
     data_digest = hashlib.sha256((Path(data) / "manifest.json").read_bytes()).hexdigest()
     context = Context(folder, ranks, {"data": data_digest}, progress)
-    with checkpoint.naming(folder):
+    with checkpoint.name_last_checkpoint(folder):
         torch.manual_seed(vae.seed)
         autoencoder = AutoencoderKL(preset.vae).to(device)
         network = UNet2D(preset.unet).to(device)
@@ -337,7 +337,7 @@ def train_pipeline(
         "slices": len(slices["train"]),
         "subjects": len({row["subject"] for row in slices["train"].rows}),
         "scaling_factor": factor,
-        "kept_steps": {n: checkpoint.kept(folder, n, c.steps) for n, c in (("vae", vae), ("unet", unet))},
+        "kept_steps": {n: checkpoint.kept_step(folder, n, c.steps) for n, c in (("vae", vae), ("unet", unet))},
         "val_l1": reconstruction_error(autoencoder, slices["val"]) if "val" in slices else None,
     }
 

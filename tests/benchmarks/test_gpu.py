@@ -22,7 +22,7 @@ from sbldm_fast.benchmarks import gpu
 from sbldm_fast.benchmarks.rows import read_rows
 from sbldm_fast.benchmarks.suites import SUITES
 
-from sbldm_fast.cli_bench import Suite, _arguments, bench
+from sbldm_fast.cli_bench import Suite, _suite_arguments, bench
 
 ROOT = Path(__file__).parents[2]
 SHORT = "bench sampling --quick --preset demo --steps 1 --rounds 1 --short"
@@ -151,9 +151,9 @@ def test_a_part_that_does_not_end_is_killed(
 
 def test_tests_that_fail_or_were_killed_are_in_the_rows(tmp_path: Path) -> None:
     report = tmp_path / "parity.xml"
-    assert gpu.passed(report, None) == {"passed": 0, "skipped": 0, "failures": ["no report: the tests were killed"]}
+    assert gpu.read_junit(report, None) == {"passed": 0, "skipped": 0, "failures": ["no report: the tests were killed"]}
     report.write_text("<testsuites><testsuite><testca")
-    assert gpu.passed(report, 4)["failures"] == ["no report: the tests ended with 4"]
+    assert gpu.read_junit(report, 4)["failures"] == ["no report: the tests ended with 4"]
     report.write_text("""<testsuites><testsuite>
         <testcase classname="a.b" name="c[cuda]"><failure message="assert 1 == 2&#10;and more">x</failure></testcase>
         <testcase classname="a.b" name="d"/>
@@ -161,7 +161,7 @@ def test_tests_that_fail_or_were_killed_are_in_the_rows(tmp_path: Path) -> None:
         <testcase classname="a" name="f"><error message="failed on setup"/></testcase>
         <testcase time="0.000" />
         </testsuite></testsuites>""")
-    assert gpu.passed(report, 1) == {
+    assert gpu.read_junit(report, 1) == {
         "passed": 1,
         "skipped": 1,
         "failures": ["a.b::c[cuda]: assert 1 == 2", "a::f: failed on setup"],
@@ -252,7 +252,7 @@ def test_batches_are_as_large_as_the_memory_allows(
     free: float, batches: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     memory = {"free": int(free * 2**30), "total": 150 * 2**30}
-    assert gpu.fitting({"gpu": "a card", "memory": memory, "nvml": {"other_processes": 2}}) == batches
+    assert gpu.fitting_batches({"gpu": "a card", "memory": memory, "nvml": {"other_processes": 2}}) == batches
     out = capsys.readouterr().out
     assert "2 other processes on this GPU: figures are marked" in out
     assert ("in its place" in out) == (256 not in batches)
@@ -293,7 +293,10 @@ def test_every_part_is_a_command(device: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_suites_are_those_of_the_command_line() -> None:
     assert set(SUITES) == set(Suite)
-    assert _arguments(SUITES["training"].run, {"batch": [4]}, "training") == {"batch": 4}
+    assert _suite_arguments(SUITES["training"].run, {"batch": [4], "dtype": ["float32"]}, "training") == {
+        "batch": 4,
+        "dtypes": ["float32"],
+    }
     json.dumps({name: suite.quick for name, suite in SUITES.items()})
 
 

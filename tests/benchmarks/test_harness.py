@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from sbldm_fast.benchmarks.harness import Absent, Case, Timing, failures, host, interrupted, measure, relative
-from sbldm_fast.benchmarks.timing import CAPTURED, bundled, cache_bytes, interleaved, summary, turns
+from sbldm_fast.benchmarks.timing import CAPTURED, bundle_calls, cache_bytes, summary, time_in_turns, turns
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def test_every_other_round_runs_backwards() -> None:
     assert "".join(turns("abc", 3)) == "abccbaabc"
     order: list[str] = []
     calls: dict[str, Callable[[], object]] = {name: lambda name=name: order.append(name) for name in "ab"}  # type: ignore[misc]
-    assert [len(v) for v in interleaved(calls, 3, CPU).values()] == [3, 3]
+    assert [len(v) for v in time_in_turns(calls, 3, CPU).values()] == [3, 3]
     assert "".join(order) == "abbaab"
 
 
@@ -234,11 +234,11 @@ def test_after_an_interrupt_there_are_rows(when: str) -> None:
 def test_small_calls_are_captured_and_what_cannot_be_says_so() -> None:
     device = torch.device("cuda")
     x = torch.ones(8, device=device)
-    call, times, how = bundled(lambda: x * 2, device)
+    call, times, how = bundle_calls(lambda: x * 2, device)
     assert torch.equal(call(), x * 2)
     assert times % CAPTURED == 0
     assert how == f"captured, {CAPTURED} calls a graph"
-    call, times, how = bundled(lambda: x * float(x.sum()), device)  # it asks the device
+    call, times, how = bundle_calls(lambda: x * float(x.sum()), device)  # it asks the device
     assert torch.equal(call(), x * 8)
     assert how.startswith("from Python: ")
-    assert torch.equal(bundled(lambda: x + 1, device)[0](), x + 1), "a capture that failed does not spoil the next"
+    assert torch.equal(bundle_calls(lambda: x + 1, device)[0](), x + 1), "a capture that failed does not spoil the next"

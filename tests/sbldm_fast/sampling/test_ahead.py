@@ -59,7 +59,7 @@ def name_of(
     with monkeypatch.context() as patched:
         patched.setattr(ahead, "_digest", digest)
         with pytest.raises(ahead.Unavailable, match="seen"):
-            ahead.compiled_ahead(lambda x: region(x, c), None, (torch.ones(2, 3),), settings.get("mode", "default"))
+            ahead.compile_ahead(lambda x: region(x, c), None, (torch.ones(2, 3),), settings.get("mode", "default"))
     return names[0]
 
 
@@ -215,7 +215,7 @@ def test_only_packages_make_room_and_never_the_new_one(cache: Path, monkeypatch:
         lambda program, package_path, **_: Path(package_path).touch() or package_path,
     )
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: path)
-    made, found = ahead.compiled_ahead(lambda x: x + 1, None, (torch.ones(2),), "default")
+    made, found = ahead.compile_ahead(lambda x: x + 1, None, (torch.ones(2),), "default")
     assert not found
     assert Path(str(made)).exists()
     assert all(path.exists() for path in mine), "files of other names are the user's"

@@ -157,7 +157,7 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_what_a_function_is_made_of_is_seen(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(loop, "compiled_ahead", lambda function, *_: (made.append(1) or function, False))
+    monkeypatch.setattr(loop, "compile_ahead", lambda function, *_: (made.append(1) or function, False))
     model = Small()
     sampler = make(WAYS[way](model), mode="compile")
     for count in (1, 1, 2, 2):

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from sbldm_fast import FastSampler, UNet2D
 from sbldm_fast.models.layers import ResBlock, Upsample
-from sbldm_fast.sampling.model import _nested, _transposed, evaluating, merged_biases, phase_upsampling, tensors_by_name
+from sbldm_fast.sampling.model import (
+    _nested,
+    _transposed,
+    evaluating,
+    merge_biases,
+    replace_upsampling,
+    tensors_by_name,
+)
 
 from ..small import SHAPE, UNET, make, relative, scheduler
 from .peers import diffusers_unet, monai_unet
@@ -44,7 +51,7 @@ def test_phase_convolutions_are_the_doubling_and_its_convolution(unet: UNet2D) -
     for height, width in ((1, 1), (2, 3), (5, 4)):
         x = torch.randn(2, 5, height, width, dtype=torch.float64)
         torch.testing.assert_close(_transposed(layer.conv)(x), layer(x), rtol=1e-12, atol=1e-12)
-    surgery = phase_upsampling(unet)
+    surgery = replace_upsampling(unet)
     assert all(p.requires_grad for p in unet.parameters()), "the caller may go on training"
     assert not any(isinstance(m, Upsample) for m in surgery.modules())
     assert any(isinstance(m, Upsample) for m in unet.modules()), "the caller's model is left as it was"
@@ -55,7 +62,7 @@ def test_phase_convolutions_are_the_doubling_and_its_convolution(unet: UNet2D) -
 
 def test_merged_biases_are_the_two_that_they_are_of(unet: UNet2D) -> None:
     before = {k: v.clone() for k, v in unet.state_dict().items()}
-    surgery, z, t = merged_biases(phase_upsampling(unet)), torch.randn(2, *SHAPE), torch.tensor([5, 900])
+    surgery, z, t = merge_biases(replace_upsampling(unet)), torch.randn(2, *SHAPE), torch.tensor([5, 900])
     shortcuts = [m for m in surgery.modules() if isinstance(m, ResBlock) and isinstance(m.skip, nn.Conv2d)]
     assert shortcuts
     assert all(m.skip.bias is None for m in shortcuts)

@@ -26,7 +26,7 @@ def test_auto_says_what_it_took_and_why(unet: UNet2D) -> None:
 
 def test_auto_compiles_for_a_call_that_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modes, "COMPILE_PAYS", 12)
-    monkeypatch.setattr(loop, "compiled_ahead", lambda function, *_: (function, False))
+    monkeypatch.setattr(loop, "compile_ahead", lambda function, *_: (function, False))
     sampler = FastSampler(lambda x, t: 0.1 * x, scheduler(), shape=(3, 2, 2), steps=4)
     eager = sampler(2)
     assert sampler.mode == "eager"

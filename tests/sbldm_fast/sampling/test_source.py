@@ -82,7 +82,7 @@ def test_a_compiled_step_is_compiled_again_for_other_weights(monkeypatch: pytest
         out: Tensor = function(*arguments)
         return out
 
-    monkeypatch.setattr(loop, "compiled_ahead", record)
+    monkeypatch.setattr(loop, "compile_ahead", record)
     model = Small()
     sampler = make(model, mode="compile")
     sampler(2)

@@ -12,7 +12,7 @@ from sbldm_fast.kernels import philox_normal
 from torch import Tensor
 
 from sbldm_fast import FastSampler, UNet2D
-from sbldm_fast.sampling.stepped import of_both
+from sbldm_fast.sampling.stepped import seed_of
 
 from ..small import SHAPE as LATENT
 from ..small import relative, textbook_loop
@@ -69,7 +69,7 @@ def test_it_is_the_schedulers_own_loop_with_that_generator(name: str, config: di
     scheduler.set_timesteps(6)
     x, generator = (
         philox_normal((1, *SHAPE), 7) * scheduler.init_noise_sigma,
-        torch.Generator().manual_seed(of_both(7, 0)),
+        torch.Generator().manual_seed(seed_of(7, 0)),
     )
     times = [*scheduler.timesteps, None]
     for i, t in enumerate(scheduler.timesteps):
