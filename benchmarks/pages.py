@@ -64,7 +64,7 @@ def largest_group(file: Path) -> list[Row]:
 
 def latency_table(files: Sequence[Path]) -> Table:
     """What a reader asks first: a line for each file's machine, its smallest and largest batch and each precision in
-    which both we and a peer were timed, with the fastest of either.
+    which both we and a peer were timed, with the fastest of either in the last run.
 
     A file has the rows of one machine. `~`: the intervals of the medians meet, so that the difference may be chance.
 
@@ -78,7 +78,8 @@ def latency_table(files: Sequence[Path]) -> Table:
         shown: list[Row] = []
         batches = [r["batch"] for r in rows]
         for batch, dtype in product((min(batches), max(batches)), ("float32", "float16", "bfloat16")):
-            own, peer = fastest([r for r in rows if r["batch"] == batch], dtype)
+            timed = [r for r in rows if r["batch"] == batch and r["dtype"] == dtype]
+            own, peer = fastest(of_last_run(timed), dtype) if timed else (None, None)
             if own is None or peer is None:
                 continue
             shown += own, peer
@@ -94,6 +95,11 @@ def latency_table(files: Sequence[Path]) -> Table:
     return Table(
         words, ["batch", "ours: ms/latent", "peer: ms/latent", "peer / ours"], body, list(dict.fromkeys(notes))
     )
+
+
+def of_last_run(rows: Sequence[Row]) -> list[Row]:
+    """The rows that were timed in turns with the newest one."""
+    return [r for r in rows if r["run"] == max(r["run"] for r in rows)]
 
 
 def apart(one: Row, other: Row) -> bool:

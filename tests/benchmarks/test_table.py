@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from sbldm_fast.benchmarks.charts import standalone, waterfall
-from sbldm_fast.benchmarks.pages import headline, render
+from sbldm_fast.benchmarks.pages import headline, latency_table, render
 from sbldm_fast.benchmarks.rows import append, latest, read_rows
 from sbldm_fast.benchmarks.table import Table, fastest, gpu_summary, groups, sampling_table
 
@@ -166,6 +166,37 @@ def test_the_headline_by_hand() -> None:
     assert "and within the noise as fast as the fastest peer timed (MONAI, 510 ms)" in headline(
         [*rows, row("MONAI", 0.51, "peer")]
     )
+
+
+def test_the_latency_table_by_hand(tmp_path: Path) -> None:
+    """The smallest and the largest batch, each precision that has both; a figure of another run is left out."""
+    env = {"gpu": "Tesla T4", "cpu": "x", "cores": 2, "threads": 2, "cpu_capability": "AVX2", "source": "b"}
+    common = {"target": "sampling", "preset": "paper", "steps": 50, "env": env | {"packages": {}, "commit": "c"}}
+
+    def row(provider: str, family: str, batch: int, seconds: float, run: str = "2026-12-02", **what: Any) -> Any:
+        raw = [seconds * (1 + i / 100) for i in range(-3, 4)]
+        timed = {"median_s": seconds, "p10_s": raw[0], "p90_s": raw[-1], "n": 7, "raw_s": raw, "remarks": []}
+        per = {"ms_per_step": 20 * seconds, "ms_per_image": 1e3 * seconds / batch, "dtype": "float32"}
+        held = {"parity": {"ok": True, "error": 0.0, "allowed": 1e-4, "against": "reference"}, "run": run}
+        return common | timed | per | held | {"provider": provider, "family": family, "batch": batch} | what
+
+    append(
+        tmp_path / "r.jsonl",
+        [
+            row("MONAI", "peer", 1, 0.1, run="2026-12-01"),  # faster, but not timed in turns with ours
+            row("FastSampler eager float32", "ours", 1, 0.5),
+            row("diffusers", "peer", 1, 1.0),
+            row("FastSampler eager float32", "ours", 4, 1.0),
+            row("diffusers", "peer", 4, 1.0),
+            row("FastSampler eager float32", "ours", 8, 2.0),
+            row("diffusers", "peer", 8, 2.02),
+            row("FastSampler eager float32 to images", "ours", 8, 1.0, decodes=True),
+            row("FastSampler eager float16", "ours", 1, 0.2, dtype="float16"),
+        ],
+    )
+    lines = [line for line in latency_table([tmp_path / "r.jsonl"]).markdown().splitlines() if line[:1] == "|"]
+    ours = "| Tesla T4 | float32 | FastSampler eager float32 | diffusers |"
+    assert lines[2:] == [f"{ours} 1 | 500 | 1000 | 2.00 |", f"{ours} 8 | 250 | 252 | 1.01 ~ |"]
 
 
 def test_a_gpu_by_hand(tmp_path: Path) -> None:
