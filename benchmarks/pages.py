@@ -78,8 +78,7 @@ def latency_table(files: Sequence[Path]) -> Table:
         shown: list[Row] = []
         batches = [r["batch"] for r in rows]
         for batch, dtype in product((min(batches), max(batches)), ("float32", "float16", "bfloat16")):
-            timed = [r for r in rows if r["batch"] == batch and r["dtype"] == dtype]
-            own, peer = fastest(of_last_run(timed), dtype) if timed else (None, None)
+            own, peer = fastest([r for r in rows if r["batch"] == batch], dtype)
             if own is None or peer is None:
                 continue
             shown += own, peer
@@ -95,11 +94,6 @@ def latency_table(files: Sequence[Path]) -> Table:
     return Table(
         words, ["batch", "ours: ms/latent", "peer: ms/latent", "peer / ours"], body, list(dict.fromkeys(notes))
     )
-
-
-def of_last_run(rows: Sequence[Row]) -> list[Row]:
-    """The rows that were timed in turns with the newest one."""
-    return [r for r in rows if r["run"] == max(r["run"] for r in rows)]
 
 
 def apart(one: Row, other: Row) -> bool:
