@@ -1,7 +1,7 @@
 """Which schedulers a `SolverTable` describes, and how exactly: each against its own loop, through `FastSampler` in
 float32.
 
-python -m sbldm_fast.benchmarks.schedulers > benchmarks/SCHEDULERS.md
+python tests/sbldm_fast/diffusion/schedulers.py > benchmarks/SCHEDULERS.md
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def main() -> None:
     """Print the table."""
     print("# Schedulers as tables\n")
     print(
-        f"`python -m sbldm_fast.benchmarks.schedulers`: {STEPS} steps through `FastSampler`, float32, against the"
+        f"`python tests/sbldm_fast/diffusion/schedulers.py`: {STEPS} steps through `FastSampler`, float32, against the"
         " scheduler's own loop"
     )
     print(
