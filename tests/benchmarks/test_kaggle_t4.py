@@ -22,6 +22,8 @@ def test_the_notebook_runs_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mon
     )
     from jupyter_client.manager import AsyncKernelManager
 
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     # the host: its own Python, which finds the packages of this one but no sbldm_fast
     venv.create(tmp_path / "host", with_pip=False)
     python = tmp_path / "host" / "bin" / "python"
@@ -47,8 +49,6 @@ def test_the_notebook_runs_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mon
             (source / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "work").mkdir()
     monkeypatch.setenv("SBLDM_FAST_SOURCE", str(source))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv("PYTHONPATH", raising=False)
     notebook = nbformat.read(ROOT / "benchmarks" / "kaggle_t4.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "committed without outputs"
     kernel = AsyncKernelManager(kernel_name="python3")

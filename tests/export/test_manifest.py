@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from sbldm_fast.export import ORTSampler, check, export
 from sbldm_fast.export.manifest import read_manifest
+
+from .conftest import SDE
 
 GONE = object()
 WRONG = (GONE, None, "x", [], -1, 10**30, 1e308, float("nan"))
@@ -27,8 +28,7 @@ def sound(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a solver with history and noise and of a model with conditioning: a manifest with everything in
     it."""
     out = tmp_path_factory.mktemp("sound") / "o"
-    scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
-    export(tiny(), out, scheduler=scheduler, steps=3, shape=(3, 8, 8), cond=torch.randn(2, 5), batch=2)
+    export(tiny(), out, scheduler=SDE(), steps=3, shape=(3, 8, 8), cond=torch.randn(2, 5), batch=2)
     return out
 
 

@@ -17,6 +17,8 @@ from sbldm_fast.export import ORTSampler, export
 
 from sbldm_fast import FastSampler, Pipeline
 
+from .conftest import SDE
+
 Exported = Callable[..., Path]
 MODES = ("step", "sampler")
 
@@ -36,12 +38,20 @@ def test_the_same_call_gives_the_same_images(
     assert np.abs(got - expected.numpy()).max() <= 1e-4
 
 
+@pytest.fixture(scope="module")
+def stochastic(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small model in batches of 2, under a solver that looks back and draws noise."""
+    folder = tmp_path_factory.mktemp("stochastic") / "o"
+    export(tiny(), folder, scheduler=SDE(), steps=4, shape=(3, 8, 8), batch=2)
+    return folder
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_a_solver_with_history_and_noise_in_batches(exported: Exported, pipeline: Pipeline, mode: str) -> None:
-    sampler = ORTSampler(exported(target="ort", scheduler="sde", batch=2), mode=mode)
+def test_a_solver_with_history_and_noise_in_batches(stochastic: Path, tiny: Any, mode: str) -> None:
+    sampler = ORTSampler(stochastic, mode=mode)
     assert sampler.solver.history == 1
     assert sampler.solver.stochastic
-    expected = pipeline.sampler(4, "eager", scheduler=sampler.table)(3, seed=3)
+    expected = FastSampler(tiny(), sampler.table, shape=(3, 8, 8), mode="eager")(3, seed=3)
     for _ in range(2):  # a second run starts from clean buffers
         assert np.abs(sampler(3, seed=3) - expected.numpy()).max() <= 1e-4
 
@@ -124,16 +134,16 @@ def test_one_step_is_enough(tiny: Any, tmp_path: Path, pipeline: Pipeline) -> No
         )
 
 
-def test_bad_calls_are_named(exported: Exported) -> None:
-    folder = exported(target="ort", scheduler="sde", batch=2)
+def test_bad_calls_are_named(stochastic: Path) -> None:
+    folder = stochastic
     with pytest.raises(ValueError, match=r"batch_size: got 3, allowed is 2, which step.onnx was exported with"):
         ORTSampler(folder)(3, batch_size=3)
     with pytest.raises(ValueError, match="callback: got one, allowed in mode 'sampler' is None"):
         ORTSampler(folder, mode="sampler")(1, callback=lambda i, t, x: None)
     with pytest.raises(ValueError, match="n: got 0, allowed is 1 or more"):
         ORTSampler(folder)(0)
-    with pytest.raises(ValueError, match=r"noise: got shape \(1, 3, 8, 8\)"):
-        ORTSampler(folder)(noise=np.zeros((1, 3, 8, 8), np.float32))
+    with pytest.raises(ValueError, match=r"noise: got shape \(1, 4, 8, 8\)"):
+        ORTSampler(folder)(noise=np.zeros((1, 4, 8, 8), np.float32))
     with pytest.raises(ValueError, match="cond: got"):
         ORTSampler(folder)(1, cond=torch.zeros(1, 2))
     with pytest.raises(ValueError, match="mode: got 'loop', allowed are step, sampler"):

@@ -372,8 +372,11 @@ def test_a_provider_that_fails_is_in_the_exit_code(run: Any, tmp_path: Path, mon
 
 
 def test_streams_that_are_closed_or_cannot_show_a_name_are_no_reason_to_end(tmp_path: Path) -> None:
-    out = tmp_path / "\u8133\u00e9"
-    line = [sys.executable, "-m", "sbldm_fast", "prepare", "synthetic:1", "-o", str(out)]
+    from .data.test_volumes import head, save
+
+    scan, out = tmp_path / "\u00e9.nii.gz", tmp_path / "\u8133\u00e9"
+    save(head(), scan)
+    line = [sys.executable, "-m", "sbldm_fast", "prepare", str(scan), "-o", str(out)]
     for how in ("2>&-", ">&- 2>&-", ""):
         environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(["sh", "-c", f'"$@" {how}', "sh", *line], env=environment, capture_output=True, text=True)

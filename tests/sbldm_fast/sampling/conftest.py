@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,23 @@ def unet() -> UNet2D:
     model = UNet2D(UNET).eval()
     torch.nn.init.normal_(model.row_offsets, std=0.1)
     return model
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled steps without the minute of compiling: a package holds the place of its exported program in a list, and
+    PyTorch runs that. Tracing, names, files and buffers are the real ones."""
+    programs: list[Any] = []
+
+    def compile_and_package(program: Any, package_path: str, inductor_configs: Any) -> str:
+        Path(package_path).write_text(str(len(programs)))
+        programs.append(program)
+        return package_path
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_and_package)
+    monkeypatch.setattr(
+        torch._inductor, "aoti_load_package", lambda path: programs[int(Path(path).read_text())].module()
+    )
 
 
 @pytest.fixture

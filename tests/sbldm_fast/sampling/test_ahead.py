@@ -95,6 +95,7 @@ def test_settings_build_threads_and_processor_are_part_of_the_name(
     assert len(names) == 7
 
 
+@pytest.mark.usefixtures("packages")
 def test_two_models_that_differ_inside_a_region_are_two_packages(cache: Path) -> None:
     """A whole run: the second model must not be given what was compiled for the first."""
 
