@@ -133,7 +133,7 @@ def _machine(name: str, rows: Sequence[Row], link: Link) -> dict[str, Any]:
 
 def _charts(of: dict[str, list[Row]], sampling: list[Row], link: Link) -> Iterator[tuple[str, str | None]]:
     """The pictures with their captions; None where there are no rows for one."""
-    stages = "What each stage is worth: the smallest batch, from a textbook's loop to ours; × is over the first bar."
+    stages = "What each stage is worth: the smallest batch, from a textbook's loop to ours; factors over the first bar."
     batches = "Latency and throughput against the batch; dashed: in half precision."
     if sampling:
         for dtype in dict.fromkeys(r["dtype"] for r in sampling if "dtype" in r):
