@@ -30,7 +30,6 @@ def test_threads_that_share_a_pipeline_get_what_each_would_alone() -> None:
         assert torch.equal(got, expected)
 
 
-@pytest.mark.usefixtures("packages")
 @pytest.mark.parametrize("mode", ["eager", "compile"])
 def test_threads_that_share_a_sampler_take_turns(mode: str) -> None:
     torch.manual_seed(0)
