@@ -20,7 +20,7 @@ BUDGETS = {
     "library": (7_600, ("kernels", "sbldm_fast/models", "sbldm_fast/diffusion", "sbldm_fast/sampling")),
     "export": (2_200, ("export",)),
     "workshop": (
-        9_900,
+        9_800,
         ("sbldm_fast", "sbldm_fast/data", "sbldm_fast/training", "sbldm_fast/evaluation", "benchmarks"),
     ),
 }
