@@ -19,6 +19,8 @@ from .schema import described
 from .table import TABLES, Cell, Table, below, count_steps, fastest, figure, gpu_summary, gpus, gpus_table, groups
 from .verdicts import interval
 
+NO_MORE = " cudnn.benchmark"  # a setting that was tried once and found nothing faster (LOG 25): no provider has it now
+
 
 def render(readme: str | Path) -> str:
     """The text of `readme`, each block `<!-- SUITE: FILE -->` ... `<!-- end SUITE -->` rendered from FILE beside it.
@@ -74,7 +76,7 @@ def latency_table(files: Sequence[Path]) -> Table:
     body: list[list[Cell]] = []
     notes: list[str] = []
     for file in files:
-        rows = [r for r in largest_group(file) if not r.get("decodes")]
+        rows = [r for r in largest_group(file) if not r.get("decodes") and not r["provider"].endswith(NO_MORE)]
         shown: list[Row] = []
         batches = [r["batch"] for r in rows]
         for batch, dtype in product((min(batches), max(batches)), ("float32", "float16", "bfloat16")):

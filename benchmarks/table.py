@@ -82,7 +82,8 @@ def below(rows: Sequence[Row], what: str) -> list[str]:
     )
     n += " (some were cut off)" if any(r.get("interrupted") for r in rows) else ""
     preset = f"Preset `{row['preset']}`, " if "preset" in row else ""
-    text = f"{preset}{what}{n}; {where}; {versions}; commit {e['commit'] or e.get('source')}, {row['run'][:10]}."
+    code = f"commit {e['commit']}" if e["commit"] else f"sources {e.get('source')}"
+    text = f"{preset}{what}{n}; {where}; {versions}; {code}, {row['run'][:10]}."
     reasons: dict[str, dict[str, None]] = {}
     for r in rows:
         if missing(r):

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -44,7 +45,7 @@ RowFile = Annotated[
     typer.Option("-o", "--out", callback=place, help="JSONL file to append to (default: results/MACHINE/SUITE.jsonl)."),
 ]
 TwoFiles = Annotated[
-    tuple[Path, Path] | None, typer.Option("--compare", help="Two row files, before and after, to judge instead.")
+    tuple[Path, Path] | None, typer.Option("--compare", metavar="BEFORE AFTER", help="Two row files to judge instead.")
 ]
 
 
@@ -104,6 +105,7 @@ def bench(
 
 def _measure(suites: list[str], quick: bool, given: dict[str, Any], out: Path | None, as_json: bool) -> None:
     """Run the suites one after another, write their rows, and print them or their tables."""
+    warnings.filterwarnings("ignore", message=".*a run of .* starts at t = ")  # times are measured, not images
     from sbldm_fast.benchmarks.harness import failures, interrupted
     from sbldm_fast.benchmarks.rows import append, machine, machine_name
     from sbldm_fast.benchmarks.suites import SUITES

@@ -11,7 +11,7 @@ from .ahead import Unavailable, cache_folder, require_compiler
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 GRAPHS = ("step-graph", "loop-graph")
-COMPILE_PAYS = 5_000  # model calls of one call on a CPU that win the minute of compiling back
+COMPILE_PAYS = 5_000  # samples times steps of one call on a CPU that win the minute of compiling back
 WHOLE_LOOP = 100  # steps up to which `auto` puts the whole loop into one graph: the graph grows with them
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # torch.compile modes that capture CUDA graphs of their own
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from sbldm_fast.data import Slices
 from sbldm_fast.data.dataset import read_manifest
-from sbldm_fast.diffusion import DDPMScheduler, SchedulerConfig
+from sbldm_fast.diffusion import DDIMScheduler, DDPMScheduler, SchedulerConfig
 from sbldm_fast.errors import UserError
 from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.kernels import diffuse
@@ -345,4 +345,6 @@ def train_pipeline(
 def _sample_some(vae: AutoencoderKL, scheduler: SchedulerConfig, unet: nn.Module) -> dict[str, Tensor]:
     assert isinstance(unet, UNet2D)
     pipeline = Pipeline(vae, unet, scheduler)
-    return {"synthetic samples": pipeline.sample(SHOWN, seed=0, steps=20, mode="eager")}
+    # from pure noise: by default so few steps would begin later
+    ddim = DDIMScheduler.from_config(scheduler, timestep_spacing="trailing")
+    return {"synthetic samples": pipeline.sample(SHOWN, seed=0, steps=20, scheduler=ddim, mode="eager")}
