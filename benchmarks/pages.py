@@ -61,6 +61,8 @@ def largest_group(file: Path) -> list[Row]:
     rows, faults = read_rows(file)
     if faults:
         raise UserError(faults[0])
+    if not rows:
+        raise UserError(f"{file}: got no rows, allowed is a file with one or more")
     return groups(latest(rows))[0]
 
 
@@ -89,7 +91,7 @@ def latency_table(files: Sequence[Path]) -> Table:
             ours, theirs = ((cell, r["provider"]) for cell, r in zip(cells, (own, peer), strict=True))
             ratio = f"{peer['median_s'] / own['median_s']:.2f}{'' if apart(own, peer) else ' ~'}"
             body.append([machine, dtype, ours[1], theirs[1], str(batch), ours[0], theirs[0], ratio])
-        notes += below(shown, f"DDIM, {count_steps(shown)}")
+        notes += below(shown, f"DDIM, {count_steps(shown)}") if shown else []
     if any(str(line[-1]).endswith("~") for line in body):
         notes.append("~: the confidence intervals of both medians meet, so the difference may be chance.")
     words = ["machine", "precision", "fastest of ours", "fastest peer"]

@@ -121,7 +121,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.empty_like(out.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def _run_models(p: Preset, layout: torch.memory_format, mixed: bool, training: bool) -> None:
+def _run_models(p: Preset, batch: int, layout: torch.memory_format, mixed: bool, training: bool) -> None:
     """UNet and autoencoder forward, in float16 or in mixed precision, and with `training` backward."""
     dtype = torch.float32 if mixed else torch.float16
 
@@ -129,71 +129,94 @@ def _run_models(p: Preset, layout: torch.memory_format, mixed: bool, training: b
         return model.train(training).to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
 
     def new(channels: int, side: int) -> Tensor:
-        return torch.empty(2, channels, side, side, dtype=dtype).to(memory_format=layout)
+        return torch.empty(batch, channels, side, side, dtype=dtype).to(memory_format=layout)
 
     with torch.device("meta"), torch.set_grad_enabled(training), Autocast() if mixed else nullcontext():
         unet, vae = ready(UNet2D(p.unet)), ready(AutoencoderKL(p.vae))
-        noise = unet(new(p.unet.in_channels, p.unet.sample_size), torch.zeros(2, dtype=torch.int64))
+        noise = unet(new(p.unet.in_channels, p.unet.sample_size), torch.zeros(batch, dtype=torch.int64))
         image = vae.decode(vae.encode(new(p.vae.in_channels, p.vae.sample_size)).mean)
     if training:
         (noise.float().square().mean() + image.float().square().mean()).backward()
 
 
-def _run_losses(p: Preset) -> None:
+def _run_losses(p: Preset, batch: int) -> None:
     """What the objective of training may be, on predictions in float16 and on images in their place."""
     latent, image = (p.unet.in_channels, p.unet.sample_size), (p.vae.in_channels, p.vae.sample_size)
     for (channels, side), layout, grad in product((latent, image), LAYOUTS, (False, True)):
-        pred = torch.empty(2, channels, side, side, dtype=torch.float16, device="meta").to(memory_format=layout)
+        pred = torch.empty(batch, channels, side, side, dtype=torch.float16, device="meta").to(memory_format=layout)
         pred.requires_grad_(grad)
-        target = torch.empty(2, channels, side, side, device="meta")
+        target = torch.empty(batch, channels, side, side, device="meta")
         frequency_loss(pred, target, low_weight=1.0, high_weight=0.5)
         for norm in ("ortho", "backward"):
             spectral_mse(pred, target, norm=norm)
 
 
-def _run_steps_and_noise(p: Preset) -> None:
-    """Noise, noised pairs, DDIM's steps and, in each use that the sampler makes of it, `solver_step`."""
-    shape = (2, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size)
-
-    def new(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
+def _run_noise(p: Preset, batch: int) -> None:
+    """Noise, noised pairs, and the step that `ddim_step` makes alone."""
+    shape = (batch, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size)
     philox_normal(shape, 0, device="meta")
-    z, alphas, t = new(*shape, dtype=torch.float16), new(50, 2), new(2, dtype=torch.int64)
+    z, alphas = torch.empty(shape, dtype=torch.float16, device="meta"), torch.empty(1000, 2, device="meta")
+    t = torch.empty(batch, dtype=torch.int64, device="meta")
     for kind in PREDICTION_TYPES:
         for eta in (0.0, 1.0):
             ddim_step(z, z, alphas[1, 0], alphas[1, 1], eta=eta, noise=z, prediction_type=kind)
         for cutmix_prob in (0.0, 0.25):
-            diffuse(z, t, new(1000), 0, prediction_type=kind, cutmix_prob=cutmix_prob)
+            diffuse(z, t, alphas[:, 0].contiguous(), 0, prediction_type=kind, cutmix_prob=cutmix_prob)
+
+
+def solver_uses(batch: int) -> Iterator[tuple[int, bool, bool, bool, bool]]:
+    """How the sampler uses `solver_step`: steps of history, guidance, noise, stopping, channels_last.
+
+    Every use without history; with it one of guidance, noise and stopping, or all. Of batches other than 2, which
+    differ in how Triton specializes the batch, guidance alone.
+    """
     for history, *uses in product(range(4), *[(False, True)] * 4):
-        if history and len(set(uses)) > 1:
-            continue  # with history: nothing of the rest, or all of it
-        guided, noisy, stopping, channels_last = uses
-        output = new(4 if guided else 2, *shape[1:], dtype=torch.float16).to(memory_format=LAYOUTS[channels_last])
+        guided, noisy, stopping, _ = uses
+        if batch != 2 and (noisy or stopping or history == 3):
+            continue
+        if not history or sum((guided, noisy, stopping)) != 2:
+            yield history, *uses  # type: ignore[misc]  # four of them
+
+
+def _run_solver(p: Preset, batch: int, steps: int) -> None:
+    """`solver_step` in each of `solver_uses`."""
+    shape = (batch, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size)
+
+    def new(wanted: bool, *size: int, dtype: torch.dtype = torch.float32) -> Any:
+        return torch.empty(size, dtype=dtype, device="meta") if wanted else None
+
+    for history, guided, noisy, stopping, channels_last in solver_uses(batch):
+        output = new(True, batch * (1 + guided), *shape[1:], dtype=torch.float16)
         solver_step(
-            new(*shape),
-            output,
-            new(50, 6 + 2 * history),
-            new(2, dtype=torch.int32),
-            guidance_scale=new(1) if guided else None,
-            history=new(history, 2, *shape) if history else None,
-            seeds=new(2, 2, dtype=torch.int64) if noisy else None,
-            frozen=new(2, dtype=torch.bool) if stopping else None,
-            x0=new(*shape) if stopping else None,
-            statistics=new(2, 2) if stopping else None,
+            new(True, *shape),
+            output.to(memory_format=LAYOUTS[channels_last]),
+            new(True, steps, 6 + 2 * history),
+            new(True, 2, dtype=torch.int32),
+            guidance_scale=new(guided, batch),
+            history=new(history > 0, history, 2, *shape),
+            seeds=new(noisy, batch, 2, dtype=torch.int64),
+            frozen=new(stopping, batch, dtype=torch.bool),
+            x0=new(stopping, *shape),
+            statistics=new(stopping, batch, 2),
         )
 
 
 def record_presets() -> Iterator[Call]:
-    """The calls of our ops that sampling and training make with each preset."""
+    """The calls of our ops that sampling and training make with each preset.
+
+    Triton makes another kernel where a size is 1 or a multiple of 16, so batches are 1, 2 and 16, and steps 50 and 16.
+    """
     for name, p in PRESETS.items():
-        # sampling, validation and training
-        for layout, (mixed, training) in product(LAYOUTS, ((False, False), (True, False), (True, True))):
-            yield from record(partial(_run_models, p, layout, mixed, training))
+        modes = ((False, False), (True, False), (True, True))  # sampling, validation and training
+        for batch, layout, (mixed, training) in product((1, 2), LAYOUTS, modes):
+            yield from record(partial(_run_models, p, batch, layout, mixed, training))
         yield from record_step(2, preset_name=name)[0]
-        with torch.no_grad():
-            yield from record(partial(_run_steps_and_noise, p))
-        yield from record(partial(_run_losses, p))
+        for batch in (1, 2, 16):
+            yield from record(partial(_run_losses, p, batch))
+            with torch.no_grad():
+                yield from record(partial(_run_noise, p, batch))
+                yield from record(partial(_run_solver, p, batch, 50))
+                yield from record(partial(_run_solver, p, batch, 16)) if batch != 2 else ()
 
 
 def launches() -> str:

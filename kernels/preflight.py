@@ -23,11 +23,13 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from sbldm_fast.errors import UserError
 
 from ._backend import HAS_TRITON, triton
 from ._specializations import LAUNCHES, TYPES, Specialization, specializations
@@ -130,14 +132,21 @@ def _resource_usage(cubin: bytes) -> str:
 
 
 def jobs_of(sms: Iterable[int]) -> list[Job]:
-    """What is to be compiled for these architectures; a T4 has no bfloat16."""
-    return [
+    """What is to be compiled for these architectures; a T4 has no bfloat16.
+
+    Raises:
+        RuntimeError: nothing: launches.json is empty.
+    """
+    jobs = [
         (s, TYPES[dtype], sm)
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
         for s in specializations(dtype)
         for sm in sms
         if dtype != torch.bfloat16 or sm >= 80
     ]
+    if not jobs:
+        raise RuntimeError(f"{LAUNCHES.name} names no launch: benchmarks/record.py writes it")
+    return jobs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,10 +156,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("preflight: triton is not installed, nothing can be compiled", file=sys.stderr)
         return 2
     jobs = jobs_of(sms)
-    rows = proven_rows() if options.changed else []
-    if rows and (fault := check_gate(rows, jobs)):
-        print(f"preflight: {fault}", file=sys.stderr)
-        return 1
+    try:
+        rows = proven_rows() if options.changed else []
+        if rows:
+            check_gate(rows, jobs)
+    except UserError as fault:
+        if not options.json:
+            print(f"preflight: {fault}; make gate writes it anew", file=sys.stderr)
+            return 1
+        print(f"preflight: {fault}; all of it is made anew", file=sys.stderr)
+        rows = []
     proven = {r["kernel"] for r in rows}
     jobs = [job for job in jobs if job[0].kernel not in proven]
     show = _json if options.json else _line
@@ -230,30 +245,45 @@ def digests() -> dict[str, str]:
 
 
 def _gpu_sources(name: str, seen: set[str]) -> list[str]:
-    # the source of a module and of those that it imports, each once
-    text = (HERE / f"{name}.py").read_text()
-    if name in seen or "@triton.jit" not in text:
+    # the source of a module and of those that it imports code for a GPU or a constant from, each once
+    if name in seen:
         return []
     seen.add(name)
-    imported = re.findall(r"^from \.(\w+) import", text, re.MULTILINE)
-    return [text, *(source for other in imported for source in _gpu_sources(other, seen))]
+    text = (HERE / f"{name}.py").read_text()
+    found = [text]
+    for other, names in re.findall(r"^from \.(\w+) import (\([^)]*\)|.*)$", text, re.MULTILINE):
+        if "@triton.jit" in (HERE / f"{other}.py").read_text() or re.search(r"\b[A-Z][A-Z_]+\b", names):
+            found += _gpu_sources(other, seen)
+    return found
 
 
 def proven_rows() -> list[dict[str, Any]]:
-    """The rows of gate.jsonl whose kernel has these sources, this Triton and no fault on any architecture."""
-    rows = [json.loads(line) for line in GATE.read_text().splitlines()] if GATE.exists() else []
+    """The rows of gate.jsonl whose kernel has these sources, this Triton, and keeps its budget on every architecture.
+
+    Raises:
+        UserError: a line that is not a row.
+    """
     sound: dict[str, list[dict[str, Any]]] = {}
-    for r in rows:
-        if (r.get("digest"), r.get("triton"), r["fault"]) == (digests().get(r["kernel"]), triton.__version__, ""):
-            sound.setdefault(r["kernel"], []).append(r)
-    return [r for found in sound.values() if {r["sm"] for r in found} == set(ARCHITECTURES) for r in found]
+    for i, line in enumerate(GATE.read_text(errors="replace").splitlines() if GATE.exists() else ()):
+        try:
+            row = json.loads(line)
+            report = Report(**{field.name: row[field.name] for field in fields(Report)})
+            made_of = row["digest"], row["triton"]
+            over = report.fault or _fault(report, wide=False)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{GATE.name}, line {i + 1}, is not a row of this command") from error
+        if not over and made_of == (digests().get(report.kernel), triton.__version__):
+            sound.setdefault(report.kernel, []).append(row)
+    return [r for found in sound.values() if sorted(r["sm"] for r in found) == sorted(ARCHITECTURES) for r in found]
 
 
-def check_gate(rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> str:
-    """What is wrong with `rows`, or nothing: the kernel with the fewest launches is compiled again and must be as they
-    say.
+def check_gate(rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None:
+    """Compile the kernel with the fewest launches again: it must be as `rows` say.
 
     The digests say that nothing has changed; this says that the compiler makes of it what it made then.
+
+    Raises:
+        UserError: it is not.
     """
     counts = Counter(job[0].kernel for job in jobs)
     kernel = min({r["kernel"] for r in rows}, key=lambda name: (counts[name], name))
@@ -261,7 +291,8 @@ def check_gate(rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> str:
     now = _worst([compile_one(*job) for job in jobs_of([sm]) if job[0].kernel == kernel])
     (row,) = (r for r in rows if (r["kernel"], r["sm"]) == (kernel, sm))
     wrong = [f"{key} is {value} and was {row[key]}" for key, value in asdict(now).items() if row[key] != value]
-    return f"{GATE.name} is not what is compiled now: {kernel}, {', '.join(wrong)}" if wrong else ""
+    if wrong:
+        raise UserError(f"{GATE.name} is not what is compiled now: {kernel}, {', '.join(wrong)}")
 
 
 def _worst(reports: Sequence[Report]) -> Report:

@@ -123,6 +123,14 @@ def test_rooms_import_from_those_before_them() -> None:
         assert not above, f"{room} imports from {', '.join(above)}"
 
 
+def test_rooms_below_the_public_names_do_not_import_them() -> None:
+    """`from sbldm_fast import FastSampler` would be an import from any room."""
+    for name, path in _files().items():
+        if (room := _room(name)) and room in ROOMS[: ROOMS.index("doctor")]:
+            public = [m for m in _imports(path) if m.startswith("sbldm_fast.") and _room(m) is None]
+            assert not public, f"{name} imports {', '.join(public)}"
+
+
 def test_no_files_import_each_other_when_they_are_loaded() -> None:
     files = _files()
     left = {name: {m for m in _imports(path, loading=True) if m in files} for name, path in files.items()}
@@ -146,6 +154,8 @@ def test_roof_imports_upper_floors_inside_commands() -> None:
         tree = ast.parse(path.read_text())
         top = [n.module for n in tree.body if isinstance(n, ast.ImportFrom) and n.module]
         assert not [m for m in top if m.startswith("sbldm_fast")]
+        slow = {alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names}
+        assert not slow & {"torch", "numpy", "sbldm_fast"}
 
 
 def test_import_needs_no_triton_no_extras_and_no_gpu() -> None:

@@ -297,6 +297,21 @@ def test_the_picture_has_the_bars_of_the_headline() -> None:
         assert f">{row['ms_per_image']:.0f} ms  " in picture
 
 
+@pytest.mark.parametrize("kind", ["latency", "sampling", "headline"])
+def test_a_file_without_rows_is_one_sentence(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text("")
+    (tmp_path / "README.md").write_text(f"<!-- {kind}: r.jsonl -->\n<!-- end {kind} -->")
+    with pytest.raises(ValueError, match="got no rows"):
+        render(tmp_path / "README.md")
+
+
+def test_a_machine_without_a_peer_has_no_line_in_the_latency_table(tmp_path: Path) -> None:
+    rows = read_rows(ROOT / "benchmarks/results/amd-epyc-2-cores/sampling.jsonl")[0][:1]
+    append(tmp_path / "r.jsonl", rows)
+    (tmp_path / "README.md").write_text("<!-- latency: r.jsonl -->\n<!-- end latency -->")
+    assert "| AMD" not in render(tmp_path / "README.md")
+
+
 def test_a_page_that_cannot_be_rendered_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"target": "samp')
     (tmp_path / "README.md").write_text("<!-- sampling: r.jsonl -->\n<!-- end sampling -->")

@@ -78,7 +78,7 @@ def test_what_is_compiled_is_what_is_launched() -> None:
         PRELUDE
         + """
 seen = specializations(torch.float16)
-words = {"2x64x16x16", "nhwc", "conv_bias", "num_groups=32", "silu", "keep_sum"}
+words = {"1x64x16x16", "nhwc", "conv_bias", "num_groups=32", "silu", "keep_sum"}
 n = next(s for s in seen if s.kernel == "_group_norm_silu_kernel" and words <= set(s.name.split())
          and "residual" not in s.name and s.signature["conv_bias"] == "*fp16")
 tile = n.constants[tuple(n.signature).index("TILE"),]
@@ -156,7 +156,7 @@ print(json.dumps([f"{s.kernel} {s.name}: {p.compile_one(s, '', 75).fault}" for s
 
 
 def gate_row(kernel: str, sm: int, /, **changes: Any) -> dict[str, Any]:
-    row = asdict(preflight.Report("worst of 1", kernel, "all", sm))
+    row = asdict(preflight.Report("worst of 1", kernel, "all", sm, warps=32))
     return row | {"digest": preflight.digests()[kernel], "triton": preflight.triton.__version__} | changes
 
 
@@ -169,6 +169,7 @@ def gate_row(kernel: str, sm: int, /, **changes: Any) -> dict[str, Any]:
         ({"triton": "0"}, {"_mean_kernel"}),
         ({"fault": "spilled 8 > 0"}, {"_mean_kernel"}),
         ({"sm": 80}, {"_mean_kernel"}),
+        ({"registers": 255}, {"_mean_kernel"}),
     ],
 )
 def test_a_kernel_is_proven_by_sound_rows_of_every_architecture(
@@ -179,6 +180,27 @@ def test_a_kernel_is_proven_by_sound_rows_of_every_architecture(
     (tmp_path / "gate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(preflight, "GATE", tmp_path / "gate.jsonl")
     assert {row["kernel"] for row in preflight.proven_rows()} == proven
+
+
+@TRITON
+@pytest.mark.parametrize("line", ["<<<<<<< HEAD", "[]", "{}", '{"kernel": "_mean_kernel"}', '{"name": "x', "\udcff"])
+def test_a_line_of_the_gate_that_is_no_row_is_named(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps(gate_row("_mean_kernel", sm)) for sm in preflight.ARCHITECTURES]
+    (tmp_path / "gate.jsonl").write_text("\n".join([*rows, line]), errors="surrogateescape")
+    monkeypatch.setattr(preflight, "GATE", tmp_path / "gate.jsonl")
+    monkeypatch.setattr(preflight, "jobs_of", lambda sms: [])
+    assert preflight.main(["--changed"]) == 1
+    assert "gate.jsonl, line 7, is not a row of this command; make gate writes it anew" in capsys.readouterr().err
+    assert preflight.main(["--changed", "--json"]) == 0  # what make gate runs
+    assert "line 7, is not a row of this command; all of it is made anew" in capsys.readouterr().err
+
+
+def test_nothing_to_compile_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "specializations", lambda dtype: [])
+    with pytest.raises(RuntimeError, match="names no launch"):
+        preflight.jobs_of([75])
 
 
 def test_a_digest_is_of_the_op_and_of_what_it_is_compiled_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +227,14 @@ def test_a_digest_is_of_the_op_and_of_what_it_is_compiled_from(tmp_path: Path, m
     assert changed("_group_tiles.py", "SPLIT_TILE = 4096", "SPLIT_TILE = 2048") == norms | backward
     assert changed("philox_normal.py", "Philox", "philox") > {"_philox_normal_kernel", "_solver_step_kernel"}
     assert changed("launches.json", '["group_norm_silu_backward", ', '["group_norm_silu_backward",  ') == backward
+    assert not changed("_arguments.py", "DTYPES = (", "DTYPES  = (") & {"_spectral_mse_kernel", "_mean_kernel"}
     assert changed("budgets.toml", "[default]", "[default] ") == set(before)
+    (folder / "spectral_mse.py").write_text(
+        (folder / "spectral_mse.py").read_text().replace("import check_float,", "import DTYPES, check_float,")
+    )
+    preflight.digests.cache_clear()
+    before = preflight.digests()
+    assert changed("_arguments.py", "DTYPES = (", "DTYPES  = (") >= {"_spectral_mse_kernel", "_mean_kernel"}
     assert changed("__init__.py", "solver_step", "solver_step ") == set()
 
 
@@ -228,14 +257,16 @@ p.GATE.write_text(first[1])
 kept = call("--json", "--changed")
 row = json.loads(first[1])
 p.GATE.write_text(json.dumps(row | {"registers": row["registers"] + 1}))
-print(json.dumps([first, kept, call("--changed"), row["registers"]]))
+print(json.dumps([first, kept, call("--changed"), call("--changed", "--json"), row["registers"]]))
 """
-    (status, out, err), kept, wrong, registers = run(PRELUDE + code)
+    (status, out, err), kept, wrong, anew, registers = run(PRELUDE + code)
     assert (status, err) == (0, "1 kernels compiled for sm 75, 0 failed; compiled, not run\n")
     assert kept[:2] == [0, out]
     assert kept[2].splitlines()[0] == "1 kernels are as gate.jsonl proves them, one compiled again"
     assert kept[2].splitlines()[1].startswith("0 kernels compiled")
     assert wrong[0] == 1
+    assert "make gate writes it anew" in wrong[2]
+    assert anew[:2] == [0, out]
     assert f"_philox_normal_kernel, registers is {registers} and was {registers + 1}" in wrong[2]
 
 
