@@ -1,5 +1,6 @@
-"""Everything that a GPU can tell in ten minutes, in the order of what matters: python -m sbldm_fast.benchmarks.gpu -o
-FOLDER
+"""What a GPU can tell, ten minutes of it at a time, in the order of what matters.
+
+python -m sbldm_fast.benchmarks.gpu -o FOLDER
 
 Plain Python: no make, no install (`PYTHONPATH` of a copied tree is enough), no network; diffusers, MONAI and nilearn
 are used where they are. Each part of the plan is a process of its own with a time of its own, so that one that hangs or

@@ -167,8 +167,8 @@ def _run_noise(p: Preset, batch: int) -> None:
 def solver_uses(batch: int) -> Iterator[tuple[int, bool, bool, bool, bool]]:
     """How the sampler uses `solver_step`: steps of history, guidance, noise, stopping, channels_last.
 
-    Every use without history; with it one of guidance, noise and stopping, or all. Of batches other than 2, which
-    differ in how Triton specializes the batch, guidance alone.
+    Every use without history; with it none or one of guidance, noise and stopping, or all. Of batches other than 2,
+    which differ in how Triton specializes the batch, guidance alone.
     """
     for history, *uses in product(range(4), *[(False, True)] * 4):
         guided, noisy, stopping, _ = uses
@@ -204,7 +204,8 @@ def _run_solver(p: Preset, batch: int, steps: int) -> None:
 def record_presets() -> Iterator[Call]:
     """The calls of our ops that sampling and training make with each preset.
 
-    Triton makes another kernel where a size is 1 or a multiple of 16, so batches are 1, 2 and 16, and steps 50 and 16.
+    Triton makes another kernel where a size is 1 or a multiple of 16, so batches are 1, 2 and 16, and steps 50 and 16;
+    models run in batches of 1 and 2, so that of the kernels that sum over a batch those of 16 are not among them.
     """
     for name, p in PRESETS.items():
         modes = ((False, False), (True, False), (True, True))  # sampling, validation and training

@@ -178,7 +178,7 @@ class RowSchema:
     error: float = key(NUMBER, "how far it was off")
     allowed: float = key(NUMBER, "how far it may be off")
     part: str = key(TEXT, "a part of `benchmarks.gpu`")
-    code: int | None = key(_or_none(NUMBER), "exit code of a part; null: it was ended")
+    code: int | None = key(_or_none(NUMBER), "exit code of a part; null, in older rows -1: it was ended")
     passed: int = key(NUMBER, "tests")
     skipped: int = key(NUMBER, "tests")
     failures: list[str] = key(_each(TEXT), "a line for each test that failed")

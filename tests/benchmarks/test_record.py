@@ -21,7 +21,7 @@ def test_what_is_committed_is_what_the_models_launch() -> None:
 
 
 def test_every_norm_of_every_preset_is_recorded() -> None:
-    """Hooks see the norms that the models call in float16; each is among the recorded calls."""
+    """Hooks see the norms that the models call; each is among the recorded calls."""
     wanted = set()
 
     def note(module: torch.nn.Module, args: tuple[torch.Tensor, ...], given: dict[str, object]) -> None:
