@@ -17,7 +17,7 @@ from .cli_options import Json, OutFolder, PipelineFolder, Seed, Steps, count, pl
 Split = StrEnum("Split", ["subject", "slice"])
 Amp = StrEnum("Amp", ["auto", "off", "fp16", "bf16"])
 Prediction = StrEnum("Prediction", ["epsilon", "sample", "v_prediction"])
-Recon = StrEnum("Recon", ["mse", "l1"])
+Recon = StrEnum("Recon", ["mse", "l1", "l1_edges"])
 
 
 def prepare(
@@ -114,7 +114,12 @@ VAERate = Annotated[float, typer.Option(help="Learning rate of the VAE.")]
 Warmup = Annotated[int, typer.Option(min=0, help="Steps of linear warmup of both, a tenth of all at most.")]
 EMADecay = Annotated[float, typer.Option(min=0, max=0.99999, help="Of the average of the UNet's weights; 0: none.")]
 Views = Annotated[int, typer.Option(min=1, help="Latents of each slice: one as it is, the others augmented.")]
-ReconLoss = Annotated[Recon, typer.Option(help="Reconstruction loss of the VAE.")]
+Condition = Annotated[
+    str | None, typer.Option(help="Covariates in the data that the model can be asked for, e.g. age,modality,position.")
+]
+ReconLoss = Annotated[
+    Recon, typer.Option(help="Reconstruction loss of the VAE; l1_edges adds differences of neighbours at three scales.")
+]
 PredictionType = Annotated[Prediction | None, typer.Option(help="Default: that of the preset.")]
 SNRGamma = Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, 5 in its paper (default: none).")]
 LowWeight = Annotated[float, typer.Option(help="Weight of the low frequencies in the loss of the UNet.")]
@@ -143,6 +148,7 @@ def train(
     warmup: Warmup = 1000,
     ema_decay: EMADecay = 0.9999,
     views: Views = 4,
+    condition: Condition = None,
     recon: ReconLoss = Recon.mse,
     prediction_type: PredictionType = None,
     snr_gamma: SNRGamma = None,
@@ -183,6 +189,7 @@ def train(
         objective=Objective(low_weight, high_weight, cutoff, spectral_weight, cutmix_prob, snr_gamma),
         recon=recon.value,
         views=views,
+        condition=[name.strip() for name in condition.split(",")] if condition else [],
         resume=resume,
         progress=not as_json,
     )

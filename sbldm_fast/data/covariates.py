@@ -6,22 +6,38 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from sbldm_fast.files import printable, read_json
 
 from ..errors import UserError
 from .sources import MODALITY
 
 LONGEST = 2**25  # characters of a table: a million subjects with five columns
 _NOTHING = ("", "na", "n/a", "nan")
+MEASURED = {
+    "modality": {"definition": "the contrast that the file's or series' name tells"},
+    "position": {
+        "unit": "mm",
+        "definition": "height of the slice above z = 0 of the ICBM 152 template (about the anterior commissure), where"
+        " the scan's highest slice with enough head is taken to be at 71 mm, as the template's is; no registration",
+    },
+}
+Value = float | str
 
 
 class Covariates:
-    """The rows of a CSV file, whose first column names the subject. Left out: cells that are empty, NA or NaN, and
-    empty lines.
+    """The rows of a CSV or TSV file, whose first column names the subject. Left out: cells that are empty, NA or NaN,
+    and empty lines.
+
+    `definitions` holds what a JSON file of the same name beside it says of the columns, as in BIDS: `{"age": {"Units":
+    "years", "Description": "..."}}`.
 
     Raises:
-        ValueError: an unreadable or empty file, a row of another length, a subject with two rows.
+        ValueError: an unreadable or empty file, a row of another length, a subject with two rows, a column named as
+            what `prepare` measures itself.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -33,7 +49,7 @@ class Covariates:
                 raise csv.Error(f"allowed are {LONGEST} characters that can be printed")
             lines = [
                 [cell.strip() for cell in line]
-                for line in csv.reader(io.StringIO(text))
+                for line in csv.reader(io.StringIO(text), delimiter="\t" if self.path.suffix == ".tsv" else ",")
                 if any(cell.strip() for cell in line)
             ]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -45,6 +61,10 @@ class Covariates:
         (self.key, *columns), rows = lines[0], lines[1:]
         if len(set(columns)) < len(columns):
             raise UserError(f"{path} names a column twice: {next(c for c in columns if columns.count(c) > 1):.100}")
+        if taken := sorted(MEASURED.keys() & {*columns}):
+            raise UserError(f"{path} has a column {taken[0]}, which is measured; allowed is another name for it")
+        self.columns = columns
+        self.definitions = _definitions(self.path.with_suffix(".json"))
         self._numbers = all(row[0].isdecimal() for row in rows)
         self._rows: dict[str, dict[str, float | str]] = {}
         for row in rows:
@@ -90,3 +110,41 @@ def _value(cell: str) -> float | str:
     except ValueError:
         return cell
     return number if math.isfinite(number) and "_" not in cell else cell
+
+
+def _definitions(path: Path) -> dict[str, dict[str, str]]:
+    if not path.is_file():
+        return {}
+    found = {}
+    for column, said in read_json(path).items():
+        if isinstance(said, dict):
+            texts = {"unit": said.get("Units"), "definition": said.get("Description")}
+            found[column] = {k: printable(v) for k, v in texts.items() if isinstance(v, str)}
+    return found
+
+
+def describe(
+    values: Iterable[Mapping[str, Value]], definitions: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, Any]]:
+    """What is known of each covariate: of how many slices, its range or its values, unit and definition.
+
+    A covariate with any text among its values is a category.
+    """
+    known: dict[str, list[Value]] = {}
+    for one in values:
+        for name, value in one.items():
+            known.setdefault(name, []).append(value)
+    described: dict[str, dict[str, Any]] = {}
+    for name, found in sorted(known.items()):
+        numbers = [v for v in found if not isinstance(v, str)]
+        if len(numbers) == len(found):
+            seen: dict[str, Any] = {"low": min(numbers), "high": max(numbers)}
+        else:
+            seen = {"values": sorted({category(v) for v in found})}
+        described[name] = {**definitions.get(name, {}), **seen, "slices": len(found)}
+    return described
+
+
+def category(value: Value) -> str:
+    """A value as the name of a category."""
+    return value if isinstance(value, str) else f"{value:g}"

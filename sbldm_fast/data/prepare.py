@@ -21,9 +21,10 @@ from sbldm_fast.errors import UserError
 from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.images import save_grid, to_uint8
 
-from .covariates import Covariates
+from .covariates import MEASURED, Covariates, Value, describe
 from .readers import LABELS, ReadOptions, Scan, Skipped, read_all
 from .sources import PREPARED, Job, Subjects, expand, subject_of
+from .synthetic import DEFINITIONS
 from .volumes import SIZE
 
 FORMAT = 2
@@ -122,6 +123,7 @@ def prepare(
             "subjects": len({row["subject"] for row in rows}),
             "skipped": skipped,
             "without_covariates": missing,
+            "covariates": _describe(rows, table),
             "slices": rows,
         }
         write_json(folder / "manifest.json", manifest)
@@ -230,19 +232,34 @@ def _manifest_rows(
     rows: list[dict[str, Any]] = []
     for one in stored:
         subject, scan = names[one.node], one.scan
-        for position, checksum in zip(scan.positions, one.checksums, strict=True):
+        for position, level, checksum in zip(scan.positions, scan.levels, one.checksums, strict=True):
+            measured: dict[str, Value] = {} if level is None else {"position": round(float(level), 3)}
             row = {
                 "source": scan.source,
                 "subject": subject,
                 "modality": scan.modality,
                 "position_mm": None if position is None else round(float(position), 3),
                 "tilt_deg": round(scan.tilt, 1),
-                "covariates": joined.get(subject, scan.covariates),
+                "covariates": joined.get(subject, scan.covariates) | measured,
                 "sha256": checksum,
                 "split": splits[units[len(rows)]],
             }
             rows.append(row)
     return rows
+
+
+def _describe(rows: list[dict[str, Any]], table: Covariates | None) -> dict[str, dict[str, Any]]:
+    """Each covariate with its unit, definition and range; made brains and a table may both have one of a name."""
+    definitions = dict(MEASURED)
+    if any(row["source"] == "synthetic" for row in rows):
+        definitions |= DEFINITIONS
+    for column in () if table is None else table.columns:
+        made = definitions.get(column)
+        of_scans = table.definitions.get(column, {}) if table else {}
+        both = "; ".join(d["definition"] for d in (made, of_scans) if d and "definition" in d)
+        definitions[column] = {**(made or {}), **of_scans} | ({"definition": both} if both else {})
+    named = ({} if row["modality"] == "unknown" else {"modality": row["modality"]} for row in rows)
+    return describe((row["covariates"] | more for row, more in zip(rows, named, strict=True)), definitions)
 
 
 def _draw_contact_sheet(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -26,6 +26,7 @@ from .volumes import SIZE, Unusable, Volume, axial_slices, load_nifti, silent
 
 LABELS = "a label map, by its name"
 MAX_SIDE = 8192  # pixels of a picture
+TOP = 71.0  # mm, the height of the highest axial slice of the ICBM 152 template that holds enough head
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Scan:
     modality: str
     slices: np.ndarray
     positions: Sequence[float | None] = (None,)
+    levels: Sequence[float | None] = (None,)  # mm, positions with the highest slice at TOP: comparable between scans
     tilt: float = 0.0
     covariates: dict[str, float | str] = field(default_factory=dict)
     patient: str = ""  # DICOM's PatientID, to tell people apart; in memory only
@@ -171,8 +173,9 @@ def _slice(
     slices, positions = axial_slices(volume)
     if not len(slices):
         raise Unusable("no slice has 10 % of its pixels above the background")
-    kept, heights = slices[::every].astype(np.float16), list(positions[::every])
-    return Scan(name, modality or "unknown", kept, heights, volume.tilt, covariates or {}, patient)
+    kept, heights = slices[::every].astype(np.float16), positions[::every]
+    levels = list(heights - positions.max() + TOP)
+    return Scan(name, modality or "unknown", kept, list(heights), levels, volume.tilt, covariates or {}, patient)
 
 
 @silent()

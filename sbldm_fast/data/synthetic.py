@@ -21,6 +21,17 @@ from .volumes import Volume, orient
 # relative intensity of grey matter, white matter and fluid: what the eye expects of the contrast, not a signal equation
 CONTRASTS = {"T1": (0.60, 0.95, 0.18), "T2": (0.55, 0.38, 1.00), "FLAIR": (0.80, 0.62, 0.12)}
 STEP = 2  # mm
+DEFINITIONS = {
+    "age": {
+        "unit": "years",
+        "definition": "of a made brain: its ventricles dilate with it, by a rule of the generator",
+    },
+    "sex": {"definition": "of a made brain: F is smaller than M by 4 %, by a rule of the generator"},
+    "ventricle_volume": {
+        "unit": "ml",
+        "definition": "of the lateral ventricles of the whole brain: the sum of their map over its voxels",
+    },
+}
 LATERAL_VENTRICLES = (14.0, -13.0, 0.0)  # mm, z, y, x of their middle in the template
 
 

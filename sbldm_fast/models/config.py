@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from ..config import Config
 from ..errors import UserError
+from .covariates import Covariate
 
 # beyond any model of these kinds: what a file may ask for before its weights are looked at
 SHAPE_BOUNDS = {
@@ -20,7 +22,9 @@ SHAPE_BOUNDS = {
     "norm_num_groups": (1, 16384),
     "time_embed_dim": (2, 65536),
     "scaling_factor": (1e-6, 1e6),
+    "concat_channels": (0, 4096),
 }
+CONDITIONING = ("adaln", "cross_attention", "context", "concat")
 
 
 def _check_groups(name: str, widths: tuple[int, ...], num_groups: int) -> None:
@@ -67,6 +71,11 @@ class UNetConfig(Config):
 
     `attention_resolutions` are sides in pixels; the middle block always attends. `time_embedding_type` is
     `"positional"` (sinusoids of t) or `"fourier"` (random frequencies of t/1000, as in template 000 section 3.4).
+
+    `covariates` are what the model may be asked for, `conditioning` how they enter: `"adaln"`, as rows added to those
+    of time; `"cross_attention"`, as a learned token each, at the attention resolutions; `"context"`, as one token of
+    their values in 0 to 1; `"concat"`, as planes of these values beside x. Document 003's brains have the last two
+    (Pinaya et al. 2022, arXiv:2209.07162). `concat_channels` counts maps that are concatenated to x as they are given.
     """
 
     sample_size: int = 16
@@ -80,11 +89,45 @@ class UNetConfig(Config):
     time_embed_dim: int = 512
     time_embedding_type: str = "positional"
     dropout: float = 0.1
+    covariates: tuple[Covariate, ...] = ()
+    conditioning: tuple[str, ...] = ("adaln",)
+    concat_channels: int = 0
 
     BOUNDS = SHAPE_BOUNDS
+    LIKE: ClassVar[dict[str, Any]] = {"covariates": (Covariate(),)}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Self:
+        """As every configuration's; each of `covariates` is a mapping."""
+        listed = content.get("covariates", [])
+        if not isinstance(listed, (list, tuple)) or not all(isinstance(c, dict) for c in listed):
+            raise UserError("UNetConfig: covariates are allowed to be a list of mappings")
+        return super().from_dict({**content, "covariates": [Covariate.from_dict(c) for c in listed]})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As every configuration's; of a model without conditions as it was before there were any."""
+        content = super().to_dict()
+        for name, absent in (("covariates", ()), ("conditioning", ("adaln",)), ("concat_channels", 0)):
+            if content[name] == absent:
+                del content[name]
+        return content
+
+    @property
+    def conditional(self) -> bool:
+        """Whether there is anything to ask for."""
+        return bool(self.covariates or self.concat_channels)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        names = [c.name for c in self.covariates]
+        if len(set(names)) < len(names) or "" in names:
+            raise UserError(f"UNetConfig: covariates are {names}, allowed are different names")
+        both = {"cross_attention", "context"} <= set(self.conditioning)
+        if not self.conditioning or not set(self.conditioning) <= set(CONDITIONING) or both:
+            raise UserError(
+                f"UNetConfig: conditioning is {self.conditioning}, allowed are some of {', '.join(CONDITIONING)}, and"
+                " of cross_attention and context one"
+            )
         _check_groups("UNetConfig", self.block_out_channels, self.norm_num_groups)
         if self.sample_size % 2 ** (len(self.block_out_channels) - 1):
             raise UserError(f"UNetConfig: sample_size is {self.sample_size}, allowed are multiples of 2^downsamplings")

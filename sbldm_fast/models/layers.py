@@ -126,6 +126,27 @@ class Attention(nn.Module):
         return Sum(entered, residual=self.to_out(h).transpose(1, 2).reshape(N, C, H, W))
 
 
+class CrossAttention(nn.Module):
+    """Attention from the pixels of `[N, C, H, W]` to tokens `[N, L, D]`, added to its input; the tokens' keys and
+    values `[N, L, 2 C]` are made apart, once for all steps of a run."""
+
+    def __init__(self, channels: int, head_dim: int, num_groups: int, context_dim: int) -> None:
+        super().__init__()
+        self.heads = channels // head_dim
+        self.norm = GroupNormSiLU(num_groups, channels, activation="none")
+        self.to_q = nn.Linear(channels, channels)
+        self.to_kv = nn.Linear(context_dim, 2 * channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Sum, keys_values: Tensor) -> Sum:
+        N, C, H, W = x.x.shape
+        y, entered = self.norm(x.x, conv_bias=x.conv_bias, residual=x.residual, return_sum=True)
+        q = self.to_q(y.flatten(2).transpose(1, 2)).reshape(N, H * W, self.heads, -1).transpose(1, 2)
+        k, v = keys_values.reshape(N, -1, 2, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        h = attend_in_three(q, k, v).transpose(1, 2).reshape(N, H * W, C)
+        return Sum(entered, residual=self.to_out(h).transpose(1, 2).reshape(N, C, H, W))
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 convolution."""
 

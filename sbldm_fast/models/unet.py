@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from sbldm_fast.kernels import GroupNormSiLU
 
 from ..errors import UserError
 from .config import UNetConfig
-from .layers import Attention, Downsample, ResBlock, Sum, Upsample, convolve, normalize
+from .covariates import MAPS, CovariateEmbedding, encode, unit_range
+from .layers import Attention, CrossAttention, Downsample, ResBlock, Sum, Upsample, convolve, normalize
 from .weights import Pretrained
 
 
@@ -51,14 +52,46 @@ class TimeEmbedding(nn.Module):
 class _Block(nn.Module):
     """A residual block that takes time's scale and shift, then attention if there is any."""
 
-    def __init__(self, block: ResBlock, attention: Attention | None) -> None:
+    def __init__(self, block: ResBlock, attention: Attention | None, cross: CrossAttention | None) -> None:
         super().__init__()
         self.block, self.attention = block, attention or nn.Identity()
+        self.cross = cross
 
-    def forward(self, x: Sum, scale: Tensor, shift: Tensor) -> tuple[Tensor, Sum]:
+    def forward(self, x: Sum, scale: Tensor, shift: Tensor, keys_values: Tensor | None) -> tuple[Tensor, Sum]:
         """The block's input, added up, and its output."""
         entered, h = self.block(x, scale, shift)
-        return entered, self.attention(h)
+        h = self.attention(h)
+        return entered, h if self.cross is None or keys_values is None else self.cross(h, keys_values)
+
+
+class Conditioning(nn.Module):
+    """What a condition becomes before the first step: rows that are added to those of time, tokens for
+    cross-attention, planes beside x."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.covariates, ways = config.covariates, config.conditioning
+        dim = config.time_embed_dim
+        self.context_dim = 0
+        if "adaln" in ways or "cross_attention" in ways:
+            self.embedding = CovariateEmbedding(config.covariates, dim)
+        if "adaln" in ways:
+            self.linear1, self.linear2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.to_row = nn.ModuleList(nn.Linear(dim, 2 * width) for width in config.block_out_channels)
+            for linear in self.to_row:  # at first a model without a condition
+                assert isinstance(linear, nn.Linear)
+                nn.init.zeros_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        if "cross_attention" in ways or "context" in ways:
+            self.context_dim = dim if "cross_attention" in ways else len(self.covariates)
+        if "context" in ways or "concat" in ways:
+            self.unknown_value = nn.Parameter(torch.zeros(len(self.covariates)))
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Covariates `[N, K]` in 0 to 1, what is unknown at a value that is learned."""
+        columns = zip(self.covariates, values.unbind(1), strict=True)
+        out = torch.stack([0.5 + 0.5 * unit_range(c, v) for c, v in columns], dim=1)
+        return torch.where(values.isnan(), self.unknown_value, out.to(self.unknown_value.dtype))
 
 
 class UNet2D(Pretrained[UNetConfig]):
@@ -78,19 +111,24 @@ class UNet2D(Pretrained[UNetConfig]):
         super().__init__(config)
         widths, groups, layers = config.block_out_channels, config.norm_num_groups, config.layers_per_block
         last = len(widths) - 1
+        conditioning = Conditioning(config) if config.covariates else None
+        context_dim = 0 if conditioning is None else conditioning.context_dim
+        planes = len(config.covariates) if "concat" in config.conditioning else 0
         levels: list[int] = []  # of each block, in the order in which forward meets them
 
         def block(in_channels: int, level: int, attends: bool) -> _Block:
             levels.append(level)
-            attention = Attention(widths[level], config.attention_head_dim, groups) if attends else None
-            return _Block(ResBlock(in_channels, widths[level], groups, config.dropout), attention)
+            width, head_dim = widths[level], config.attention_head_dim
+            attention = Attention(width, head_dim, groups) if attends else None
+            cross = CrossAttention(width, head_dim, groups, context_dim) if attends and context_dim else None
+            return _Block(ResBlock(in_channels, width, groups, config.dropout), attention, cross)
 
         def attends(level: int) -> bool:
             return config.sample_size >> level in config.attention_resolutions
 
         self.time_embedding = TimeEmbedding(config)
         self.time_to_row = nn.ModuleList(nn.Linear(config.time_embed_dim, 2 * width) for width in widths)
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels + planes + config.concat_channels, widths[0], 3, padding=1)
         channels = widths[0]
         skips = [channels]
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
@@ -117,6 +155,8 @@ class UNet2D(Pretrained[UNetConfig]):
         self._levels = levels
         self._row_widths = [widths[level] for level in levels for _ in ("scale", "shift")]
         self.row_offsets = nn.Parameter(torch.zeros(sum(self._row_widths)))
+        self.conditioning = conditioning
+        self._crosses = [m for m in self.modules() if isinstance(m, CrossAttention)]
 
     def time_rows(self, t: Tensor) -> Tensor:
         """The scale and shift of every block: `[N]` timesteps to `[N, R]`, block after block, each scale then shift."""
@@ -124,15 +164,58 @@ class UNet2D(Pretrained[UNetConfig]):
         rows = [linear(h) for linear in self.time_to_row]
         return torch.cat([rows[level] for level in self._levels], dim=1) + self.row_offsets
 
-    def forward_rows(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The prediction from a latent and its row of `time_rows`, `[N, R]` or `[1, R]` for a shared timestep."""
+    def condition(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `forward_rows` takes of a condition, the same at every step: a sampler makes it before its loop.
+
+        `cond` maps names of covariates to `[N]`, categories by their place in `values`, NaN where unknown; `maps` to
+        `[N, concat_channels, H, W]`. Of these, `rows` `[N, R]` is added to the rows of time, `keys_values` `[N, L, S]`
+        are those of all cross-attentions, `planes` `[N, K, 1, 1]` and `maps` go beside x.
+        """
+        made: dict[str, Tensor] = {}
+        if self.config.concat_channels:
+            made[MAPS] = cond[MAPS]
+        if self.conditioning is None:
+            return made
+        ways, c = self.config.conditioning, self.conditioning
+        values = torch.stack([cond[one.name].float() for one in self.config.covariates], dim=1)
+        embedded = "adaln" in ways or "cross_attention" in ways
+        tokens: Tensor = c.embedding(values) if embedded else c.scaled(values)[:, None]
+        if "adaln" in ways:
+            h = F.silu(c.linear2(F.silu(c.linear1(tokens.sum(1)))))
+            rows = [linear(h) for linear in c.to_row]
+            made["rows"] = torch.cat([rows[level] for level in self._levels], dim=1)
+        if c.context_dim:
+            context = c.scaled(values)[:, None] if "context" in ways else tokens
+            made["keys_values"] = torch.cat([cross.to_kv(context) for cross in self._crosses], dim=2)
+        if "concat" in ways:
+            made["planes"] = c.scaled(values)[:, :, None, None]
+        return made
+
+    def forward_rows(self, x: Tensor, rows: Tensor, condition: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The prediction from a latent and its row of `time_rows`, `[N, R]` or `[1, R]` for a shared timestep, and what
+        `condition` made."""
+        given = condition or {}
+        if "rows" in given:
+            rows = rows + given["rows"]
+        beside = [given["planes"].expand(-1, -1, *x.shape[2:])] if "planes" in given else []
+        beside += [given[MAPS]] if MAPS in given else []
+        if beside:
+            x = torch.cat([x, *(b.to(x.dtype) for b in beside)], dim=1)
         time = iter(rows.split(self._row_widths, dim=1))
+        widths = [2 * cross.to_q.out_features for cross in self._crosses]
+        keys = iter(given["keys_values"].split(widths, dim=2) if widths else ())
         h = convolve(self.conv_in, x)
+
+        def run(block: nn.Module, h: Sum) -> tuple[Tensor, Sum]:
+            assert isinstance(block, _Block)
+            out: tuple[Tensor, Sum] = block(h, next(time), next(time), None if block.cross is None else next(keys))
+            return out
+
         # what enters each block and each downsampling; a block's output is one when the next has added it up
         skips: list[Tensor] = []
         for level, stage in enumerate(self.down):
             for block in stage.children():
-                entered, h = block(h, next(time), next(time))
+                entered, h = run(block, h)
                 skips.append(entered)
             if level < len(self.downsample):
                 skips.append(h.total())
@@ -140,27 +223,56 @@ class UNet2D(Pretrained[UNetConfig]):
                 assert isinstance(down, nn.Conv2d)
                 h = convolve(down, skips[-1])
         for i, block in enumerate(self.mid):
-            entered, h = block(h, next(time), next(time))
+            entered, h = run(block, h)
             skips += [entered] * (i == 0)
         for level, stage in enumerate(self.up):
             for block in stage.children():
-                _, h = block(Sum(torch.cat([h.total(), skips.pop()], dim=1)), next(time), next(time))
+                _, h = run(block, Sum(torch.cat([h.total(), skips.pop()], dim=1)))
             if level < len(self.upsample):
                 h = Sum(self.upsample[level](h.total()))
         out: Tensor = self.conv_out(normalize(self.norm_out, h))
         return out
 
-    def forward(self, x: Tensor, t: Tensor | int, cond: None = None) -> Tensor:
-        """The prediction for timestep `t`: an int, a scalar tensor or `[N]`; `cond` waits for a conditional preset.
+    def forward(self, x: Tensor, t: Tensor | int, cond: Mapping[str, Any] | Tensor | None = None) -> Tensor:
+        """The prediction for timestep `t`: an int, a scalar tensor or `[N]`; `cond` as `read_condition` takes it, or
+        unchecked `[N, K]`, the covariates in their order, NaN where unknown.
 
         Raises:
             ValueError: a wrong shape of `x` or `t`, or a `cond` that this model has no input for.
         """
         if x.dim() != 4 or x.shape[1] != self.config.in_channels:
             raise UserError(f"x: got shape {tuple(x.shape)}, allowed is [N, {self.config.in_channels}, H, W]")
-        if cond is not None:
-            raise UserError("cond: got a value, allowed is None: this model is unconditional")
         t = torch.as_tensor(t, device=x.device).reshape(-1)
         if t.shape[0] not in (1, x.shape[0]):
             raise UserError(f"t: got {t.shape[0]} timesteps, allowed is 1 or the batch, {x.shape[0]}")
-        return self.forward_rows(x, self.time_rows(t))
+        if isinstance(cond, Tensor):
+            given = {c.name: v for c, v in zip(self.config.covariates, cond.unbind(1), strict=True)}
+        else:
+            given = {k: v.to(x.device) for k, v in self.read_condition(cond, x.shape[0]).items()}
+        return self.forward_rows(x, self.time_rows(t), self.condition(given))
+
+    def read_condition(
+        self, cond: Mapping[str, Any] | None, n: int, *, extrapolate: bool = False, argument: str = "cond"
+    ) -> dict[str, Tensor]:
+        """A condition of n samples as `condition` takes it; None: everything is unknown, maps are 0.
+
+        Raises:
+            ValueError: as `covariates.encode`; a `cond` for a model without one; maps of another shape, or none where
+                the model was given a condition and needs them.
+        """
+        if not self.config.conditional:
+            if cond is not None:
+                raise UserError(f"{argument}: got a value, allowed is None: this model is unconditional")
+            return {}
+        found = encode(
+            self.config.covariates, {} if cond is None else cond, n, extrapolate=extrapolate, argument=argument
+        )
+        channels, size = self.config.concat_channels, self.config.sample_size
+        if channels and cond is None:
+            found[MAPS] = torch.zeros(n, channels, size, size)
+        maps = found.get(MAPS)
+        if (maps is not None) != bool(channels) or (maps is not None and tuple(maps.shape[:2]) != (n, channels)):
+            got = "none" if maps is None else f"shape {tuple(maps.shape)}"
+            allowed = f"[{n}, {channels}, H, W]" if channels else "none"
+            raise UserError(f"{argument}[{MAPS!r}]: got {got}, allowed is {allowed}")
+        return found

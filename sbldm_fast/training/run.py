@@ -33,6 +33,8 @@ from .ranks import Ranks
 from .step import LossOf, Step
 
 OURS = r"checkpoint-\w+-\d{8}|best-\w+|latents[\w.-]*|log\.jsonl|pipeline"  # what a run writes to its folder
+VALIDATION = 512  # slices or latents that the validation loss is taken on, at most
+SHOWN = 8  # images in a grid
 READ_EVERY = 50  # steps between two readings of the device
 ASK_EVERY = 10  # steps between two agreements of several processes on a signal
 
