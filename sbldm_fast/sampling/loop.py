@@ -51,8 +51,8 @@ class Buffers(NamedTuple):
     last: Tensor | None
 
 
-def make_buffers(plan: Plan, n: int, guided: bool) -> Buffers:
-    """Those of a batch of n samples, all zero."""
+def make_buffers(plan: Plan, n: int, guided: bool, interval: bool = False) -> Buffers:
+    """Those of a batch of n samples, all zero; guidance in an `interval` has a row for each step."""
     shape = (n, *plan.options.shape)
     history, stops = plan.table.history, plan.options.stop is not None
 
@@ -63,7 +63,7 @@ def make_buffers(plan: Plan, n: int, guided: bool) -> Buffers:
         counter=zeros(True, 2, dtype=torch.int32),
         seeds=zeros(plan.table.stochastic, n, 2, dtype=torch.int64),
         history=zeros(history > 0, history, 2, *shape),
-        guidance=zeros(guided, n),
+        guidance=zeros(guided, *([len(plan.timesteps)] if interval else []), n),
         frozen=zeros(stops, n, dtype=torch.bool),
         x0=zeros(stops, *shape),
         statistics=zeros(stops, n, 2),
@@ -86,6 +86,9 @@ def make_step(
         h = (x if scale is None else x * scale).to(dtype, memory_format=layout)
         if b.guidance is not None:
             h = torch.cat([h, h])
+        guidance = b.guidance
+        if guidance is not None and guidance.dim() == 2:  # a row for each step: no branch in a graph
+            guidance = guidance.index_select(0, b.counter[:1])[0]
         m = predict(h, row, cond)
         if m.shape != h.shape:
             raise UserError(
@@ -98,7 +101,7 @@ def make_step(
             m,
             table,
             b.counter,
-            guidance_scale=b.guidance,
+            guidance_scale=guidance,
             history=b.history,
             seeds=b.seeds,
             frozen=b.frozen,
@@ -128,11 +131,12 @@ class Loop:
         remark: what became of the mode that was asked for, if anything did.
     """
 
-    def __init__(self, plan: Plan, n: int, cond: TensorDict, guided: bool, counts: Counter[str]) -> None:
+    def __init__(self, plan: Plan, batch: Batch, counts: Counter[str]) -> None:
+        n, cond, guided = len(batch.x), batch.cond, batch.guidance is not None
         self.plan, self.counts, self.remark = plan, counts, ""
         network, options, compiled = plan.network, plan.options, plan.mode.compiled
         self.x = torch.zeros(n, *options.shape, device=network.device)
-        self.buffers = make_buffers(plan, n, guided)
+        self.buffers = make_buffers(plan, n, guided, batch.interval is not None)
         self.cond = {k: v.clone() for k, v in cond.items()}
         predict, model = network.predict, network.model
         if compiled and network.device.type == "cpu" and isinstance(model, nn.Module):
@@ -184,7 +188,12 @@ class Loop:
         """Put what a batch is made of into the buffers, and the counter at the first step."""
         self.x.copy_(batch.x)
         self._rewind()
-        pairs = [(self.buffers.seeds, batch.seeds), (self.buffers.guidance, batch.guidance)]
+        guidance = batch.guidance
+        if guidance is not None and batch.interval is not None:
+            low, high = batch.interval
+            inside = torch.tensor([low <= t <= high for t in self.plan.timesteps], device=guidance.device)
+            guidance = torch.where(inside[:, None], guidance, 1.0)
+        pairs = [(self.buffers.seeds, batch.seeds), (self.buffers.guidance, guidance)]
         for mine, given in [*pairs, *((self.cond[name], value) for name, value in batch.cond.items())]:
             if mine is not None and given is not None:
                 mine.copy_(given)

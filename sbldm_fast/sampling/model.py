@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sbldm_fast.kernels import group_norm_silu
 from sbldm_fast.models import UNet2D
+from sbldm_fast.models.covariates import MAPS
 from sbldm_fast.models.layers import Attention, ResBlock, Upsample, added_by_norms, attend_in_three, is_bare_conv
 
 from ..errors import UserError
@@ -93,6 +94,22 @@ def ours(model: object) -> TypeGuard[UNet2D]:
     return not _hooked(model)
 
 
+def read_cond(model: object, cond: Cond, n: int, *, extrapolate: bool = False, argument: str = "cond") -> TensorDict:
+    """A conditioning of n samples as tensors: for a `UNet2D` its covariates by name, checked, NaN where unknown; for
+    others what was given.
+
+    Raises:
+        ValueError: as `UNet2D.read_condition` and `tensors_by_name`.
+    """
+    if isinstance(model, UNet2D):
+        if cond is None and not model.config.conditional:
+            return {}
+        if cond is not None and not isinstance(cond, Mapping):
+            raise UserError(f"{argument}: got {type(cond).__name__}, allowed is None or a mapping of covariates")
+        return model.read_condition(cond, n, extrapolate=extrapolate, argument=argument)
+    return tensors_by_name(cond, argument)
+
+
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
@@ -107,7 +124,17 @@ def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
     above, whole numbers by `class_labels` if there is such an argument, or else as the third argument.
     """
     if ours(model):
-        return lambda x, row, cond: model.forward_rows(x, row)
+        return model.forward_rows
+    if isinstance(model, UNet2D):  # with hooks, or a forward pass of somebody's own
+        names = [c.name for c in model.config.covariates]
+
+        def call(x: Tensor, row: Tensor, cond: TensorDict) -> Tensor:
+            # checked already, also for what was extrapolated; with maps it is looked at again
+            checked = MAPS not in cond and bool(names)
+            out: Tensor = model(x, row, torch.stack([cond[k] for k in names], 1) if checked else cond or None)
+            return out
+
+        return call
     try:
         takes: Mapping[str, Any] = inspect.signature(
             model.forward if isinstance(model, nn.Module) else model

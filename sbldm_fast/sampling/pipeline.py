@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -171,12 +172,18 @@ class Pipeline:
         scheduler: Any = None,
         eta: float | None = None,
         dtype: torch.dtype | None = None,
+        cond: Mapping[str, Any] | None = None,
+        guidance_scale: float | Tensor | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        extrapolate: bool = False,
         batch_size: int = 16,
         progress: bool = False,
     ) -> Tensor:
         """Images `[n, 1, S, S]` in [-1, 1], on the CPU. Synthetic, not for diagnosis.
 
-        Image i depends on `seed` and i alone, to rounding, whatever the batch size or the device.
+        Image i depends on `seed`, i and its condition alone, to rounding, whatever the batch size or the device.
+        `cond={"age": 70, "modality": ["T1", "T2"]}` names covariates of `unet.config`, a value for all images or one
+        for each; it and the arguments after it are those of `FastSampler`.
 
         Raises:
             ValueError: as `FastSampler`, or a batch size below 1.
@@ -184,7 +191,15 @@ class Pipeline:
         n, batch_size = whole_number("n", n, 1), whole_number("batch_size", batch_size, 1)
         sampler, size = self.sampler(steps, mode, scheduler=scheduler, eta=eta, dtype=dtype), even_batch(n, batch_size)
         batches = tqdm(
-            sampler.stream(n, seed=seed, batch_size=size),
+            sampler.stream(
+                n,
+                seed=seed,
+                cond=cond,
+                guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval,
+                extrapolate=extrapolate,
+                batch_size=size,
+            ),
             desc="sample",
             unit="batch",
             total=math.ceil(n / size),

@@ -87,8 +87,12 @@ class Network:
         holds the scale and shift of every block, or the timesteps themselves."""
         return self.model.time_rows(timesteps).to(self.dtype) if ours(self.model) else timesteps
 
-    def cast(self, cond: TensorDict) -> TensorDict:
-        """A conditioning where the model is, numbers that are not whole in its dtype."""
+    def condition(self, cond: TensorDict) -> TensorDict:
+        """A conditioning where the model is, numbers that are not whole in its dtype; of a `UNet2D` what its covariates
+        become before the first step."""
+        if ours(self.model):
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                cond = self.model.condition({k: v.to(self.device) for k, v in cond.items()}) if cond else {}
         return {k: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for k, v in cond.items()}
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sbldm_fast.models import UNet2D
+
 from ..errors import UserError
-from .model import Cond, TensorDict, tensors_by_name
+from .model import Cond, TensorDict, read_cond
 from .noise import draw
 
 
@@ -25,6 +27,8 @@ class Arguments(TypedDict, total=False):
     cond: Cond
     uncond: Cond
     guidance_scale: float | Tensor | None
+    guidance_interval: tuple[float, float] | None
+    extrapolate: bool
     batch_size: int | None
 
 
@@ -38,6 +42,7 @@ class Batch:
         seeds: int64 `[N, 2]`, seed and index of each sample's noise.
         cond: tensors by name, `[N, ...]`; under guidance `[2 N, ...]`, the unconditional half first.
         guidance: float32 `[N]`, or None.
+        interval: the timesteps, lowest and highest, between which there is guidance; None: at all.
     """
 
     places: range
@@ -45,13 +50,14 @@ class Batch:
     seeds: Tensor
     cond: TensorDict
     guidance: Tensor | None
+    interval: tuple[float, float] | None = None
 
     def first(self, n: int) -> Batch:
         """The batch of the first n samples."""
         rows = n if self.guidance is None else 2 * n
         cond = {name: value[:rows] for name, value in self.cond.items()}
         guidance = None if self.guidance is None else self.guidance[:n]
-        return Batch(self.places[:n], self.x[:n], self.seeds[:n], cond, guidance)
+        return Batch(self.places[:n], self.x[:n], self.seeds[:n], cond, guidance, self.interval)
 
 
 class SampleRequest:
@@ -67,22 +73,31 @@ class SampleRequest:
         device: torch.device,
         n: int | None = None,
         *,
+        model: object = None,
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         indices: Sequence[int] | None = None,
         cond: Cond = None,
         uncond: Cond = None,
         guidance_scale: float | Tensor | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        extrapolate: bool = False,
         batch_size: int | None = None,
     ) -> None:
         self.shape, self.device, self.guidance = shape, device, None
         self.x, self.seeds = seeds_and_noise(shape, device, n, seed, noise, indices)
         count = self.count = len(self.seeds)
         self.size = count if batch_size is None else whole_number("batch_size", batch_size, 1)
-        conds = self.cond = tensors_by_name(cond)
+        conds = self.cond = read_cond(model, cond, count, extrapolate=extrapolate)
         if uncond is not None and guidance_scale is None:
             raise UserError("uncond: got a value, allowed without guidance_scale is None: there is no second pass")
-        others = self.uncond = tensors_by_name(uncond, "uncond") or {k: torch.zeros_like(v) for k, v in conds.items()}
+        # of covariates everything is unknown, elsewhere it is all zeros
+        others = (
+            {}
+            if uncond is None and not isinstance(model, UNet2D)
+            else read_cond(model, uncond, count, argument="uncond")
+        )
+        others = self.uncond = others or {k: torch.zeros_like(v) for k, v in conds.items()}
         unlike = sorted(conds.keys() ^ others.keys())
         unlike = unlike or [k for k, v in conds.items() if others[k].shape != v.shape or len(v) != count]
         if unlike:
@@ -94,6 +109,7 @@ class SampleRequest:
             if cond is None:
                 raise UserError("guidance_scale: got a value without cond, allowed is None")
             self.guidance = self._guidance(guidance_scale)
+        self.interval = _interval(guidance_interval, self.guidance)
 
     def _guidance(self, guidance_scale: float | Tensor) -> Tensor:
         guidance = torch.as_tensor(guidance_scale, dtype=torch.float32).reshape(-1)
@@ -122,7 +138,22 @@ class SampleRequest:
                 seeds=self.seeds[at].to(self.device),
                 cond=cond,
                 guidance=None if self.guidance is None else self.guidance[at],
+                interval=self.interval,
             )
+
+
+def _interval(interval: tuple[float, float] | None, guidance: Tensor | None) -> tuple[float, float] | None:
+    if interval is None:
+        return None
+    try:
+        low, high = (float(t) for t in interval)
+    except (TypeError, ValueError):
+        raise UserError(f"guidance_interval: got {interval!r:.100}, allowed are two timesteps") from None
+    if guidance is None:
+        raise UserError("guidance_interval: got a value, allowed without guidance_scale is None")
+    if not low <= high:
+        raise UserError(f"guidance_interval: got {low:g} to {high:g}, allowed is a lower timestep, then a higher one")
+    return low, high
 
 
 def seeds_and_noise(

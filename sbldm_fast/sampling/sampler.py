@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from sbldm_fast.diffusion.table import SolverTable
+from sbldm_fast.models import UNet2D
 
 from ..errors import NotFinite, TooLarge, UserError
 from .loop import Callback, Loop, ModeFailed, broken
 from .memory import find_what_fits, out_of_memory
-from .model import Cond, evaluating, ours, tensors_by_name
+from .model import Cond, evaluating, read_cond
 from .modes import Mode, choose, parse_mode
 from .plan import Options, Plan
 from .precision import float32_precision
@@ -180,6 +181,8 @@ class FastSampler:
         cond: Cond = None,
         uncond: Cond = None,
         guidance_scale: float | Tensor | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        extrapolate: bool = False,
         callback: Callback | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
@@ -191,9 +194,13 @@ class FastSampler:
             noise: the starting noise `[n, *shape]` of unit variance; `init_noise_sigma` is applied inside.
             indices: the samples' places in the noise of their seed; None: 0, 1, ... n - 1, and 0 under a list of
                 seeds.
-            cond: what the model is conditioned on, `[n, ...]`, or a mapping of such tensors that go in by name.
-            uncond: the same for the unconditional pass of guidance; None: zeros.
+            cond: what the model is conditioned on, `[n, ...]`, or a mapping of such tensors that go in by name; of a
+                `UNet2D` its covariates by name, a value for all samples or one for each, what is left out unknown.
+            uncond: the same for the unconditional pass of guidance; None: zeros, and of covariates all unknown.
             guidance_scale: w of `m_u + w (m_c - m_u)`, a number or one per sample; None: no second pass.
+            guidance_interval: the lowest and the highest timestep at which w is not 1 (Kynkäänniemi et al. 2024,
+                arXiv:2404.07724); None: it never is.
+            extrapolate: take, with a warning, numbers outside the range that the covariates were trained on.
             callback: called after each step with its number, its timestep and x, which is overwritten by the next step.
             batch_size: how many at a time, the last batch padded to it: one size is captured. None: all at once.
 
@@ -203,19 +210,25 @@ class FastSampler:
             MemoryError: out of memory, with the largest batch that fits.
         """
         given = Arguments(seed=seed, noise=noise, indices=indices, cond=cond, uncond=uncond)
-        given |= Arguments(guidance_scale=guidance_scale, batch_size=batch_size)
+        given |= Arguments(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
+        given |= Arguments(extrapolate=extrapolate, batch_size=batch_size)
         return torch.cat(list(self.stream(n, callback=callback, **given)))
 
     def stream(
         self, n: int | None = None, *, callback: Callback | None = None, **arguments: Unpack[Arguments]
     ) -> Iterator[Tensor]:
         """The samples of a call, batch by batch as they are made; arguments and errors as there."""
-        yield from self._stream(SampleRequest(self.shape, self.device, n, **arguments), callback)
+        request = SampleRequest(self.shape, self.device, n, model=self._ours, **arguments)
+        yield from self._stream(request, callback)
+
+    @property
+    def _ours(self) -> object:
+        """The model if it is a `UNet2D`, which reads its own condition."""
+        model = self.source.network.model
+        return model if isinstance(model, UNet2D) else None
 
     def _stream(self, request: SampleRequest, callback: Callback | None, start: int = 0) -> Iterator[Tensor]:
         """The samples of a request, by a run that begins with step `start`."""
-        if request.cond and ours(self.source.network.model):
-            raise UserError("cond: got a value, allowed is None: this model is unconditional")
         for batch in request.batches():
             with self.at_work(request.count):
                 self.counts["samples"] += len(batch.places)
@@ -285,7 +298,9 @@ class FastSampler:
         with self.at_work():
             start = self.source.start_for(strength)
             noise = noise_latents(self.source.plan_from(start), x, seeds)
-        request = SampleRequest(self.shape, self.device, noise=noise, seed=seed, indices=indices, **arguments)
+        request = SampleRequest(
+            self.shape, self.device, model=self._ours, noise=noise, seed=seed, indices=indices, **arguments
+        )
         return torch.cat(list(self._stream(request, callback, start)))
 
     def invert(self, z: Tensor, *, cond: Cond = None) -> Tensor:
@@ -302,9 +317,7 @@ class FastSampler:
                 )
             x, _ = seeds_and_noise(self.shape, self.device, None, 0, z, None)
             assert x is not None
-            given = self.source.network.cast(tensors_by_name(cond))
-            if given and ours(self.source.network.model):
-                raise UserError("cond: got a value, allowed is None: this model is unconditional")
+            given = self.source.network.condition(read_cond(self._ours, cond, len(x)))
             return invert(self.plan, x, given)
 
     def stats(self) -> dict[str, int]:
@@ -340,7 +353,7 @@ class FastSampler:
         """What becomes of a batch; and the two ways in which it can go wrong: memory, and numbers that are none."""
         sigma = self.source.init_noise_sigma(start)
         x = (batch.x * sigma).to(self.device)
-        batch = replace(batch, x=x, seeds=batch.seeds.to(self.device), cond=self.source.network.cast(batch.cond))
+        batch = replace(batch, x=x, seeds=batch.seeds.to(self.device), cond=self.source.network.condition(batch.cond))
         places = batch.places
 
         def run(batch: Batch, callback: Callback | None) -> Tensor:
@@ -384,13 +397,13 @@ class FastSampler:
     def _loop(self, batch: Batch, start: int) -> Loop:
         """The loop for batches of this size and conditioning, kept."""
         kinds = ((name, tuple(v.shape), v.dtype) for name, v in batch.cond.items())
-        guided, autocast = batch.guidance is not None, torch.is_autocast_enabled(self.device.type)
-        key = (start, len(batch.x), guided, autocast, *kinds)
+        guided = batch.guidance is not None, batch.interval is not None
+        key = (start, len(batch.x), guided, torch.is_autocast_enabled(self.device.type), *kinds)
         if key not in self._loops:
             if len(self._loops) == MAX_LOOPS:
                 self._loops.popitem(last=False)
                 self.counts["evictions"] += 1
-            loop = Loop(self.source.plan_from(start), len(batch.x), batch.cond, guided, self.counts)
+            loop = Loop(self.source.plan_from(start), batch, self.counts)
             self._loops[key], self.reason = loop, self.reason + loop.remark
         self._loops.move_to_end(key)
         return self._loops[key]
