@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .cli_ask import Asking, ask
 from .cli_bench import bench, report
 from .cli_export import export
 from .cli_options import Eta, Json, OutFolder, PipelineFolder, Scheduler, Seed, Steps, count, place, say
@@ -74,12 +76,26 @@ def print_doctor(report: dict[str, Any]) -> None:
         print(f"mode auto    {auto['images']} images of {auto['steps']} steps: {auto['mode']} ({auto['reason']})")
 
 
+# The options of sample and population that bear the names of arguments of Pipeline.sample; a pipeline's covariates are
+# options beside them.
+Guidance = Annotated[float | None, typer.Option(help="How strongly the condition is followed: 1 as trained, 2 more.")]
+Interval = Annotated[
+    tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Guide between these timesteps alone.")
+]
+Extrapolate = Annotated[bool, typer.Option("--extrapolate", help="Take values outside the trained range.")]
+Count = Annotated[int | None, typer.Option("-n", min=1, max=2**31 - 1, help="How many images (default: the table's).")]
+Table = Annotated[Path | None, typer.Option(help="CSV or TSV file: a column a covariate, a row an image.")]
+Processed = Annotated[int, typer.Option(min=1, help="Images at a time, at most.")]
+ASKING: dict[str, Any] = {"cls": Asking, "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
+
+
 def sample(
+    context: typer.Context,
     pipeline: PipelineFolder,
     out: Annotated[
         Path, typer.Option("-o", "--out", callback=place, help="Folder for the images; run again, it is completed.")
     ],
-    n: Annotated[int, typer.Option("-n", min=1, max=2**31 - 1, help="How many images.")] = 16,
+    n: Count = None,
     seed: Seed = 0,
     steps: Steps = 50,
     scheduler: Annotated[Scheduler, typer.Option(help="dpm and unipc need diffusers.")] = Scheduler.ddim,
@@ -87,25 +103,66 @@ def sample(
         str, typer.Option(help="auto, eager, compile, step-graph, loop-graph, a torch.compile mode, or graph+mode.")
     ] = "auto",
     eta: Eta = 0.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, at most.")] = 16,
+    batch_size: Processed = 16,
     dtype: Annotated[Dtype | None, typer.Option(help="Arithmetic of the UNet (default: float32).")] = None,
     format: Annotated[
         Format, typer.Option(help="A PNG each, one array, or one NIfTI stack of unrelated slices.")
     ] = Format.png,
+    table: Table = None,
+    guidance: Guidance = None,
+    guidance_interval: Interval = None,
+    extrapolate: Extrapolate = False,
     as_json: Json = False,
 ) -> None:
-    """Make images, the missing ones. Example: sbldm-fast sample demo -n 16 --seed 0 -o images
+    """Make images, the missing ones. Example: sbldm-fast sample demo --modality T2 --age 70 -n 8 -o images
+
+    What a pipeline can be asked for, as --modality here, `sbldm-fast sample PIPELINE --help` lists.
 
     On several devices: torchrun --nproc-per-node=2 -m sbldm_fast sample demo -n 64 -o images
     """
     import torch
 
+    from sbldm_fast.sampling.job import Settings
+
+    asked, n = ask(pipeline, context.args, table, n, 16)
+    precision = None if dtype is None else getattr(torch, dtype.value)
+    settings = Settings(seed, steps, scheduler.value, mode, eta, precision, batch_size, format.value, asked)
+    settings = replace(settings, guidance_scale=guidance, guidance_interval=guidance_interval, extrapolate=extrapolate)
+    _run(pipeline, out, n, settings, as_json)
+
+
+def population(
+    context: typer.Context,
+    pipeline: PipelineFolder,
+    out: Annotated[Path, typer.Option("-o", "--out", callback=place, help="Folder for the cohort, as BIDS has it.")],
+    n: Count = None,
+    seed: Seed = 0,
+    steps: Steps = 10,
+    scheduler: Annotated[Scheduler, typer.Option(help="dpm and unipc need diffusers.")] = Scheduler.unipc,
+    batch_size: Processed = 16,
+    table: Table = None,
+    guidance: Guidance = None,
+    extrapolate: Extrapolate = False,
+    as_json: Json = False,
+) -> None:
+    """Make a cohort of known covariates, a subject a slice. Example: sbldm-fast population demo -n 100 -o cohort
+
+    Covariates come from a table, or are drawn evenly over what the pipeline was trained on; those named as options are
+    the same for all. Run again, it is completed; torchrun splits it.
+    """
+    from sbldm_fast.sampling.job import Settings
+
+    asked, n = ask(pipeline, context.args, table, n, 100, drawn=None if table else seed)
+    settings = Settings(seed, steps, scheduler.value, batch_size=batch_size, format="bids", asked=asked)
+    _run(pipeline, out, n, replace(settings, guidance_scale=guidance, extrapolate=extrapolate), as_json)
+
+
+def _run(pipeline: str, out: Path, n: int, settings: Any, as_json: bool) -> None:
+    """Make the missing images of a job, and say what came of it."""
     from sbldm_fast.images import NOTICE
-    from sbldm_fast.sampling.job import Settings, sample_to_folder
+    from sbldm_fast.sampling.job import sample_to_folder
 
     start = time.monotonic()
-    precision = None if dtype is None else getattr(torch, dtype.value)
-    settings = Settings(seed, steps, scheduler.value, mode, eta, precision, batch_size, format.value)
     try:
         done = sample_to_folder(pipeline, out, n, settings, progress=not as_json)
     except KeyboardInterrupt:
@@ -171,8 +228,9 @@ demo {"finished" if ok else "FAILED"} in {time.monotonic() - start:.0f} s""")
         raise typer.Exit(1)
 
 
-for command in (doctor, prepare, train, sample, evaluate, export, bench, report, demo):  # the order of --help
-    app.command()(command)
+# in the order of --help
+for command in (doctor, prepare, train, sample, population, evaluate, export, bench, report, demo):
+    app.command(**(ASKING if command in (sample, population) else {}))(command)
 
 
 def main() -> None:

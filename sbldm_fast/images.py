@@ -24,7 +24,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def save_png(array: np.ndarray, path: str | Path) -> None:
     """Write one grey picture with the notice in its metadata."""
-    _write(Image.fromarray(array), Path(path))
+    save_picture(Image.fromarray(array), Path(path))
 
 
 def save_grid(
@@ -58,7 +58,7 @@ def save_grid(
                 text = texts[i].encode("ascii", "replace").decode()
                 draw.text((x + 2, y + down), text, fill=255, stroke_width=1, stroke_fill=0)
     draw.text((3, rows * height + 1), notice, fill=200)
-    _write(sheet, Path(path), notice)
+    save_picture(sheet, Path(path), notice)
 
 
 def save_nifti(images: np.ndarray, path: str | Path) -> None:
@@ -72,7 +72,8 @@ def save_nifti(images: np.ndarray, path: str | Path) -> None:
         aside.write_bytes(gzip.compress(stack.to_bytes(), mtime=0))
 
 
-def _write(image: Image.Image, path: Path, notice: str = NOTICE) -> None:
+def save_picture(image: Image.Image, path: Path, notice: str = NOTICE) -> None:
+    """Write a picture as PNG with the notice in its metadata."""
     info = PngImagePlugin.PngInfo()
     info.add_text("Description", notice)
     with whole_file(path) as aside:

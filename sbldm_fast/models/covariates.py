@@ -57,32 +57,24 @@ class Covariate(Config):
         return " or ".join(self.values) if self.values else f"{self.low:g} to {self.high:g}{unit}"
 
     def number(self, value: Any, extrapolate: bool = False) -> float:
-        """The number that stands for a value: itself, or the place among `values`; NaN for None or NaN, unknown.
+        """The number that stands for a value: itself, or the place among `values`; NaN for None, unknown.
 
         Raises:
             ValueError: an unknown value, or one out of range; with `extrapolate` the latter is a warning.
         """
         if value is None:
             return math.nan
-        if isinstance(value, str):
-            if value in self.values:
-                return float(self.values.index(value))
-            try:
-                value = math.nan if self.values else float(value)
-            except ValueError:
-                value = math.nan
-            if math.isnan(value):
-                raise UserError(f"cond[{self.name!r}]: got {value!r:.100}, allowed is {self.allowed}, or None")
+        if isinstance(value, str) and value in self.values:
+            return float(self.values.index(value))
         try:
-            number = float(value)
+            number = math.nan if isinstance(value, str) and self.values else float(value)
         except (TypeError, ValueError, RuntimeError):
-            raise UserError(f"cond[{self.name!r}]: got {value!r:.100}, allowed is {self.allowed}, or None") from None
-        if math.isnan(number):
-            return number
+            number = math.nan
+        if math.isnan(number) or (self.values and number not in range(len(self.values))):
+            raise UserError(f"cond[{self.name!r}]: got {value!r:.100}, allowed is {self.allowed}, or None")
         if self.values:
-            if number not in range(len(self.values)):
-                raise UserError(f"cond[{self.name!r}]: got {value!r:.100}, allowed is {self.allowed}, or None")
-        elif not self.low <= number <= self.high:
+            return number
+        if not self.low <= number <= self.high:
             if not (extrapolate and math.isfinite(number)):
                 raise UserError(
                     f"cond[{self.name!r}]: got {number:g}, the model was trained on {self.allowed}; with extrapolate"

@@ -4,13 +4,16 @@ twice."""
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.util
 import json
 import math
 import os
 import re
+import warnings
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
@@ -25,16 +28,19 @@ from tqdm import tqdm
 from sbldm_fast.files import read_json, whole_file, write_json
 from sbldm_fast.images import NOTICE, save_grid, save_nifti, save_png, to_uint8
 from sbldm_fast.machine import torchrun_number
+from sbldm_fast.models.covariates import Covariate
 from sbldm_fast.models.weights import digest_weights
 
 from ..errors import MissingExtra, UserError
 from .modes import choose
 from .pipeline import Pipeline, even_batch
-from .request import seeds_and_noise
+from .population import bids_path, write_participants
+from .request import Arguments, SampleRequest
 
 GRID = 64  # images in the grid
 RECORD = "sample.json"  # what the images in a folder were made with
-WHOLE = {"png": "grid.png", "npy": "images.npy", "nifti": "images.nii.gz"}  # what is made of all images, by format
+# what is made of all images, by format
+WHOLE = {"png": "grid.png", "npy": "images.npy", "nifti": "images.nii.gz", "bids": "participants.tsv"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,9 @@ class Settings:
     Args:
         seed, steps, scheduler, mode, eta, dtype: as of `Pipeline.sample`.
         batch_size: images at a time, at most.
-        format: `png`, a file per image and a grid; `npy` or `nifti`, one array, float32.
+        format: `png`, a file per image and a grid; `npy` or `nifti`, one array, float32; `bids`, a subject per image.
+        asked: covariates by name, a value for each image.
+        guidance_scale, guidance_interval, extrapolate: as of `Pipeline.sample`.
 
     Raises:
         UserError: an unknown format.
@@ -59,12 +67,28 @@ class Settings:
     dtype: torch.dtype | None = None
     batch_size: int = 16
     format: str = "png"
+    asked: dict[str, list[Any]] = field(default_factory=dict)
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    extrapolate: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in WHOLE:
             raise UserError(f"format: got {self.format!r}, allowed are {', '.join(WHOLE)}")
-        if self.format == "nifti" and importlib.util.find_spec("nibabel") is None:
-            raise MissingExtra("format nifti", "nibabel", "data")
+        if self.format in ("nifti", "bids") and importlib.util.find_spec("nibabel") is None:
+            raise MissingExtra(f"format {self.format}", "nibabel", "data")
+
+    def arguments(self, indices: Sequence[int], batch_size: int) -> Arguments:
+        """What a sampler is given to make some of the images."""
+        return Arguments(
+            indices=indices,
+            seed=self.seed,
+            batch_size=batch_size,
+            cond={name: [values[i] for i in indices] for name, values in self.asked.items()} or None,
+            guidance_scale=self.guidance_scale,
+            guidance_interval=self.guidance_interval,
+            extrapolate=self.extrapolate,
+        )
 
 
 def sample_to_folder(pipeline: str, out: Path, n: int, settings: Settings, *, progress: bool) -> dict[str, Any]:
@@ -92,23 +116,25 @@ def sample_to_folder(pipeline: str, out: Path, n: int, settings: Settings, *, pr
     if mode == "auto":  # settled by the whole job: a rank must not choose otherwise than one process would
         mode, reason = choose(device, n, settings.steps)
     sampler = pipe.sampler(settings.steps, mode, scheduler=settings.scheduler, eta=settings.eta, dtype=settings.dtype)
-    seeds_and_noise(pipe.latent_shape, device, 1, settings.seed, None, None)  # a seed that is refused leaves no folder
+    with warnings.catch_warnings():  # what is refused leaves no folder; what is warned of is when it is made
+        warnings.simplefilter("ignore")
+        SampleRequest(pipe.latent_shape, device, model=pipe.unet, **settings.arguments(range(n), size))
     claim = _claim(out, settings.format, _record_of(pipe, settings, sampler.dtype))
-    missing = _missing_for_all(out, n, settings.format, world)
+    missing = _missing_for_all(out, n, settings, world)
     batches = [[i for i in missing if i // size == b] for b in sorted({i // size for i in missing})]
     mine = [i for batch in batches[rank::world] for i in batch]
     made = 0
     with tqdm(total=len(mine), desc="sample", unit="image", disable=not progress or rank > 0) as bar:
-        for images in sampler.stream(indices=mine, seed=settings.seed, batch_size=size) if mine else ():
+        for images in sampler.stream(**settings.arguments(mine, size)) if mine else ():
             for image in images.cpu():
-                _write_part(image, _part(out, mine[made], settings.format), settings.format)
+                _write_part(image, _part(out, mine[made], settings), settings.format)
                 made += 1
                 bar.update()
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if rank == 0:
-        _assemble(out, n, settings.format)
+        _assemble(out, n, settings, pipe.unet.config.covariates)
     os.close(claim)
     total = len(missing)
     done = {"out": str(out), "n": n, "made": total, "kept": n - total}
@@ -117,7 +143,10 @@ def sample_to_folder(pipeline: str, out: Path, n: int, settings: Settings, *, pr
 
 def _record_of(pipe: Pipeline, settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
     """What the folder's record says of the images in it."""
+    told = {"guidance": settings.guidance_scale, "guidance_interval": settings.guidance_interval}
+    cond = {k: v[0] if len({*v}) == 1 else _hash(v) for k, v in settings.asked.items()}
     return {
+        **({"cond": cond, **{k: v for k, v in told.items() if v is not None}} if cond else {}),
         "pipeline": _identity(pipe),
         "seed": settings.seed,
         "steps": settings.steps,
@@ -130,9 +159,14 @@ def _record_of(pipe: Pipeline, settings: Settings, dtype: torch.dtype) -> dict[s
     }
 
 
-def _missing_for_all(out: Path, n: int, format: str, world: int) -> list[int]:
+def _hash(values: Sequence[Any]) -> str:
+    """Stands for the values of all images in a record."""
+    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()[:16]
+
+
+def _missing_for_all(out: Path, n: int, settings: Settings, world: int) -> list[int]:
     """The images that are not there yet: one list for all ranks, made before any of them writes."""
-    shared = [[i for i in range(n) if not _part(out, i, format).exists()]]
+    shared = [[i for i in range(n) if not _part(out, i, settings).exists()]]
     if world > 1:
         # a rank with much to do may keep the others waiting; one that dies is torchrun's to notice
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
@@ -187,7 +221,7 @@ def _record(out: Path, format: str, settings: dict[str, Any]) -> None:
     there = read_json(out / RECORD) if ours else {}
     used = there.get("format") if there.get("format") in WHOLE else format
     found = [p.name for p in out.iterdir()] if out.is_dir() else []
-    images = [name for name in found if name in WHOLE.values() or re.fullmatch(r"\d{6}\.png", name)]
+    images = [name for name in found if name in WHOLE.values() or re.fullmatch(r"\d{6}\.png|sub-\d{6}", name)]
     images += [f"parts/{p.name}" for p in (out / "parts").glob("[0-9]" * 6 + ".npy")]
     if images and not ours:
         raise UserError(f"{out} holds {min(images)}, which no run of this command made; allowed is another folder")
@@ -202,26 +236,36 @@ def _record(out: Path, format: str, settings: dict[str, Any]) -> None:
     write_json(out / RECORD, settings)
 
 
-def _part(out: Path, i: int, format: str) -> Path:
-    return out / f"{i:06d}.png" if format == "png" else out / "parts" / f"{i:06d}.npy"
+def _part(out: Path, i: int, settings: Settings) -> Path:
+    if settings.format == "bids":
+        return bids_path(out, i, settings.asked)
+    return out / f"{i:06d}.png" if settings.format == "png" else out / "parts" / f"{i:06d}.npy"
 
 
 def _write_part(image: torch.Tensor, path: Path, format: str) -> None:
     if format == "png":
         save_png(to_uint8(image[None])[0], path)
         return
+    if format == "bids":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_nifti(image.float().numpy(), path)
+        return
     _save(image[0].float().numpy(), path)
 
 
-def _assemble(out: Path, n: int, format: str) -> None:
+def _assemble(out: Path, n: int, settings: Settings, covariates: Sequence[Covariate]) -> None:
+    format = settings.format
+    if format == "bids":
+        write_participants(out, n, settings.asked, covariates)
+        return
     if format == "png":
         shown = []
         for i in range(min(n, GRID)):
-            with Image.open(_part(out, i, format)) as image:
+            with Image.open(_part(out, i, settings)) as image:
                 shown.append(np.asarray(image))
         save_grid(np.stack(shown), out / WHOLE[format])
         return
-    images = np.stack([_load(_part(out, i, format)) for i in range(n)])
+    images = np.stack([_load(_part(out, i, settings)) for i in range(n)])
     if format == "nifti":
         save_nifti(images, out / WHOLE[format])
     else:

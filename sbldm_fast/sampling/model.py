@@ -104,9 +104,10 @@ def read_cond(model: object, cond: Cond, n: int, *, extrapolate: bool = False, a
     if isinstance(model, UNet2D):
         if cond is None and not model.config.conditional:
             return {}
-        if cond is not None and not isinstance(cond, Mapping):
+        if cond is not None and model.config.conditional and not isinstance(cond, Mapping):
             raise UserError(f"{argument}: got {type(cond).__name__}, allowed is None or a mapping of covariates")
-        return model.read_condition(cond, n, extrapolate=extrapolate, argument=argument)
+        given: Any = cond  # refused there, whatever it is, by a model without conditions
+        return model.read_condition(given, n, extrapolate=extrapolate, argument=argument)
     return tensors_by_name(cond, argument)
 
 
@@ -129,9 +130,11 @@ def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
         names = [c.name for c in model.config.covariates]
 
         def call(x: Tensor, row: Tensor, cond: TensorDict) -> Tensor:
-            # checked already, also for what was extrapolated; with maps it is looked at again
-            checked = MAPS not in cond and bool(names)
-            out: Tensor = model(x, row, torch.stack([cond[k] for k in names], 1) if checked else cond or None)
+            if MAPS in cond or not names:
+                given = {k: v if k == MAPS else [None if n != n else n for n in v.tolist()] for k, v in cond.items()}
+                out: Tensor = model(x, row, given or None)
+            else:  # checked already, also what was extrapolated
+                out = model(x, row, torch.stack([cond[k] for k in names], 1))
             return out
 
         return call

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sbldm_fast.diffusion.table import SolverTable
-from sbldm_fast.models import UNet2D
 
 from ..errors import NotFinite, TooLarge, UserError
 from .loop import Callback, Loop, ModeFailed, broken
@@ -209,23 +208,16 @@ class FastSampler:
             FloatingPointError: NaN or infinity, with step and samples.
             MemoryError: out of memory, with the largest batch that fits.
         """
-        given = Arguments(seed=seed, noise=noise, indices=indices, cond=cond, uncond=uncond)
-        given |= Arguments(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
-        given |= Arguments(extrapolate=extrapolate, batch_size=batch_size)
+        given = Arguments(seed=seed, noise=noise, indices=indices, cond=cond, uncond=uncond, batch_size=batch_size)
+        given |= {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "extrapolate": extrapolate}
         return torch.cat(list(self.stream(n, callback=callback, **given)))
 
     def stream(
         self, n: int | None = None, *, callback: Callback | None = None, **arguments: Unpack[Arguments]
     ) -> Iterator[Tensor]:
         """The samples of a call, batch by batch as they are made; arguments and errors as there."""
-        request = SampleRequest(self.shape, self.device, n, model=self._ours, **arguments)
+        request = SampleRequest(self.shape, self.device, n, model=self.source.network.model, **arguments)
         yield from self._stream(request, callback)
-
-    @property
-    def _ours(self) -> object:
-        """The model if it is a `UNet2D`, which reads its own condition."""
-        model = self.source.network.model
-        return model if isinstance(model, UNet2D) else None
 
     def _stream(self, request: SampleRequest, callback: Callback | None, start: int = 0) -> Iterator[Tensor]:
         """The samples of a request, by a run that begins with step `start`."""
@@ -298,9 +290,8 @@ class FastSampler:
         with self.at_work():
             start = self.source.start_for(strength)
             noise = noise_latents(self.source.plan_from(start), x, seeds)
-        request = SampleRequest(
-            self.shape, self.device, model=self._ours, noise=noise, seed=seed, indices=indices, **arguments
-        )
+        arguments |= {"model": self.source.network.model, "seed": seed, "indices": indices}
+        request = SampleRequest(self.shape, self.device, noise=noise, **arguments)
         return torch.cat(list(self._stream(request, callback, start)))
 
     def invert(self, z: Tensor, *, cond: Cond = None) -> Tensor:
@@ -317,7 +308,7 @@ class FastSampler:
                 )
             x, _ = seeds_and_noise(self.shape, self.device, None, 0, z, None)
             assert x is not None
-            given = self.source.network.condition(read_cond(self._ours, cond, len(x)))
+            given = self.source.network.condition(read_cond(self.source.network.model, cond, len(x)))
             return invert(self.plan, x, given)
 
     def stats(self) -> dict[str, int]:
