@@ -110,6 +110,7 @@ def counted() -> dict[str, Any]:
             "host waits": step.waits.total() + decode.waits.total(),
             "transfers": step.transfers + decode.transfers,
         }
+    found["batch 1 with covariates"] = {"launches of a step": count(preset_name="covariates")[0].launches.total()}
     found["a step by operator"] = dict(count()[0].launches.most_common())
     return found
 

@@ -106,10 +106,12 @@ def record_step(
         table = torch.empty(50, 6, device="meta")
         buffers = Buffers(torch.zeros(2, dtype=torch.int32, device="meta"), None, None, None, None, None, None, None)
         step = make_step(predictor(unet), dtype, torch.channels_last, None, None, 0.0)
+        asked = {c.name: torch.zeros(batch, device="meta") for c in p.unet.covariates}
+        cond = {k: v.to(dtype) for k, v in unet.condition(asked).items()}  # before the loop
 
         def one_step() -> Tensor:
             row = rows.index_select(0, buffers.counter[:1]) if counter_rows else rows[:1]
-            return step(x, row, None, table, buffers, {})
+            return step(x, row, None, table, buffers, cond)
 
         return record(one_step), record(lambda: vae.decode(x / 1.0))
 

@@ -8,6 +8,7 @@ from sbldm_fast.diffusion.config import SchedulerConfig
 
 from ..errors import UserError
 from .config import UNetConfig, VAEConfig
+from .covariates import Covariate
 
 
 class Preset(NamedTuple):
@@ -19,6 +20,14 @@ class Preset(NamedTuple):
 
 
 _LATENT = SchedulerConfig(beta_schedule="cosine_ramp", clip_sample=False)
+# what `prepare` knows, over the ranges of adults; `train --condition` takes those of its data instead
+COVARIATES = (
+    Covariate("age", low=18.0, high=90.0, unit="years"),
+    Covariate("sex", ("F", "M")),
+    Covariate("ventricle_volume", low=5.0, high=150.0, unit="ml", definition="of the lateral ventricles"),
+    Covariate("modality", ("FLAIR", "T1", "T2")),
+    Covariate("position", low=-75.0, high=75.0, unit="mm", definition="height of the slice above z = 0 of ICBM 152"),
+)
 PRESETS: dict[str, Preset] = {
     "paper": Preset(VAEConfig(), UNetConfig(), _LATENT),
     "template": Preset(
@@ -28,6 +37,7 @@ PRESETS: dict[str, Preset] = {
         ),
         SchedulerConfig(beta_schedule="gamma", clip_sample=False),
     ),
+    "covariates": Preset(VAEConfig(), UNetConfig(covariates=COVARIATES), _LATENT),
     "demo": Preset(
         VAEConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1),
         UNetConfig(
@@ -39,7 +49,8 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Preset:
-    """The configurations known as `paper` (001), `template` (000) or `demo` (the bundled weights).
+    """The configurations known as `paper` (001), `template` (000), `covariates` (003) or `demo` (the bundled
+    weights').
 
     Raises:
         ValueError: an unknown name.
