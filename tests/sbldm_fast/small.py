@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from sbldm_fast import (
     UNetConfig,
     VAEConfig,
 )
+from sbldm_fast.models.covariates import Covariate
 
 SHAPE = (4, 8, 8)
 UNET = UNetConfig(
@@ -30,6 +32,9 @@ UNET = UNetConfig(
     norm_num_groups=8,
     time_embed_dim=32,
 )
+AGE = Covariate("age", low=20.0, high=80.0, unit="years", definition="at the scan")
+MODALITY = Covariate("modality", ("T1", "T2", "FLAIR"))
+ASKED = replace(UNET, covariates=(AGE, MODALITY))
 VAE = VAEConfig(sample_size=16, latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)
 
 
@@ -37,9 +42,19 @@ def scheduler(**config: Any) -> DDIMScheduler:
     return DDIMScheduler(**({"beta_schedule": "cosine_ramp", "clip_sample": False} | config))
 
 
-def small_pipeline() -> Pipeline:
+def small_pipeline(unet: UNetConfig = UNET) -> Pipeline:
     config = SchedulerConfig(beta_schedule="cosine_ramp", clip_sample=False)
-    return Pipeline(AutoencoderKL(VAE), UNet2D(UNET), config)
+    return Pipeline(AutoencoderKL(VAE), trained(unet), config)
+
+
+def trained(config: UNetConfig) -> UNet2D:
+    """A UNet in which nothing is 0, so that a condition changes what it predicts."""
+    torch.manual_seed(1)
+    model = UNet2D(config).eval()
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return model
 
 
 def make(model: Any, **arguments: Any) -> FastSampler:
