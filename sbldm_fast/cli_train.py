@@ -246,13 +246,14 @@ def evaluate(
         return
     print(f"{'distance to the nearest training slice':42} {'min':>7} {'p10':>7} {'median':>7} {'p90':>7}")
     for by in ("pixels", "latents"):
-        for who in ("samples", "unseen"):
+        for who in (w for w in ("samples", "asked", "unseen") if w in report[by]):
             q = report[by][who]
             print(f"{by + ': ' + who:42} {q['min']:7.3f} {q['p10']:7.3f} {q['median']:7.3f} {q['p90']:7.3f}")
-    near = {by: report[by]["samples_nearer_than_unseen_p1"] for by in ("pixels", "latents")}
+    kinds = [who for who in ("samples", "asked") if who in report["pixels"]]
+    near = {by: sum(report[by][f"{who}_nearer_than_unseen_p1"] for who in kinds) for by in ("pixels", "latents")}
     verdict = "look at these for copies" if any(near.values()) else "none looks like a copy"
     print(
-        f"{near['pixels']} by pixels and {near['latents']} by latents of {report['samples']} samples lie nearer to one"
-        f" of {report['training_slices']} training slices than 99 of 100 unseen slices do: {verdict}; see"
+        f"{near['pixels']} by pixels and {near['latents']} by latents of {len(kinds) * report['samples']} samples lie"
+        f" nearer to one of {report['training_slices']} training slices than 99 of 100 unseen slices do: {verdict}; see"
         f" {out / 'neighbours.png'}"
     )

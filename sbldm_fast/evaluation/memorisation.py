@@ -20,6 +20,7 @@ from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.images import save_grid, to_uint8
 from sbldm_fast.models import AutoencoderKL
 from sbldm_fast.sampling.pipeline import Pipeline
+from sbldm_fast.training.conditions import values_of
 
 from ..errors import UserError
 
@@ -75,7 +76,8 @@ def memorisation(
 
     The picture has three rows for each row of samples: samples, nearest by pixels, nearest by latents. The numbers are
     quantiles of the distance to the nearest training slice: of the samples, and of validation and test slices, which no
-    training has seen.
+    training has seen. Of a conditional pipeline also of `asked`, samples under the conditions of n training slices: who
+    knows all that the manifest says of a slice comes nearest to it.
 
     Raises:
         ValueError: as `Slices`; a prepared folder without validation and test slices; a folder `out` with other files.
@@ -98,6 +100,13 @@ def memorisation(
         raise UserError(f"{data} has neither validation nor test slices: nothing tells how near is near")
     images = pipeline.sample(n, seed=seed, steps=steps).cpu()
     report: dict[str, Any] = {"samples": n, "seed": seed, "steps": steps, "training_slices": len(train)}
+    covariates = pipeline.unet.config.covariates
+    asked = None
+    if covariates:
+        some = torch.linspace(0, len(train) - 1, n).long().tolist()
+        told = values_of([train.rows[i] for i in some], covariates)
+        cond = {c.name: [None if v.isnan() else v for v in told[:, k]] for k, c in enumerate(covariates)}
+        asked = pipeline.sample(n, seed=seed, steps=steps, cond=cond).cpu()
     rows = [images]
     for name, vae in (("pixels", None), ("latents", pipeline.vae)):
         found = nearest(images, train, vae, progress)
@@ -106,6 +115,9 @@ def memorisation(
         # a sample nearer than all but one in a hundred of the unseen slices is worth a look
         limit = float(held.distance.quantile(0.01))
         report[name]["samples_nearer_than_unseen_p1"] = int((found.distance < limit).sum())
+        if asked is not None:
+            near = nearest(asked, train, vae, progress).distance
+            report[name] |= {"asked": _quantiles(near), "asked_nearer_than_unseen_p1": int((near < limit).sum())}
         rows.append(train[found.index])
     with whole_folder(out) as folder:
         write_json(folder / REPORT, report)

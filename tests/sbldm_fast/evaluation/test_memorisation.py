@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sbldm_fast import Pipeline
+from sbldm_fast import AutoencoderKL, Pipeline, UNet2D, preset
 from sbldm_fast.cli_train import evaluate
 from sbldm_fast.data import Slices, prepare
+from sbldm_fast.data.dataset import read_manifest
 from sbldm_fast.evaluation import nearest
 from sbldm_fast.evaluation.memorisation import memorisation
+from sbldm_fast.training.conditions import find_covariates
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +108,32 @@ def test_without_unseen_slices_there_is_no_measure(fresh_demo: Path, tmp_path: P
     with pytest.raises(ValueError, match="has neither validation nor test slices"):
         memorisation(Pipeline.from_pretrained(fresh_demo), tmp_path / "d", tmp_path / "out", n=1, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_samples_under_the_conditions_of_training_slices_are_compared_too(data: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(data)
+    p = preset("demo")
+    told = replace(p.unet, covariates=find_covariates(manifest, ["age", "position"]))
+    pipeline = Pipeline(AutoencoderKL(p.vae), UNet2D(told), p.scheduler)
+    slices = Slices(data)
+    asked: list[Any] = []
+
+    def sample(n: int, *, cond: Any = None, **_: Any) -> torch.Tensor:
+        """A model that remembers: whoever names a training slice gets it."""
+        if cond is None:
+            return torch.zeros(n, 1, 128, 128)
+        asked.append(cond)
+        rows = [(row["covariates"]["age"], row["covariates"]["position"]) for row in slices.rows]
+        ages, positions = (torch.stack(cond[name]).tolist() for name in ("age", "position"))
+        found = [
+            next(i for i, (a, p) in enumerate(rows) if abs(a - age) < 1e-3 and abs(p - z) < 1e-3)
+            for age, z in zip(ages, positions, strict=True)
+        ]
+        return slices[torch.tensor(found)]
+
+    pipeline.sample = sample  # type: ignore[method-assign,assignment]
+    report = memorisation(pipeline, data, tmp_path / "out", n=5, steps=2, progress=False)
+    assert len(asked) == 1
+    for by in ("pixels", "latents"):
+        assert report[by]["asked"]["p90"] < 0.01
+        assert (report[by]["asked_nearer_than_unseen_p1"], report[by]["samples_nearer_than_unseen_p1"]) == (5, 0)
