@@ -17,6 +17,8 @@ from ..errors import UserError
 from .prepare import FORMAT, SPLITS
 from .volumes import SIZE
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 
 class Slices:
     """One split of a prepared folder, mapped from its file, and `rows`, what the manifest says of each slice.
@@ -97,4 +99,21 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     )
     if not rows or not named:
         raise UserError(f"{path} lists no slices")
+    if not _told(manifest.get("covariates", {})):
+        raise UserError(f"{path}: covariates is no description of covariates; run prepare again")
+    for i, row in enumerate(rows):
+        known, modality = row.get("covariates", {}), row.get("modality", "unknown")
+        if not (isinstance(known, dict) and all(map(_known, known.values())) and isinstance(modality, str)):
+            raise UserError(
+                f"{path}: slice {i} has covariates or a modality that are no texts or finite numbers; run prepare again"
+            )
     return manifest
+
+
+def _told(described: object) -> bool:
+    return isinstance(described, dict) and all(isinstance(one, dict) for one in described.values())
+
+
+def _known(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
+    return isinstance(value, str) or number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any, ClassVar, Self
 
 from ..config import Config
@@ -121,12 +122,12 @@ class UNetConfig(Config):
         super().__post_init__()
         names = [c.name for c in self.covariates]
         if len(set(names)) < len(names) or "" in names:
-            raise UserError(f"UNetConfig: covariates are {names}, allowed are different names")
+            raise UserError(f"UNetConfig: covariates are {short(names)}, allowed are different names")
         both = {"cross_attention", "context"} <= set(self.conditioning)
         if not self.conditioning or not set(self.conditioning) <= set(CONDITIONING) or both:
             raise UserError(
-                f"UNetConfig: conditioning is {self.conditioning}, allowed are some of {', '.join(CONDITIONING)}, and"
-                " of cross_attention and context one"
+                f"UNetConfig: conditioning is {short(self.conditioning)}, allowed are some of"
+                f" {', '.join(CONDITIONING)}, and of cross_attention and context one"
             )
         _check_groups("UNetConfig", self.block_out_channels, self.norm_num_groups)
         if self.sample_size % 2 ** (len(self.block_out_channels) - 1):

@@ -20,6 +20,8 @@ from ..errors import UserError
 MAPS = "maps"  # the name of concatenated maps in a condition
 OCTAVES = 4  # sines and cosines of a number: a quarter of a turn over half of its range, and three doublings of it
 MOST_VALUES = 256
+LONGEST = {"values": 200, "unit": 40, "definition": 2000}  # characters: they are shown
+LARGEST, FINEST, LEAST = 1e30, 1e-6, 1e-30  # of a range: float32 holds it, and tells its ends apart
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Covariate(Config):
     definition: str = ""
 
     LIKE: ClassVar[dict[str, Any]] = {"values": ("",)}
+    BOUNDS: ClassVar[dict[str, tuple[float, float]]] = dict.fromkeys(("low", "high"), (-LARGEST, LARGEST))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,14 +50,24 @@ class Covariate(Config):
             )
         if len(set(self.values)) < len(self.values) or len(self.values) > MOST_VALUES or "" in self.values:
             raise UserError(f"Covariate: values of {self.name} are allowed to be {MOST_VALUES} different names at most")
-        if not self.low < self.high:
-            raise UserError(f"Covariate: {self.name} is from {self.low} to {self.high}, allowed is a rising range")
+        for field, most in LONGEST.items():
+            for text in self.values if field == "values" else (getattr(self, field),):
+                if len(text) > most or not text.isprintable():
+                    raise UserError(
+                        f"Covariate: {field} of {self.name} has {text!r:.60}, allowed are {most} characters that can be"
+                        " printed"
+                    )
+        if not self.high - self.low > max(LEAST, FINEST * max(abs(self.low), abs(self.high))):
+            raise UserError(
+                f"Covariate: {self.name} is from {self.low:g} to {self.high:g}, allowed is a rising range that float32"
+                " can tell apart"
+            )
 
     @property
     def allowed(self) -> str:
         """What it may be, in words."""
         unit = f" {self.unit}" if self.unit else ""
-        return " or ".join(self.values) if self.values else f"{self.low:g} to {self.high:g}{unit}"
+        return f"{' or '.join(self.values):.500}" if self.values else f"{self.low:g} to {self.high:g}{unit}"
 
     def number(self, value: Any, extrapolate: bool = False) -> float:
         """The number that stands for a value: itself, or the place among `values`; NaN for None, unknown.
@@ -68,14 +81,17 @@ class Covariate(Config):
             return float(self.values.index(value))
         try:
             number = math.nan if isinstance(value, str) and self.values else float(value)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             number = math.nan
         if math.isnan(number) or (self.values and number not in range(len(self.values))):
             raise UserError(f"cond[{self.name!r}]: got {value!r:.100}, allowed is {self.allowed}, or None")
         if self.values:
+            # 3 of the grades 2, 3, 4 is the second, and the place 3 is none of them
+            if (text := f"{number:g}") in self.values and self.values[int(number)] != text:
+                raise UserError(f"cond[{self.name!r}]: got {number:g}, allowed is a text, '{text}': names are numbers")
             return number
         if not self.low <= number <= self.high:
-            if not (extrapolate and math.isfinite(number)):
+            if not (extrapolate and abs(number) <= LARGEST):
                 raise UserError(
                     f"cond[{self.name!r}]: got {number:g}, the model was trained on {self.allowed}; with extrapolate"
                     " others are taken"
@@ -104,7 +120,10 @@ def encode(
     found = {c.name: torch.full((n,), math.nan) for c in covariates}
     for name, value in given.items():
         if name == MAPS:
-            found[MAPS] = torch.as_tensor(value)
+            try:
+                found[MAPS] = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise UserError(f"{argument}[{MAPS!r}]: got {type(value).__name__}, allowed is a tensor") from None
             continue
         if name not in known:
             raise UserError(f"{argument}: got {name!r:.100}, allowed are {_names(covariates)}")
@@ -119,7 +138,7 @@ def encode(
 
 
 def _names(covariates: Iterable[Covariate]) -> str:
-    return ", ".join(c.name for c in covariates)
+    return f"{', '.join(c.name for c in covariates) or 'none':.500}"
 
 
 class CovariateEmbedding(nn.Module):

@@ -245,10 +245,14 @@ class UNet2D(Pretrained[UNetConfig]):
         t = torch.as_tensor(t, device=x.device).reshape(-1)
         if t.shape[0] not in (1, x.shape[0]):
             raise UserError(f"t: got {t.shape[0]} timesteps, allowed is 1 or the batch, {x.shape[0]}")
-        if isinstance(cond, Tensor):
-            given = {c.name: v for c, v in zip(self.config.covariates, cond.unbind(1), strict=True)}
+        covariates = self.config.covariates
+        if isinstance(cond, Tensor) and covariates and not self.config.concat_channels:
+            if cond.dim() != 2 or cond.shape[1] != len(covariates):
+                raise UserError(f"cond: got shape {tuple(cond.shape)}, allowed is [N, {len(covariates)}]")
+            given = {c.name: v for c, v in zip(covariates, cond.unbind(1), strict=True)}
         else:
-            given = {k: v.to(x.device) for k, v in self.read_condition(cond, x.shape[0]).items()}
+            named: Any = cond  # refused there if it is no mapping
+            given = {k: v.to(x.device) for k, v in self.read_condition(named, x.shape[0]).items()}
         return self.forward_rows(x, self.time_rows(t), self.condition(given))
 
     def read_condition(
@@ -271,7 +275,8 @@ class UNet2D(Pretrained[UNetConfig]):
         if channels and cond is None:
             found[MAPS] = torch.zeros(n, channels, size, size)
         maps = found.get(MAPS)
-        if (maps is not None) != bool(channels) or (maps is not None and tuple(maps.shape[:2]) != (n, channels)):
+        fits = maps is None or (maps.dim() == 4 and tuple(maps.shape[:2]) == (n, channels))
+        if (maps is not None) != bool(channels) or not fits:
             got = "none" if maps is None else f"shape {tuple(maps.shape)}"
             allowed = f"[{n}, {channels}, H, W]" if channels else "none"
             raise UserError(f"{argument}[{MAPS!r}]: got {got}, allowed is {allowed}")

@@ -41,7 +41,7 @@ def find_covariates(manifest: Mapping[str, Any], names: Sequence[str]) -> tuple[
             raise UserError(f"condition: got {name!r:.100}, allowed are different ones of {allowed}")
         seen: dict[str, Any] = {k: str(described[name][k]) for k in ("unit", "definition") if k in described[name]}
         values = [row[name] for row in rows if name in row]
-        if "values" in described[name]:
+        if "values" in described[name] or any(isinstance(v, str) for v in values):
             categories = sorted({category(v) for v in values})
             seen |= {"values": tuple(categories)}
             several = len(categories) > 1
@@ -52,6 +52,22 @@ def find_covariates(manifest: Mapping[str, Any], names: Sequence[str]) -> tuple[
             raise UserError(f"condition: got {name!r}, of which the training slices have {len(set(values))} values")
         found.append(Covariate(name, **seen))
     return tuple(found)
+
+
+def refuse_mixtures(cutmix_prob: float) -> None:
+    """Refuse CutMix, as `UserError`: a mixture of two slices has the covariates of neither."""
+    if cutmix_prob:
+        raise UserError(
+            f"cutmix_prob: got {cutmix_prob}, allowed with a condition is 0: a mixture of two slices has the covariates"
+            " of neither"
+        )
+
+
+def refuse_unknown(covariates: Sequence[Covariate], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse, as `UserError`, a covariate that none of the slices has."""
+    nowhere = values_of(rows, covariates).isnan().all(0).tolist()
+    if lacking := [c.name for c, none in zip(covariates, nowhere, strict=True) if none]:
+        raise UserError(f"condition: {lacking[0]} is known of no training slice")
 
 
 def values_of(rows: Sequence[Mapping[str, Any]], covariates: Sequence[Covariate]) -> Tensor:

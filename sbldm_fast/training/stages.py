@@ -118,11 +118,7 @@ def train_unet(
     latents = latents.to(device)
     if values is not None:
         values = values.to(device)
-        if objective.cutmix_prob:
-            raise UserError(
-                f"cutmix_prob: got {objective.cutmix_prob}, allowed with a condition is 0: a mixture of two slices has"
-                " the covariates of neither"
-            )
+        conditions.refuse_mixtures(objective.cutmix_prob)
 
     def validate(model: nn.Module) -> float:
         assert held_out is not None
@@ -201,6 +197,9 @@ def train_pipeline(
         found_covariates = conditions.find_covariates(manifest, condition)
         preset = preset._replace(unet=replace(preset.unet, covariates=found_covariates))
     slices = {s: Slices(data, s) for s in ("train", "val") if s == "train" or any(row["split"] == s for row in rows)}
+    if preset.unet.covariates:  # now, and not after the first stage
+        conditions.refuse_mixtures((objective or Objective()).cutmix_prob)
+        conditions.refuse_unknown(preset.unet.covariates, slices["train"].rows)
     data_digest = hashlib.sha256((Path(data) / "manifest.json").read_bytes()).hexdigest()
     context = Context(folder, ranks, {"data": data_digest}, progress)
     with checkpoint.name_last_checkpoint(folder):
@@ -244,8 +243,6 @@ def _condition_values(
         areas = latents[f"areas_{split}"].cpu()
         told = conditions.values_of(data.rows, covariates).repeat(len(areas) // len(data), 1)
         values[split] = conditions.scale_volumes(told, areas, covariates)
-    if values and (lacking := [c.name for c, v in zip(covariates, values["train"].T, strict=True) if v.isnan().all()]):
-        raise UserError(f"condition: {lacking[0]} is known of no training slice")
     return values
 
 

@@ -54,7 +54,7 @@ def test_config_survives_json(config: Any) -> None:
         (lambda: replace(UNET, attention_head_dim=0), "attention_head_dim is 0"),
         (lambda: UNetConfig.from_dict({"block_out_channels": 32}), "block_out_channels is 32, allowed is one like"),
         (lambda: SchedulerConfig(beta_start=-0.1), "beta_start, beta_end: got -0.1"),
-        (lambda: preset("large"), "preset: got 'large', allowed are paper, template, demo"),
+        (lambda: preset("large"), "preset: got 'large', allowed are paper, template, covariates, demo"),
     ],
 )
 def test_bad_config_is_named(make: Any, message: str) -> None:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from sbldm_fast import Pipeline, preset
-from sbldm_fast.data import prepare
 from sbldm_fast.models.presets import Preset
 from sbldm_fast.training import TrainConfig, train_pipeline
 
@@ -37,16 +36,6 @@ SMALL = Preset(
     ),
     preset("demo").scheduler,
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip(
-        "nilearn", reason="nilearn, of the extra data, brings the maps that synthetic brains are made of"
-    )
-    folder = tmp_path_factory.mktemp("data") / "d"
-    prepare(["synthetic:3"], folder, every=6, progress=False)
-    return folder
 
 
 def config(steps: int, **values: Any) -> TrainConfig:
@@ -218,19 +207,6 @@ def test_two_processes_have_the_curve_of_one(script: Path, data: Path, tmp_path:
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=2e-4), (a, b)
 
 
-def test_latents_are_encoded_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments: dict[str, Any] = {"vae": config(2), "unet": config(2), "progress": False, "resume": True}
-    train_pipeline(SMALL, data, tmp_path, views=2, **arguments)
-
-    def refuse(*_: object) -> Tensor:
-        raise AssertionError("encoded again")
-
-    monkeypatch.setattr("sbldm_fast.training.stages.encode", refuse)
-    train_pipeline(SMALL, data, tmp_path, views=2, **arguments)
-    with pytest.raises(AssertionError, match="encoded again"):
-        train_pipeline(SMALL, data, tmp_path, views=1, **arguments)
-
-
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_every_prediction_type_trains(kind: str, data: Path, tmp_path: Path) -> None:
     preset = SMALL._replace(scheduler=replace(SMALL.scheduler, prediction_type=kind))
@@ -254,9 +230,3 @@ def test_a_run_does_not_go_on_with_other_slices(data: Path, tmp_path: Path) -> N
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"data: got .*, but .*checkpoint-vae-00000002 was made with"):
         train_pipeline(SMALL, tmp_path / "data", tmp_path / "run", **arguments)
-
-
-def test_bad_recon_is_named(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="recon: got 'l3', allowed are mse, l1"):
-        train_pipeline(SMALL, data, tmp_path, vae=config(1), unet=config(1), recon="l3", progress=False)
-    shutil.rmtree(tmp_path)

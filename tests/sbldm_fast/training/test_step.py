@@ -14,7 +14,7 @@ from sbldm_fast import UNet2D
 from sbldm_fast.training import Objective, TrainConfig
 from sbldm_fast.training.config import amp_dtype
 from sbldm_fast.training.run import batches
-from sbldm_fast.training.stages import augment, unet_loss
+from sbldm_fast.training.stages import unet_loss
 from sbldm_fast.training.step import Step
 
 from .test_stages import SMALL, config
@@ -145,18 +145,6 @@ def test_learning_rate() -> None:
     config = TrainConfig(steps=110, batch_size=1, lr=1.0, warmup=10)
     assert [config.lr_at(s) for s in (0, 9, 10, 60)] == pytest.approx([0.1, 1.0, 1.0, 0.5])
     assert config.lr_at(109) < 0.001
-
-
-def test_augmentation_keeps_air_dark_and_flips_half(device: torch.device) -> None:
-    x = torch.full((64, 1, 32, 32), -1.0, device=device)
-    x[:, :, 10:22, 18:26] = 1.0
-    y = augment(x, torch.rand(64, 5, device=device))
-    assert y.shape == x.shape
-    assert y.min() >= -1.0001
-    assert y.max() <= 1.0001
-    assert (y[..., 0] < -0.9).all()
-    right = (y[..., 16:] > 0).flatten(1).sum(1) > (y[..., :16] > 0).flatten(1).sum(1)
-    assert 16 < int(right.sum()) < 48
 
 
 def test_amp_dtype_by_name() -> None:
