@@ -69,7 +69,14 @@ def _smooth_field(generator: torch.Generator, channels: int, coarse: int, shape:
 
 
 def synthetic_brain(index: int, seed: int = 0) -> tuple[Volume, str, dict[str, float | str]]:
-    """Brain number `index`: its volume, its modality and its covariates.
+    """Brain number `index`: its volume, its modality and its covariates; see `synthetic_brain_with_ventricles`."""
+    return synthetic_brain_with_ventricles(index, seed)[:3]
+
+
+def synthetic_brain_with_ventricles(
+    index: int, seed: int = 0
+) -> tuple[Volume, str, dict[str, float | str], np.ndarray]:
+    """Brain number `index`: its volume, its modality, its covariates and the map of its lateral ventricles `[x, y, z]`.
 
     `ventricle_volume`, ml, is that of the lateral ventricles as they are in this brain. They dilate with `age` (20 to
     85), at their middle by up to 1.9 times; `sex` scales the head by 4 %. They are rules of this generator, not of
@@ -105,7 +112,8 @@ def synthetic_brain(index: int, seed: int = 0) -> tuple[Volume, str, dict[str, f
     array = image.numpy().transpose(2, 1, 0)
     volume_ml = float(ventricles.sum()) * STEP**3 / 1000
     covariates: dict[str, float | str] = {"age": round(age, 1), "sex": sex, "ventricle_volume": round(volume_ml, 2)}
-    return Volume(array, (STEP, STEP, STEP), origin_z, STEP, array.shape), modality, covariates
+    volume = Volume(array, (STEP, STEP, STEP), origin_z, STEP, array.shape)
+    return volume, modality, covariates, ventricles.numpy().transpose(2, 1, 0)
 
 
 def mni152() -> Volume:

@@ -306,13 +306,19 @@ def robust_range(array: np.ndarray) -> tuple[float, float]:
 
 
 def axial_slices(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """The slices that hold enough head, and their positions in mm.
+    """The slices that hold enough head, and their positions in mm; see `axial_slices_with`."""
+    slices, positions, _ = axial_slices_with(volume, None)
+    return slices, positions
+
+
+def axial_slices_with(volume: Volume, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The slices that hold enough head, their positions in mm, and a map of labels `[x, y, z]` cut in the same way.
 
     Row 0 is anterior, column 0 is the patient's left (RAS order seen from above: not mirrored). The field of view is
     centred on the head and the same in mm along rows and columns, so pixels are square whatever the scan's were.
 
     Returns:
-        `[N, 128, 128]` float32 in [-1, 1] and `[N]` float64.
+        `[N, 128, 128]` float32 in [-1, 1], `[N]` float64, and `[N, 128, 128]` float32 in [0, 1] of labels in [0, 1].
 
     Raises:
         Unusable: nothing stands out from the background, or what does is no head by its size.
@@ -332,17 +338,25 @@ def axial_slices(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = (
         _window(head > 0.01 * head.max(), zoom) for head, zoom in zip(inside, volume.zooms[1::-1], strict=True)
     )
-    slices, positions = [], []
-    for start, image in images():
-        padded = np.pad(image, ((0, 0), rows[1], columns[1]), constant_values=-1.0)[:, rows[0], columns[0]]
+
+    def cut(image: np.ndarray, air: float) -> np.ndarray:
+        padded = np.pad(image, ((0, 0), rows[1], columns[1]), constant_values=air)[:, rows[0], columns[0]]
         square = F.interpolate(
             torch.from_numpy(np.ascontiguousarray(padded))[:, None], (SIZE, SIZE), mode="bicubic", antialias=True
         )
-        done = square[:, 0].clamp(-1, 1).numpy()
+        done: np.ndarray = square[:, 0].clamp(air, 1).numpy()
+        return done
+
+    slices, positions, maps = [], [], []
+    for start, image in images():
+        done = cut(image, -1.0)
         keep = (done > FOREGROUND).mean(axis=(1, 2)) >= MIN_FOREGROUND
         slices.append(done[keep])
         positions.append(volume.origin_z + volume.rise * (start + np.flatnonzero(keep)))
-    return np.concatenate(slices), np.concatenate(positions)
+        if labels is not None:
+            beside = labels[..., start : start + len(image)].transpose(2, 1, 0)[:, ::-1]
+            maps.append(cut(beside, 0.0)[keep])
+    return np.concatenate(slices), np.concatenate(positions), np.concatenate(maps) if maps else None
 
 
 def _window(head: np.ndarray, zoom: float) -> tuple[slice, tuple[int, int]]:
