@@ -12,12 +12,18 @@ import pytest
 import torch
 
 from sbldm_fast import AutoencoderKL, SchedulerConfig, UNet2D, UNetConfig, VAEConfig, preset
+from sbldm_fast.models.covariates import Covariate
 from sbldm_fast.models.presets import PRESETS
 
-from ..small import UNET, VAE
+from ..small import AGE, ASKED, UNET, VAE
+
+OTHERWISE = replace(ASKED, conditioning=("context", "concat"), concat_channels=3)
 
 
-@pytest.mark.parametrize(("name", "latent"), [("paper", (8, 16, 16)), ("template", (4, 32, 32)), ("demo", (8, 16, 16))])
+@pytest.mark.parametrize(
+    ("name", "latent"),
+    [("paper", (8, 16, 16)), ("template", (4, 32, 32)), ("covariates", (8, 16, 16)), ("demo", (8, 16, 16))],
+)
 def test_presets_fit_together(name: str, latent: tuple[int, ...]) -> None:
     p = preset(name)
     assert (p.vae.latent_channels, p.vae.latent_size, p.vae.latent_size) == latent
@@ -32,7 +38,9 @@ def test_presets_fit_together(name: str, latent: tuple[int, ...]) -> None:
     assert image.abs().max() <= 1
 
 
-@pytest.mark.parametrize("config", [UNET, VAE, SchedulerConfig(beta_schedule="gamma"), *PRESETS["template"]])
+@pytest.mark.parametrize(
+    "config", [UNET, ASKED, OTHERWISE, VAE, SchedulerConfig(beta_schedule="gamma"), *PRESETS["template"]]
+)
 def test_config_survives_json(config: Any) -> None:
     assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -54,6 +62,14 @@ def test_config_survives_json(config: Any) -> None:
         (lambda: replace(UNET, attention_head_dim=0), "attention_head_dim is 0"),
         (lambda: UNetConfig.from_dict({"block_out_channels": 32}), "block_out_channels is 32, allowed is one like"),
         (lambda: SchedulerConfig(beta_start=-0.1), "beta_start, beta_end: got -0.1"),
+        (lambda: replace(ASKED, covariates=(AGE, AGE)), "covariates are .*, allowed are different names"),
+        (lambda: replace(ASKED, covariates=(Covariate(),)), r"covariates are \[''\], allowed are different names"),
+        (lambda: replace(ASKED, conditioning=()), "conditioning is \\(\\), allowed are some of adaln, cross_attention"),
+        (lambda: replace(ASKED, conditioning=("film",)), "conditioning is \\('film',\\), allowed are some of"),
+        (lambda: replace(ASKED, conditioning=("cross_attention", "context")), "of cross_attention and context one"),
+        (lambda: UNetConfig.from_dict({"covariates": ["age"]}), "covariates are allowed to be a list of mappings"),
+        (lambda: UNetConfig.from_dict({"covariates": {"age": 1}}), "covariates are allowed to be a list of mappings"),
+        (lambda: UNetConfig.from_dict({"concat_channels": -1}), "concat_channels is -1, allowed is 0 to 4096"),
         (lambda: preset("large"), "preset: got 'large', allowed are paper, template, covariates, demo"),
     ],
 )
@@ -79,6 +95,9 @@ BAD = [
         ("block_out_channels", v)
         for v in (["a"], [None], [[8]], [True], [8.0], [0], [10**9, 2 * 10**9], [32] * 13, 32, "32", {"a": 1})
     ),
+    *(("covariates", v) for v in ("age", ["age"], {"name": "age"}, [[]], 1, True, None)),
+    *(("conditioning", v) for v in ("adaln", [], ["film"], [1], None, 1, ["adaln", "Z" * 10**4])),
+    *(("concat_channels", v) for v in (-1, 1.0, True, "1", 10**18, None)),
     *(("attention_resolutions", v) for v in ([0], [-1], ["8"], [10**9], 8)),
     *(("dropout", v) for v in (-0.1, 1.0, float("nan"), float("inf"), "0", True)),
 ]
@@ -91,6 +110,55 @@ def test_what_a_config_file_asks_for_is_bounded(key: str, value: Any, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match=key):
         UNet2D.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"low": float("nan")}, "low is nan, allowed are finite numbers"),
+        ({"high": float("inf")}, "high is inf, allowed are finite numbers"),
+        ({"high": 10**400}, "high is .*, allowed is -1e\\+30 to 1e\\+30"),
+        ({"low": 80.0}, "age is from 80 to 80, allowed is a rising range"),
+        ({"values": [str(i) for i in range(257)]}, "values of age are allowed to be 256 different names at most"),
+        ({"values": "T1"}, "values is 'T1'"),
+        ({"name": "maps"}, "name is 'maps'"),
+        ({"name": "modality"}, r"covariates are \['modality', 'modality'\], allowed are different names"),
+        ({"name": "\x1b[2J"}, r"name is '\\x1b\[2J'"),
+        ({"unit": None}, "unit is None"),
+        ({"kind": "number"}, "Covariate: got 'kind', allowed are"),
+        # what the weights know must be what is listed
+        ({"name": "keys"}, ""),
+        ({"name": "n"}, ""),
+        ({"values": ["young", "old"]}, r"tensor conditioning.embedding.embed.0.weight has shape \[32, 9\], allowed is"),
+    ],
+)
+def test_covariates_of_a_config_file_are_checked(told: dict[str, Any], message: str, tmp_path: Path) -> None:
+    UNet2D(ASKED).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["covariates"][0] |= told
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not message:
+        assert UNet2D.from_pretrained(tmp_path)(torch.zeros(1, 4, 8, 8), 0, {told["name"]: 30}).isfinite().all()
+        return
+    with pytest.raises(ValueError, match=message):
+        UNet2D.from_pretrained(tmp_path)
+
+
+def test_covariates_that_weights_do_not_know_are_named(tmp_path: Path) -> None:
+    for saved, listed, message in (
+        (UNET, ASKED, "safetensors: tensor conditioning.embedding.unknown is missing"),
+        (ASKED, UNET, "safetensors: tensor 'conditioning.embedding.embed.0.bias' is not in the model"),
+        (
+            ASKED,
+            replace(ASKED, covariates=(AGE,)),
+            r"tensor conditioning.embedding.unknown has shape \[2, 32\], allowed",
+        ),
+        (ASKED, OTHERWISE, r"tensor conv_in.weight has shape \[16, 4, 3, 3\], allowed is \[16, 9, 3, 3\]"),
+    ):
+        UNet2D(saved).save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps(listed.to_dict()))
+        with pytest.raises(ValueError, match=message):
+            UNet2D.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
