@@ -16,6 +16,7 @@ from ..errors import UserError
 from .sources import MODALITY
 
 LONGEST = 2**25  # characters of a table: a million subjects with five columns
+MOST_TEXT = {"unit": 40, "definition": 2000}  # characters: as many as a model's configuration takes
 _NOTHING = ("", "na", "n/a", "nan")
 MEASURED = {
     "modality": {"definition": "the contrast that the file's or series' name tells"},
@@ -37,7 +38,7 @@ class Covariates:
 
     Raises:
         ValueError: an unreadable or empty file, a row of another length, a subject with two rows, a column named as
-            what `prepare` measures itself.
+            what `prepare` measures itself, definitions that are no JSON or too long.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -120,6 +121,12 @@ def _definitions(path: Path) -> dict[str, dict[str, str]]:
         if isinstance(said, dict):
             texts = {"unit": said.get("Units"), "definition": said.get("Description")}
             found[column] = {k: printable(v) for k, v in texts.items() if isinstance(v, str)}
+            for what, text in found[column].items():
+                if len(text) > MOST_TEXT[what]:
+                    raise UserError(
+                        f"{path}: the {what} of {column!r:.100} has {len(text)} characters, allowed are"
+                        f" {MOST_TEXT[what]}"
+                    )
     return found
 
 

@@ -66,6 +66,45 @@ def test_prepared_folder(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(manifest)
 
 
+def test_positions_are_counted_from_the_top_of_the_head(tmp_path: Path) -> None:
+    """Whatever origin the scanner had, however much air is above, and whichever slices are kept."""
+    image = head()
+    array, affine = np.asarray(image.dataobj), image.affine
+    moved, above = affine.copy(), np.concatenate([array, np.zeros_like(array[..., :4])], axis=2)
+    moved[2, 3] += 300
+    save(image, tmp_path / "in" / "sub-1_T1w.nii")
+    save(nib.Nifti1Image(array, moved), tmp_path / "in" / "sub-2_T1w.nii")
+    save(nib.Nifti1Image(above, affine), tmp_path / "in" / "sub-3_T1w.nii")
+    save(nib.Nifti1Image(array[..., ::-1], affine @ np.diag([1, 1, -1, 1])), tmp_path / "in" / "sub-4_T1w.nii")
+
+    def levels(every: int) -> dict[str, list[tuple[float, float]]]:
+        found: dict[str, list[tuple[float, float]]] = {}
+        for row in prepare([str(tmp_path / "in")], tmp_path / "out", every=every, progress=False)["slices"]:
+            found.setdefault(row["source"][3:8], []).append((row["covariates"]["position"], row["position_mm"]))
+        return found
+
+    whole = levels(1)
+    for scan in whole.values():
+        assert [level for level, _ in scan] == [71.0 - 5 * i for i in range(11, -1, -1)]
+    heights = {name: scan[-1][1] for name, scan in whole.items()}
+    assert heights["sub-2"] == heights["sub-1"] + 300, "the scanner's heights are kept beside"
+    for name, scan in levels(5).items():
+        assert scan == whole[name][::5]
+
+
+def test_the_template_is_at_its_own_heights_and_a_picture_at_none(tmp_path: Path) -> None:
+    pytest.importorskip("nilearn", reason="nilearn, of the extra data, brings the template")
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.tile(np.arange(60, dtype=np.uint8), (60, 1))).save(tmp_path / "in" / "a.png")
+    manifest = prepare(["mni152", str(tmp_path / "in")], tmp_path / "out", every=10, progress=False)
+    *template, picture = manifest["slices"]
+    assert len(template) > 10
+    for row in template:
+        assert row["covariates"] == {"position": pytest.approx(row["position_mm"], abs=0.01)}
+    assert (picture["covariates"], picture["modality"]) == ({}, "unknown")
+    assert manifest["covariates"]["modality"]["slices"] == len(template)
+
+
 def test_processes_change_nothing(tmp_path: Path) -> None:
     for i in range(3):
         save(head(person=i), tmp_path / "in" / f"sub-{i}_T1w.nii.gz")
