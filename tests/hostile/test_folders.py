@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from sbldm_fast import FastSampler, SolverTable
 from sbldm_fast.data import Slices
 from sbldm_fast.data.covariates import Covariates
+from sbldm_fast.data.dataset import read_manifest
 from sbldm_fast.diffusion import DDIMScheduler
 from sbldm_fast.files import recover
 from sbldm_fast.training import TrainConfig
+from sbldm_fast.training.conditions import find_covariates, values_of
 from sbldm_fast.training.run import Context, Stage, train
 
 from .conftest import NIGHTLY, NO_FILES, Lie, Oracle, Runs, change, lay, lies, replaced
@@ -49,13 +51,16 @@ def data(tmp_path: Path) -> Path:
             "source": f"s/{i}",
             "subject": f"s/{i}",
             "split": split,
+            "modality": ("T1", "T2")[i % 2],
+            "covariates": {"age": 20.0 + i},
             "sha256": hashlib.sha256(array[i].tobytes()).hexdigest(),
         }
         for i, split in enumerate(["train"] * 4 + ["val", "test"])
     ]
     (tmp_path / "d").mkdir()
     np.save(tmp_path / "d" / "slices.npy", array)
-    (tmp_path / "d" / "manifest.json").write_text(json.dumps({"format": 2, "slices": rows}))
+    told = {"age": {"unit": "years", "low": 20.0, "high": 25.0}, "modality": {"values": ["T1", "T2"]}}
+    (tmp_path / "d" / "manifest.json").write_text(json.dumps({"format": 2, "covariates": told, "slices": rows}))
     return tmp_path / "d"
 
 
@@ -64,10 +69,18 @@ def looked_at(folder: Path) -> None:
     for split in ("train", "val", "test"):
         slices = Slices(folder, split)
         assert slices[torch.arange(len(slices))].isfinite().all()
+        covariates = find_covariates(read_manifest(folder), ["age", "modality"])
+        assert values_of(slices.rows, covariates).shape == (len(slices), 2)
 
 
 @pytest.mark.parametrize(
-    ("path", "value"), lies("format slices slices/0 slices/0/split slices/0/subject slices/0/sha256 slices/0/source")
+    ("path", "value"),
+    lies(
+        "format slices slices/0 slices/0/split slices/0/subject slices/0/sha256 slices/0/source slices/0/modality"
+        " covariates covariates/age covariates/age/unit covariates/modality covariates/modality/values"
+        " slices/0/covariates slices/0/covariates/age slices/1/covariates slices/1/covariates/age slices/1/modality"
+        " slices/2/covariates/age slices/2/modality slices/3/covariates/age"
+    ),
 )
 def test_prepared(holds: Oracle, data: Path, path: str, value: Any) -> None:
     change(data / "manifest.json", path, value)

@@ -9,7 +9,7 @@ import pickle
 import shutil
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sbldm_fast import Pipeline, UNetConfig, VAEConfig
+from sbldm_fast import Pipeline, UNet2D, UNetConfig, VAEConfig
 from sbldm_fast.diffusion import SchedulerConfig
+from sbldm_fast.models.covariates import Covariate
 from sbldm_fast.models.weights import WEIGHTS
 
-from .conftest import ABSENT, NIGHTLY, NO_FILES, VALUES, Lie, Oracle, Runs, change, lay
+from .conftest import ABSENT, NIGHTLY, NO_FILES, VALUES, Lie, Oracle, Runs, change, lay, replaced
 
 FILES = {
     "unet": ("unet/config.json", UNetConfig()),
     "vae": ("vae/config.json", VAEConfig()),
     "scheduler": ("scheduler/scheduler_config.json", SchedulerConfig()),
 }
+ABSENT_ALREADY = {"covariates", "conditioning", "concat_channels"}  # of a model without conditions
 
 
 @pytest.fixture
@@ -54,6 +56,8 @@ def config_lies() -> Iterator[Any]:
                 everything if NIGHTLY or isinstance(sound, tuple) else [everything[(4 * i + j) % 9] for j in range(4)]
             )
             for name, value in turn:
+                if value is ABSENT and key in ABSENT_ALREADY:
+                    continue
                 other = (
                     not isinstance(value, kinds)
                     or (isinstance(value, bool) and kinds is not bool)
@@ -67,6 +71,81 @@ def config_lies() -> Iterator[Any]:
 def test_config(holds: Oracle, folder: Path, file: str, key: str, value: Any, must: str) -> None:
     change(folder / FILES[file][0], key, value)
     holds(partial(sampled, folder), must)
+
+
+@pytest.fixture(scope="session")
+def asked_pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
+    """The tiny pipeline with a number and a category to ask for."""
+    path = tmp_path_factory.mktemp("asked") / "pipeline"
+    shutil.copytree(tiny_pipeline, path)
+    config = UNetConfig.from_dict(json.loads((path / "unet" / "config.json").read_text()))
+    covariates = (Covariate("age", low=20.0, high=80.0, unit="years"), Covariate("modality", ("T1", "T2")))
+    torch.manual_seed(0)
+    UNet2D(replace(config, covariates=covariates)).save_pretrained(path / "unet")
+    return path
+
+
+def asked(folder: Path) -> None:
+    """Every covariate's first value is asked for by name, and what is wrong with another is said."""
+    os.chdir(folder.parent)
+    pipeline = Pipeline.from_pretrained(folder)
+    covariates = pipeline.unet.config.covariates
+    cond = {c.name: c.values[0] if c.values else c.low for c in covariates}
+    images = pipeline.sample(1, cond=cond, guidance_scale=2.0, steps=2, mode="eager")
+    assert images.isfinite().all()
+    for c in covariates:
+        try:
+            pipeline.sample(1, cond={c.name: "ZZ"}, steps=2, mode="eager")
+        except ValueError as error:
+            print(error)
+
+
+PLACES = ("0", "0/name", "0/low", "0/high", "0/unit", "0/definition", "1", "1/name", "1/values", "1/values/0")
+COVARIATE_LIES = [
+    pytest.param(f"covariates/{place}", value, id=f"{place.replace('/', '.')}-{name}")
+    for i, place in enumerate(PLACES)
+    for j, (name, value) in enumerate(VALUES.items())
+    if NIGHTLY or (i + j) % 3 == 0
+]
+
+
+@pytest.mark.parametrize(("place", "value"), COVARIATE_LIES)
+def test_covariates(holds: Oracle, asked_pipeline: Path, tmp_path: Path, place: str, value: Any) -> None:
+    shutil.copytree(asked_pipeline, tmp_path / "p")
+    change(tmp_path / "p" / "unet" / "config.json", place, value)
+    holds(partial(asked, tmp_path / "p"))
+
+
+MANY = {
+    "257-values": ("covariates/1/values", [f"v{i}" for i in range(257)], "refuse"),
+    "256-long-values": ("covariates/1/values", [f"{i:0200d}" for i in range(256)], "refuse"),  # of other weights
+    "escapes": ("covariates/1/values", ["T1", "\x1b[2J"], "refuse"),
+    "10^4-covariates": ("covariates", [{"name": f"a{i}"} for i in range(10**4)], "refuse"),
+    "keys": ("covariates/0/name", "keys", "work"),
+    "n": ("covariates/0/name", "n", "work"),
+    "rows": ("covariates/0/name", "rows", "work"),
+    "maps": ("covariates/0/name", "maps", "refuse"),
+    "twice": ("covariates/0/name", "modality", "refuse"),
+    "tiny-range": ("covariates/0/high", 20.000001, "refuse"),
+    "wide-range": ("covariates/0/high", 1e29, "work"),
+    "too-wide": ("covariates/0/high", 1e31, "refuse"),
+    "subnormal": ("covariates/0", {"name": "age", "low": 0.0, "high": 1e-320}, "refuse"),
+    "one-less": ("covariates", [{"name": "modality", "values": ["T1", "T2"]}], "refuse"),
+    "other-order": ("covariates", [{"name": "modality", "values": ["T1", "T2"]}, {"name": "age"}], "refuse"),
+    "none": ("covariates", [], "refuse"),
+    "another-way": ("conditioning", ["context", "concat"], "refuse"),
+    "maps-beside": ("concat_channels", 2, "refuse"),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_what_is_listed(holds: Oracle, asked_pipeline: Path, tmp_path: Path, case: str) -> None:
+    place, value, must = MANY[case]
+    shutil.copytree(asked_pipeline, tmp_path / "p")
+    config = tmp_path / "p" / "unet" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(replaced(content, place, value)))
+    holds(partial(asked, tmp_path / "p"), must)
 
 
 JSON: dict[str, Lie] = NO_FILES | {
