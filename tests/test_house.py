@@ -37,8 +37,10 @@ LONG_FUNCTIONS = {
 }
 MANY_ARGUMENTS = {
     "sbldm_fast/cli.py:sample": "a command: an argument is an option",
+    "sbldm_fast/cli.py:population": "a command: an argument is an option",
     "sbldm_fast/cli_bench.py:bench": "a command: an argument is an option",
     "sbldm_fast/cli_export.py:export": "a command: an argument is an option",
+    "sbldm_fast/cli_train.py:evaluate": "a command: an argument is an option",
     "sbldm_fast/cli_train.py:prepare": "a command: an argument is an option",
     "sbldm_fast/cli_train.py:train": "a command: an argument is an option",
     "sbldm_fast/data/prepare.py:prepare": "what a user calls",

@@ -92,7 +92,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "manifest.json"
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has format {manifest.get('format')!r}, allowed is {FORMAT}; run prepare again")
+        raise UserError(f"{path} has format {manifest.get('format')!r:.100}, allowed is {FORMAT}; run prepare again")
     rows = manifest.get("slices")
     named = isinstance(rows, list) and all(
         isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("split", "subject")) for row in rows

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,13 @@ from .objective import Objective
 from .ranks import Ranks
 from .run import SHOWN, VALIDATION, Context, Stage, train
 from .step import LossOf
+
+
+class Told(NamedTuple):
+    """Scaled latents `[N, C, h, w]` and what is told of them: the covariates `[N, K]`, NaN where unknown."""
+
+    latents: Tensor
+    values: Tensor | None = None
 
 
 def unet_loss(
@@ -96,33 +103,32 @@ def prediction_error(
 
 def train_unet(
     unet: UNet2D,
-    latents: Tensor,
+    data: Told,
     scheduler: SchedulerConfig,
     config: TrainConfig,
     context: Context,
     *,
     objective: Objective | None = None,
-    held_out: Tensor | None = None,
-    values: Tensor | None = None,
-    held_out_values: Tensor | None = None,
+    held_out: Told | None = None,
     pictures: Callable[[nn.Module], dict[str, Tensor]] | None = None,
 ) -> UNet2D:
-    """Train on scaled latents with `objective`, a conditional model on `values` `[N, K]` of its covariates, NaN where
-    unknown; return the EMA. Source: 001 equations 3 and 4.
+    """Train on scaled latents with `objective`, a conditional model on what is told of them; return the EMA.
+
+    Source: 001 equations 3 and 4.
 
     Under torchrun CutMix stays within a process and dropout draws the same masks in each: with neither, their number
     changes only the rounding.
     """
     objective = objective or Objective()
     device = next(unet.parameters()).device
-    latents = latents.to(device)
+    latents = data.latents.to(device)
+    values = None if data.values is None else data.values.to(device)
     if values is not None:
-        values = values.to(device)
         conditions.refuse_mixtures(objective.cutmix_prob)
 
     def validate(model: nn.Module) -> float:
         assert held_out is not None
-        return prediction_error(model, held_out, scheduler, config.seed, held_out_values)
+        return prediction_error(model, held_out.latents, scheduler, config.seed, held_out.values)
 
     stage = Stage(
         "unet",
@@ -213,14 +219,12 @@ def train_pipeline(
         autoencoder.config = replace(preset.vae, scaling_factor=factor)
         ema = train_unet(
             network,
-            latents["train"] * factor,
+            Told(latents["train"] * factor, values.get("train")),
             preset.scheduler,
             unet,
             context,
             objective=objective,
-            held_out=latents["val"] * factor if "val" in latents else None,
-            values=values.get("train"),
-            held_out_values=values.get("val"),
+            held_out=Told(latents["val"] * factor, values.get("val")) if "val" in latents else None,
             pictures=partial(_sample_some, autoencoder, preset.scheduler),
         )
         if ranks.rank == 0:
