@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from sbldm_fast import Pipeline
 from sbldm_fast.models.covariates import Covariate
+from sbldm_fast.models.weights import read_tensors
 from sbldm_fast.training import Objective, Stopped, train_pipeline
 from sbldm_fast.training.conditions import drop, find_covariates, scale_volumes, values_of
+from sbldm_fast.training.stages import Told, unet_loss
 
 from .test_stages import SMALL, config, same_run
 
@@ -135,13 +138,56 @@ def test_a_stopped_training_goes_on_to_the_same_end(
         train_pipeline(SMALL, told, tmp_path / "cut", resume=True, **others)
 
 
-def test_what_is_told_is_learned_from(told: Path, tmp_path: Path) -> None:
-    train_pipeline(SMALL, told, tmp_path, **RUN)
-    unet = Pipeline.from_pretrained(tmp_path / "pipeline").unet
-    x = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        young, old, t1 = (unet(x, 500, cond) for cond in ({"age": 20}, {"age": 33}, {"age": 20, "modality": "T1"}))
-    assert min(float((young - other).abs().max()) for other in (old, t1)) > 1e-6
+class Listens(torch.nn.Module):
+    """A model that keeps what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        self.heard.append(cond)
+        return x
+
+
+def test_a_step_is_told_of_its_own_slices_but_for_what_is_dropped() -> None:
+    torch.manual_seed(0)
+    values, model = torch.arange(40.0).reshape(20, 2), Listens()
+    loss_of = unet_loss(torch.randn(20, 2, 4, 4), SMALL.scheduler, Objective(), 0, values=values)
+    asked = torch.randint(20, (100, 16))
+    for step, index in enumerate(asked):
+        loss_of(model, index, torch.tensor([step]))
+    heard, all_of_it = torch.cat(model.heard), values[asked.flatten()]
+    gone = heard.isnan()
+    assert torch.equal(heard[~gone], all_of_it[~gone])
+    # of 1,600 four standard errors are 0.03
+    assert gone.all(1).double().mean() == pytest.approx(0.1 + 0.9 * 0.15**2, abs=0.03)
+    assert gone[:, 1].double().mean() == pytest.approx(0.1 + 0.9 * 0.15, abs=0.04)
+
+
+def test_views_are_told_of_in_their_order(told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def take(unet: Any, data: Told, *_: Any, held_out: Told, **__: Any) -> None:
+        given.update(train=data, val=held_out)
+        raise LookupError
+
+    monkeypatch.setattr("sbldm_fast.training.stages.train_unet", take)
+    with pytest.raises(LookupError):
+        train_pipeline(SMALL, told, tmp_path, **RUN | {"views": 3})
+    values, areas = given["train"].values, read_tensors(tmp_path / "latents" / "latents.safetensors")["areas_train"]
+    assert len(values) == len(given["train"].latents) == 3 * 14
+    age = [math.nan if i == 3 else 20.0 + i for i in range(14)]
+    volume = [math.nan if i % 5 == 0 or i == 3 else 10.0 + 2 * i for i in range(14)]
+    exactly: Any = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(values[:, 0], torch.tensor(age * 3), **exactly)
+    torch.testing.assert_close(values[:14, 2], torch.tensor(volume), **exactly)
+    torch.testing.assert_close(values[:, 2], torch.tensor(volume * 3) * areas, **exactly)
+    assert (areas[14:] != 1).all()
+    # the modality of what is held out was never seen: it is unknown
+    nan = math.nan
+    expected = torch.tensor([[34.0, nan, 38.0], [35.0, nan, nan], [36.0, nan, 42.0]])
+    torch.testing.assert_close(given["val"].values, expected, **exactly)
 
 
 def test_what_cannot_be_trained_is_refused_before_the_first_stage(told: Path, tmp_path: Path) -> None:
