@@ -270,7 +270,7 @@ def evaluate(
 ) -> None:
     """Check whether samples are copies of training slices. Example: sbldm-fast evaluate demo --data data -o evaluation
 
-    With --recovery whether they show what was asked for: sbldm-fast evaluate demo --data data -o recovery --recovery 300
+    With --recovery whether they show what was asked: sbldm-fast evaluate demo --data data -o recovery --recovery 300
     """
     from sbldm_fast import Pipeline
     from sbldm_fast.evaluation.memorisation import memorisation
