@@ -19,6 +19,8 @@ from sbldm_fast import FastSampler, Pipeline, SolverTable
 from sbldm_fast.errors import MissingExtra, UserError
 from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.images import NOTICE
+from sbldm_fast.models import UNet2D
+from sbldm_fast.models.covariates import MAPS, Covariate
 from sbldm_fast.models.presets import PRESETS
 from sbldm_fast.sampling.model import Cond, TensorDict, tensors_by_name
 from sbldm_fast.sampling.noise import draw
@@ -61,14 +63,20 @@ class Plan:
     shape: tuple[int, int, int]
     table: SolverTable
     cond: TensorDict
+    guided: bool
     target: str
     dtype: str
     batch: int | None
 
     @property
-    def guided(self) -> dict[str, Any]:
+    def asked(self) -> dict[str, Any]:
         """The arguments of a sampler that the example is made with."""
-        return {"cond": self.cond, "guidance_scale": GUIDANCE} if self.cond else {}
+        return {"cond": self.cond, **({"guidance_scale": GUIDANCE} if self.guided else {})} if self.cond else {}
+
+    @property
+    def covariates(self) -> tuple[Covariate, ...]:
+        """What a model of ours can be asked for."""
+        return self.model.config.covariates if isinstance(self.model, UNet2D) else ()
 
     @property
     def opset(self) -> int:
@@ -92,6 +100,7 @@ def export(
     eta: float = 0.0,
     shape: tuple[int, int, int] | None = None,
     cond: Cond = None,
+    guidance: bool | None = None,
     license: str = "not stated",
     force: bool = False,
     progress: bool = False,
@@ -115,7 +124,10 @@ def export(
             any number.
         shape: of one sample, `(C, H, W)`; a pipeline knows its own.
         cond: an example of the conditioning, `[n, ...]` or a mapping of such; the graphs then take `cond`, `uncond`,
-            `guidance_scale`.
+            `guidance_scale`. A model with covariates needs none; its graphs take `cond_NAME` for each, float32 `[N]`,
+            NaN where unknown.
+        guidance: whether `step` and `sampler` compute the second pass of guidance, at any scale; None: where there is
+            conditioning without covariates.
         license: of the weights, for the manifest.
         force: replace a folder that holds something else.
         progress: show which graph is being made.
@@ -134,9 +146,16 @@ def export(
     versions = _versions()
     source = _copy_to_cpu(source)
     model, shape, table = _resolve(source, shape, scheduler, steps, eta)
-    rows = {k: v.detach().cpu()[torch.arange(EXAMPLES) % len(v)] for k, v in tensors_by_name(cond).items()}
+    if isinstance(model, UNet2D):
+        rows = _example_condition(model, cond)
+        guided = bool(guidance)
+        if guided and not rows:
+            raise UserError("guidance: got True, allowed for a model without covariates or conditioning is False")
+    else:
+        rows = {k: v.detach().cpu()[torch.arange(EXAMPLES) % len(v)] for k, v in tensors_by_name(cond).items()}
+        guided = bool(rows) if guidance is None else guidance
     fixed = None if batch == "dynamic" else int(batch)
-    plan = Plan(source, model, shape, table, rows, target, dtype, fixed)
+    plan = Plan(source, model, shape, table, rows, guided, target, dtype, fixed)
     _check_norms(plan)
     with whole_folder(out, lose=force) as folder, torch.no_grad(), backend("torch"):
         exact = Networks.of(source, torch.float32)
@@ -230,6 +249,21 @@ def _resolve(
     return source, shape, scheduler
 
 
+def _example_condition(model: UNet2D, cond: Cond) -> TensorDict:
+    """`EXAMPLES` rows of what a model of ours can be asked for: those given, or values spread over what is allowed."""
+    if cond is None and model.config.conditional:
+        at = [(i + 1) / (EXAMPLES + 1) for i in range(EXAMPLES)]
+        cond = {
+            c.name: [i % len(c.values) if c.values else c.low + p * (c.high - c.low) for i, p in enumerate(at)]
+            for c in model.config.covariates
+        }
+        if channels := model.config.concat_channels:
+            size = model.config.sample_size
+            seeds = torch.tensor([[1, i] for i in range(EXAMPLES)])
+            cond[MAPS] = draw(seeds, (channels, size, size), torch.device("cpu"))
+    return model.read_condition(cond, EXAMPLES)  # type: ignore[arg-type]  # whatever was given is looked at there
+
+
 def _check_norms(plan: Plan) -> None:
     parts = [plan.model, plan.source.vae] if isinstance(plan.source, Pipeline) else [plan.model]
     if plan.target == "tensorrt" and any(getattr(m, "num_groups", 0) == 1 for part in parts for m in part.modules()):
@@ -250,6 +284,8 @@ def _describe(plan: Plan, license: str, versions: dict[str, str]) -> dict[str, A
         "model": _describe_model(plan.source),
         "latent_shape": list(plan.shape),
         "cond": _cond_shapes(plan),
+        "guided": plan.guided,
+        "covariates": [{k: v for k, v in c.to_dict().items() if k[0] != "_"} for c in plan.covariates],
         "decodes": isinstance(plan.source, Pipeline),
         "solver": plan.table.to_dict(),
         "graphs": {},
@@ -288,12 +324,12 @@ def _sample(plan: Plan) -> Run:
     keep = (lambda i, t, x: states.append(x.clone())) if plan.dtype == "int8" else None
     sampler = FastSampler(plan.model, plan.table, shape=plan.shape, mode="eager")
     try:
-        latents = sampler(noise=noise, seed=0, callback=keep, **plan.guided)
+        latents = sampler(noise=noise, seed=0, callback=keep, **plan.asked)
     except RuntimeError as failure:
         given, why = f"{plan.shape}, {_cond_shapes(plan)}", " ".join(str(failure).split())[:300]
         raise UserError(f"shape, cond: got {given}, which the model does not take: {why}") from failure
     images = plan.source.decode(latents) if isinstance(plan.source, Pipeline) else latents
-    return Run(latents, images, plan.cond, noise, states)
+    return Run(latents, images, plan.cond, noise, states, plan.guided)
 
 
 def _trace(name: str, graph: Graph, plan: Plan, run: Run) -> bytes:
@@ -329,7 +365,8 @@ def _verify_graph(name: str, data: bytes, graph: Graph, plan: Plan, manifest: Ma
     dtype = plan.dtype_of(name)
     entry: dict[str, Any] = {"sha256": sha256(data), "bytes": len(data), "dtype": dtype}
     for side, tensors in describe_graph(onnx.load_model_from_string(data)).items():
-        entry[side] = {k: v | ({"range": RANGES[k]} if k in RANGES else {}) for k, v in tensors.items()}
+        ranges = RANGES | {input_name("cond", c.name): f"{c.allowed}; NaN: unknown" for c in plan.covariates}
+        entry[side] = {k: v | ({"range": ranges[k]} if k in ranges else {}) for k, v in tensors.items()}
     if plan.target == "ort" and dtype != "int8" and not isinstance(graph.module, SamplerGraph):
         entry["norms"] = count_norms(graph.module, graph.given)
     manifest.graphs[name] = entry
@@ -361,7 +398,9 @@ def _verify_samples(plan: Plan, run: Run, own: Networks, manifest: Manifest, exa
     # batch size
     loss = torch.zeros(1)
     if plan.dtype == "fp16" or own.decoder is None:
-        first = plan.guided | ({"cond": {k: v[:1] for k, v in plan.cond.items()}} if plan.cond else {})
+        first = plan.asked | ({"cond": {k: v[:1] for k, v in plan.cond.items()}} if plan.cond else {})
+        if plan.covariates and plan.guided:  # this sampler knows nothing of them
+            first["uncond"] = {k: torch.full_like(v, torch.nan) for k, v in first["cond"].items()}
         again = FastSampler(_as_model(own.unet), plan.table, shape=plan.shape, mode="eager")(1, seed=0, **first)
         loss = own.decode(again) - run.images[:1]
     for name in ("step", "sampler"):

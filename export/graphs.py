@@ -20,6 +20,7 @@ from .modules import (
     Tensors,
     UNetGraph,
     input_name,
+    is_condition,
     table_inputs,
 )
 from .trace import Graph, program
@@ -58,8 +59,8 @@ class Networks(NamedTuple):
 class Run(NamedTuple):
     """A run of the model in PyTorch, which graphs are traced with and must repeat.
 
-    Its latents, images where there is a decoder (else latents), conditioning, noise, and, for int8, x before each step
-    and after the last.
+    Its latents, images where there is a decoder (else latents), conditioning, noise, for int8 x before each step and
+    after the last, and whether the graphs guide.
     """
 
     latents: Tensor
@@ -67,6 +68,7 @@ class Run(NamedTuple):
     cond: TensorDict
     noise: Tensor
     states: list[Tensor]
+    guided: bool
 
     def state(self, table: SolverTable, N: int) -> Tensors:
         """x, the table and the noise that it asks for, at a batch of N."""
@@ -76,8 +78,9 @@ class Run(NamedTuple):
 
     def guidance(self, N: int) -> Tensors:
         """Conditioning and its guidance scale at a batch of N, where the model has any."""
-        given = {input_name(p, k): repeat(v[:1], N) for k, v in self.cond.items() for p in ("cond", "uncond")}
-        return given | ({"guidance_scale": torch.full((N,), GUIDANCE)} if given else {})
+        prefixes = ("cond", "uncond") if self.guided else ("cond",)
+        given = {input_name(p, k): repeat(v[:1], N) for k, v in self.cond.items() for p in prefixes}
+        return given | ({"guidance_scale": torch.full((N,), GUIDANCE)} if given and self.guided else {})
 
 
 def repeat(rows: Tensor, N: int) -> Tensor:
@@ -101,7 +104,9 @@ def build_graphs(networks: Networks, table: SolverTable, run: Run, batch: int | 
         graphs["vae_encoder"] = _free(networks.encoder, {"image": repeat(run.images, N)}, frozen)
         graphs["vae_decoder"] = _free(networks.decoder, {"z": repeat(run.latents, N)}, frozen)
     step, index = StepGraph(networks.unet, solver), {"index": torch.zeros(1, dtype=torch.int64)}
-    inside = {**state, **guidance, **index, **_history(solver, state["x"]), "row": first_row}
+    prepared = {input_name("prepared", k): v for k, v in step.prepare(guidance).items()}
+    others = {k: v for k, v in guidance.items() if not is_condition(k)}
+    inside = {**state, **others, **prepared, **index, **_history(solver, state["x"]), "row": first_row}
     del inside["timesteps"]
     traced = program("sampler", _free(step, inside, frozen)).module(check_guards=False)
     graphs["sampler"] = _free(SamplerGraph(step, traced, networks.decoder), state | guidance, frozen)

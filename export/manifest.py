@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from sbldm_fast import SolverTable
 from sbldm_fast.errors import UserError
 from sbldm_fast.files import read_json
+from sbldm_fast.models.covariates import MAPS, Covariate
 
 from .modules import Solver, input_name, table_inputs
 
@@ -90,6 +91,12 @@ WHOLE: dict[str, Rule] = {
         "a mapping to shapes",
         "conditioning by the model's names ('' without one), shapes of one sample",
     ),
+    "guided": Rule(_is(bool), "true or false", "whether `step` and `sampler` also take `uncond` and `guidance_scale`"),
+    "covariates": Rule(
+        lambda v: isinstance(v, list) and all(isinstance(c, dict) for c in v),
+        "a list of mappings",
+        "what `cond` means where the model has names for it: name, low and high or values, unit, definition",
+    ),
     "decodes": Rule(_is(bool), "true or false", "whether `sampler` makes images or latents"),
     "solver": Rule(_is(dict), "a mapping", "the table whose rows the graphs take, as `SolverTable.to_dict` has it"),
 }
@@ -139,6 +146,8 @@ def read_manifest(folder: Path) -> Manifest:
     content = read_json(path)
     if "licence" in content:  # the key of earlier exports, read for one version
         content.setdefault("license", content.pop("licence"))
+    content.setdefault("covariates", [])  # of exports before there were any
+    content.setdefault("guided", bool(content.get("cond")))
     _require_all(path, content, WHOLE, "")
     if "example" in content:
         _require_all(path, content["example"], EXAMPLE_FILE, "example")
@@ -149,10 +158,26 @@ def read_manifest(folder: Path) -> Manifest:
         together = ("norms" in entry) == ("fused_norms" in entry)
         _require(path, together, where, sorted(entry), "norms and fused_norms together")
     table = SolverTable.from_dict(content["solver"], f"{path}: solver")
+    covariates = read_covariates(content, str(path))
+    named: dict[str, list[int]] = {c.name: [] for c in covariates}
+    held = not named or {k: v for k, v in content["cond"].items() if k != MAPS} == named
+    _require(path, held, "cond", content["cond"], f"{named}, as covariates say")
     for name, entry in content["graphs"].items():
         for side, wanted in zip(("inputs", "outputs"), _signature(name, content, table), strict=True):
             _require_signature(path, entry[side], wanted, f"graphs.{name}.{side}")
     return Manifest(folder, content, table)
+
+
+def read_covariates(content: Mapping[str, Any], where: str) -> tuple[Covariate, ...]:
+    """What the graphs can be asked for.
+
+    Raises:
+        UserError: one that is none.
+    """
+    try:
+        return tuple(Covariate.from_dict(c) for c in content["covariates"])
+    except UserError as error:
+        raise UserError(f"{where}: covariates: {error}: export again") from None
 
 
 def _require(path: Path, held: bool, key: str, got: object, allowed: str) -> None:
@@ -195,7 +220,7 @@ def _signature(name: str, content: dict[str, Any], table: SolverTable) -> tuple[
         return {"x": x, "t": (numbers["timesteps"][0], [N]), **cond}, {"prediction": x}
     solver, shape = Solver.of(table), content["latent_shape"]
     given: Signature = {"x": x, **numbers, **cond}
-    if cond:
+    if cond and content["guided"]:
         given |= {input_name("uncond", k): (ANY, [N, *v]) for k, v in content["cond"].items()}
         given["guidance_scale"] = ("float32", [N])
     if solver.stochastic:

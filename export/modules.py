@@ -138,7 +138,12 @@ class UNetGraph(nn.Module):
 
     def forward(self, given: Tensors) -> Tensors:
         with Float32Islands():
-            return {"prediction": self.at(given["x"], self.row(given["t"]), inputs_named(given, "cond"))}
+            cond = self.condition(inputs_named(given, "cond"))
+            return {"prediction": self.at(given["x"], self.row(given["t"]), cond)}
+
+    def condition(self, cond: TensorDict) -> TensorDict:
+        """What `at` takes of a conditioning, the same at every step: of a `UNet2D` what its covariates become."""
+        return self.model.condition(cond) if isinstance(self.model, UNet2D) and cond else cond
 
     def row(self, t: Tensor) -> Tensor:
         """What `at` takes for timesteps `[N]`: all scales and shifts of a `UNet2D`, else the timesteps."""
@@ -163,6 +168,11 @@ def inputs_named(given: Tensors, prefix: str) -> TensorDict:
         for k, v in given.items()
         if k == prefix or k.startswith(f"{prefix}_")
     }
+
+
+def is_condition(name: str) -> bool:
+    """Whether an input is conditioning, of either pass."""
+    return any(name == prefix or name.startswith(f"{prefix}_") for prefix in ("cond", "uncond"))
 
 
 class StepGraph(nn.Module):
@@ -200,11 +210,16 @@ class StepGraph(nn.Module):
             history = torch.cat([torch.stack([x, m])[None], history[:-1]])
         return y, history
 
-    def _guided(self, h: Tensor, row: Tensor, given: Tensors) -> Tensor:
+    def prepare(self, given: Tensors) -> TensorDict:
+        """What a condition becomes before the first step; under guidance the unconditional half comes first."""
         cond, uncond = inputs_named(given, "cond"), inputs_named(given, "uncond")
-        if not cond:
-            return self.unet.at(h, row, {})
-        both = self.unet.at(torch.cat([h, h]), row, {k: torch.cat([uncond[k], v]) for k, v in cond.items()})
+        return self.unet.condition({k: torch.cat([uncond[k], v]) for k, v in cond.items()} if uncond else cond)
+
+    def _guided(self, h: Tensor, row: Tensor, given: Tensors) -> Tensor:
+        cond = inputs_named(given, "prepared") or self.prepare(given)
+        if "guidance_scale" not in given:
+            return self.unet.at(h, row, cond)
+        both = self.unet.at(torch.cat([h, h]), row, cond)
         # chunk becomes a sequence that onnxscript cannot fold in a loop
         m_u, m_c = both[: h.shape[0]], both[h.shape[0] :]
         return m_u + given["guidance_scale"].reshape(-1, *[1] * (h.dim() - 1)) * (m_c - m_u)
@@ -221,12 +236,14 @@ class SamplerGraph(nn.Module):
     def __init__(self, step: StepGraph, traced: nn.Module, decoder: DecoderGraph | None) -> None:
         super().__init__()
         self.unet, self.solver, self.traced, self.decoder = step.unet, step.solver, traced, decoder
+        self.prepare = step.prepare
 
     def forward(self, given: Tensors) -> Tensors:
         x, steps, K = given["x"], given["timesteps"].shape[0], self.solver.history
-        others = {k: v for k, v in given.items() if k not in ("x", "timesteps")}
         with Float32Islands():
             rows = self.unet.row(given["timesteps"])
+            prepared = {input_name("prepared", k): v for k, v in self.prepare(given).items()}
+        others = prepared | {k: v for k, v in given.items() if k not in ("x", "timesteps") and not is_condition(k)}
 
         def more(i: Tensor, *_: Tensor) -> Tensor:
             return (i < steps)[0]

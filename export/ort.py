@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from sbldm_fast.errors import MissingExtra, NotFinite, UserError
+from sbldm_fast.models.covariates import Covariate, encode
 from sbldm_fast.sampling.model import Cond
 from sbldm_fast.sampling.noise import draw
 from sbldm_fast.sampling.request import Batch, SampleRequest
 
 from .fusion import fuse_group_norms, has_external_data
-from .manifest import MANIFEST, Manifest, find_misdescribed, read_manifest
+from .manifest import MANIFEST, Manifest, find_misdescribed, read_covariates, read_manifest
 from .modules import Solver, input_name, table_inputs
 
 Given = Cond | np.ndarray | Mapping[str, np.ndarray]  # what a caller gives
@@ -159,6 +160,7 @@ class ORTSampler:
         self.run = _open(manifest, mode, captured, fuse)
         self.decoder = _open(manifest, "vae_decoder", providers, fuse) if decodes else None
         self.solver = Solver.of(self.table)
+        self.covariates = read_covariates(self.manifest, str(manifest.folder))
         self.shape = tuple(self.manifest["latent_shape"])
         size = manifest.graphs[mode]["inputs"]["x"]["shape"][0]
         self.batch: int | None = size if isinstance(size, int) else None
@@ -196,19 +198,24 @@ class ORTSampler:
             )
         if callback is not None and self.mode == "sampler":
             raise UserError("callback: got one, allowed in mode 'sampler' is None: its loop is inside the graph")
-        wanted = self.manifest["cond"]
-        if wanted and cond is not None and guidance_scale is None:
+        wanted, guided = self.manifest["cond"], self.manifest["guided"]
+        if guidance_scale is not None and wanted and not guided:
+            raise UserError(f"guidance_scale: got {guidance_scale}, allowed is None: it was exported without guidance")
+        if self.covariates and cond is None:
+            cond = {}  # everything is unknown
+        if wanted and guided and cond is not None and guidance_scale is None:
             guidance_scale = 1.0
         start = torch.as_tensor(noise) if noise is not None else None
         asked = SampleRequest(
             self.shape,
             torch.device("cpu"),
             n,
+            model=_Reads(self.covariates) if self.covariates else None,
             seed=seed,
             noise=start,
             indices=indices,
-            cond=_tensors(cond),
-            uncond=_tensors(uncond),
+            cond=cond if self.covariates else _tensors(cond),  # type: ignore[arg-type]
+            uncond=uncond if self.covariates else _tensors(uncond),  # type: ignore[arg-type]
             guidance_scale=guidance_scale,
             batch_size=self.batch or batch_size,
         )
@@ -230,8 +237,11 @@ class ORTSampler:
         given = {"x": x * self.table.init_noise_sigma, **table_inputs(self.table)}
         if self.solver.stochastic:
             given["noise"] = torch.stack([draw(seeds, self.shape, x.device, i + 1) for i in range(self.solver.steps)])
-        for key, both in batch.cond.items():
-            given[input_name("uncond", key)], given[input_name("cond", key)] = both.chunk(2)
+        for key, value in batch.cond.items():
+            if guidance is None:
+                given[input_name("cond", key)] = value
+            else:
+                given[input_name("uncond", key)], given[input_name("cond", key)] = value.chunk(2)
         if guidance is not None:
             given["guidance_scale"] = guidance
         kinds = self.manifest["graphs"][self.mode]["inputs"]
@@ -263,6 +273,17 @@ def _tensors(cond: Given) -> Cond:
     if cond is None or isinstance(cond, Tensor):
         return cond
     return {k: torch.as_tensor(v) for k, v in cond.items()} if isinstance(cond, Mapping) else torch.as_tensor(cond)
+
+
+class _Reads:
+    """Reads a condition by the covariates of a manifest, as the exported model did."""
+
+    def __init__(self, covariates: Sequence[Covariate]) -> None:
+        self.covariates = covariates
+
+    def read_condition(self, cond: Any, n: int, **options: Any) -> dict[str, Tensor]:
+        """As `UNet2D.read_condition`; maps are looked at with the shapes."""
+        return encode(self.covariates, {} if cond is None else cond, n, **options)
 
 
 class _Loop:

@@ -115,7 +115,7 @@ def sample_again(manifest: Manifest, mode: str, example: Tensors) -> tuple[ORTSa
     if sampler.solver.stochastic:
         given = {"n": len(example["noise"])}
     if cond := inputs_named(example, "cond"):
-        given |= {"cond": cond, "guidance_scale": GUIDANCE}
+        given |= {"cond": cond} | ({"guidance_scale": GUIDANCE} if manifest.content["guided"] else {})
     return sampler, torch.from_numpy(sampler(**given))
 
 

@@ -32,6 +32,9 @@ def export(
     scheduler: Annotated[Scheduler | None, typer.Option(help="Default: ddim, or that of a diffusers folder.")] = None,
     steps: Steps = 50,
     eta: Eta = 0.0,
+    guidance: Annotated[
+        bool, typer.Option("--guidance", help="Graphs with the second pass of guidance, twice the work at any scale.")
+    ] = False,
     license: Annotated[
         str | None, typer.Option(help="Of the weights, for the manifest (default: as in model_index.json).")
     ] = None,
@@ -68,6 +71,7 @@ def export(
         "steps": steps,
         "eta": eta,
         "force": force,
+        "guidance": guidance or None,
     }
     manifest = run(source, out, progress=not as_json, **options, **own)
     if as_json:

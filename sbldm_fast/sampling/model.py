@@ -94,21 +94,22 @@ def ours(model: object) -> TypeGuard[UNet2D]:
     return not _hooked(model)
 
 
-def read_cond(model: object, cond: Cond, n: int, *, extrapolate: bool = False, argument: str = "cond") -> TensorDict:
+def read_cond(model: Any, cond: Cond, n: int, *, extrapolate: bool = False, argument: str = "cond") -> TensorDict:
     """A conditioning of n samples as tensors: for a `UNet2D` its covariates by name, checked, NaN where unknown; for
     others what was given.
 
     Raises:
         ValueError: as `UNet2D.read_condition` and `tensors_by_name`.
     """
-    if isinstance(model, UNet2D):
-        if cond is None and not model.config.conditional:
-            return {}
-        if cond is not None and model.config.conditional and not isinstance(cond, Mapping):
-            raise UserError(f"{argument}: got {type(cond).__name__}, allowed is None or a mapping of covariates")
-        given: Any = cond  # refused there, whatever it is, by a model without conditions
-        return model.read_condition(given, n, extrapolate=extrapolate, argument=argument)
+    if reads_condition(model):
+        read: TensorDict = model.read_condition(cond, n, extrapolate=extrapolate, argument=argument)
+        return read
     return tensors_by_name(cond, argument)
+
+
+def reads_condition(model: Any) -> bool:
+    """Whether a model has covariates, as a `UNet2D` or an exported one: then what is left out is unknown, not 0."""
+    return hasattr(model, "read_condition")
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sbldm_fast.models import UNet2D
-
 from ..errors import UserError
-from .model import Cond, TensorDict, read_cond
+from .model import Cond, TensorDict, read_cond, reads_condition
 from .noise import draw
 
 
@@ -92,11 +90,8 @@ class SampleRequest:
         if uncond is not None and guidance_scale is None:
             raise UserError("uncond: got a value, allowed without guidance_scale is None: there is no second pass")
         # of covariates everything is unknown, elsewhere it is all zeros
-        others = (
-            {}
-            if uncond is None and not isinstance(model, UNet2D)
-            else read_cond(model, uncond, count, argument="uncond")
-        )
+        known = uncond is not None or reads_condition(model)
+        others = read_cond(model, uncond, count, argument="uncond") if known else {}
         others = self.uncond = others or {k: torch.zeros_like(v) for k, v in conds.items()}
         unlike = sorted(conds.keys() ^ others.keys())
         unlike = unlike or [k for k, v in conds.items() if others[k].shape != v.shape or len(v) != count]

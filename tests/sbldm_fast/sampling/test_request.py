@@ -135,7 +135,7 @@ def test_what_cannot_be_asked_is_named() -> None:
     maps = make(trained(replace(ASKED, concat_channels=2)))
     cases: list[tuple[Any, str]] = [
         (lambda: plain(2, cond={"age": 30}), "cond: got a value, allowed is None: this model is unconditional"),
-        (lambda: sampler(2, cond=torch.zeros(2, 2)), "cond: got Tensor, allowed is None or a mapping of covariates"),
+        (lambda: sampler(2, cond=torch.zeros(2, 2)), "cond: got Tensor, allowed is a mapping of age, modality"),
         (lambda: sampler(2, cond={"ages": 30}), "cond: got 'ages', allowed are age, modality"),
         (lambda: sampler(2, cond={"age": 81}), r"cond\['age'\]: got 81, the model was trained on 20 to 80 years"),
         (lambda: sampler(2, cond={"age": float("nan")}), r"cond\['age'\]: got nan, allowed is 20 to 80 years, or None"),
