@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from typer.core import TyperCommand
@@ -11,11 +11,8 @@ from typer.core import TyperCommand
 from .cli_options import say
 from .errors import UserError
 
-if TYPE_CHECKING:
-    from .models.covariates import Covariate
 
-
-def find_covariates(pipeline: str) -> tuple[Covariate, ...]:
+def find_covariates(pipeline: str) -> tuple[Any, ...]:
     """What the pipeline of that name or in that folder can be asked for; reads its configuration, no weights."""
     from .files import read_json
     from .models.config import UNetConfig
@@ -76,7 +73,7 @@ def ask(
     return join_requests(rows, named, n), n
 
 
-def _parse(words: list[str], known: dict[str, Covariate], pipeline: str) -> dict[str, Any]:
+def _parse(words: list[str], known: dict[str, Any], pipeline: str) -> dict[str, Any]:
     named: dict[str, Any] = {}
     waiting = list(words)
     while waiting:

@@ -100,13 +100,7 @@ def memorisation(
         raise UserError(f"{data} has neither validation nor test slices: nothing tells how near is near")
     images = pipeline.sample(n, seed=seed, steps=steps).cpu()
     report: dict[str, Any] = {"samples": n, "seed": seed, "steps": steps, "training_slices": len(train)}
-    covariates = pipeline.unet.config.covariates
-    asked = None
-    if covariates:
-        some = torch.linspace(0, len(train) - 1, n).long().tolist()
-        told = values_of([train.rows[i] for i in some], covariates)
-        cond = {c.name: [None if v.isnan() else v for v in told[:, k]] for k, c in enumerate(covariates)}
-        asked = pipeline.sample(n, seed=seed, steps=steps, cond=cond).cpu()
+    asked = _ask_for_slices(pipeline, train, n, seed, steps)
     rows = [images]
     for name, vae in (("pixels", None), ("latents", pipeline.vae)):
         found = nearest(images, train, vae, progress)
@@ -127,6 +121,17 @@ def memorisation(
         tiles = [part for group in zip(*(r.split(COLUMNS) for r in small), strict=True) for part in group]
         save_grid(to_uint8(torch.cat(tiles)), folder / PICTURE, NOTICE_BESIDE, COLUMNS)
     return report
+
+
+def _ask_for_slices(pipeline: Pipeline, train: Slices, n: int, seed: int, steps: int) -> Tensor | None:
+    """Samples under the conditions of n training slices; None of a pipeline that cannot be asked."""
+    covariates = pipeline.unet.config.covariates
+    if not covariates:
+        return None
+    some = torch.linspace(0, len(train) - 1, n).long().tolist()
+    told = values_of([train.rows[i] for i in some], covariates)
+    cond = {c.name: [None if v.isnan() else v for v in told[:, k]] for k, c in enumerate(covariates)}
+    return pipeline.sample(n, seed=seed, steps=steps, cond=cond).cpu()
 
 
 def _quantiles(distance: Tensor) -> dict[str, float]:

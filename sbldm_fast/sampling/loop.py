@@ -190,8 +190,7 @@ class Loop:
         self._rewind()
         guidance = batch.guidance
         if guidance is not None and batch.interval is not None:
-            low, high = batch.interval
-            inside = torch.tensor([low <= t <= high for t in self.plan.timesteps], device=guidance.device)
+            inside = torch.tensor([batch.guides(t) for t in self.plan.timesteps], device=guidance.device)
             guidance = torch.where(inside[:, None], guidance, 1.0)
         pairs = [(self.buffers.seeds, batch.seeds), (self.buffers.guidance, guidance)]
         for mine, given in [*pairs, *((self.cond[name], value) for name, value in batch.cond.items())]:

@@ -50,6 +50,10 @@ class Batch:
     guidance: Tensor | None
     interval: tuple[float, float] | None = None
 
+    def guides(self, t: float) -> bool:
+        """Whether the guidance is another than 1 at a timestep."""
+        return self.interval is None or self.interval[0] <= t <= self.interval[1]
+
     def first(self, n: int) -> Batch:
         """The batch of the first n samples."""
         rows = n if self.guidance is None else 2 * n

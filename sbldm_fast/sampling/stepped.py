@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import math
 from typing import Any
 
 import torch
@@ -55,13 +54,12 @@ def step_through(
     times = own.timesteps.to(x.device)
     for i, t in enumerate(own.timesteps):
         h = torch.cat([scaled_input(one, part, t) for one, part in zip(copies, x.split(size), strict=True)])
-        low, high = batch.interval or (-math.inf, math.inf)
         if guidance is None:
             m = predict(h, times[i : i + 1])
         else:
             m_u, m_c = predict(torch.cat([h, h]), times[i : i + 1]).chunk(2)
-            w = guidance.to(x.device).reshape(-1, *[1] * len(shape)) if low <= float(t) <= high else 1.0
-            m = m_u + w * (m_c - m_u)
+            w = guidance.to(x.device).reshape(-1, *[1] * len(shape))
+            m = m_u + w * (m_c - m_u) if batch.guides(float(t)) else m_c
         noise: list[Any] = (
             [draw(batch.seeds.cpu(), shape, x.device, i + 1)] if "variance_noise" in takes else generators
         )
