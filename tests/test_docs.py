@@ -104,7 +104,7 @@ def test_commands_of_ours_are_understood(page: str, line: str) -> None:
     group: Any = typer.main.get_command(app)
     context = group.context_class(group, info_name="sbldm-fast")
     name, command, arguments = group.resolve_command(context, shlex.split(line))
-    if arguments:  # in a sentence a command may stand for itself
+    if arguments and "--help" not in arguments:  # in a sentence a command may stand for itself
         command.make_context(name, arguments, parent=context)
 
 

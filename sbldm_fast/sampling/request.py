@@ -96,7 +96,9 @@ class SampleRequest:
         # of covariates everything is unknown, elsewhere it is all zeros
         known = uncond is not None or reads_condition(model)
         others = read_cond(model, uncond, count, argument="uncond") if known else {}
-        others = self.uncond = others or {k: torch.zeros_like(v) for k, v in conds.items()}
+        if uncond is None:
+            others = {k: others.get(k, torch.zeros_like(v)) for k, v in conds.items()}
+        self.uncond = others
         unlike = sorted(conds.keys() ^ others.keys())
         unlike = unlike or [k for k, v in conds.items() if others[k].shape != v.shape or len(v) != count]
         if unlike:
