@@ -1,14 +1,15 @@
-"""Sixteen images from the bundled weights: `python examples/sample.py`.
+"""Fifty-four images that the bundled weights are asked for: `python examples/sample.py`.
 
-Expected: `samples.png`, a sheet of four by four axial slices: `sbldm_fast/assets/demo/samples.png`, to the byte on the
-CPU that it was measured on. Most are brains without a skull, some are heads with one; sulci are blurred. One core of an
-AMD EPYC took 3 s for sampling, and 5 to 8 s in all. The images are synthetic, not for diagnosis.
+Expected: `samples.png`, nine rows of six heights: T1, T2 and FLAIR at 30 years, then at 55 and at 80:
+`sbldm_fast/assets/demo/samples.png`, to the byte on the CPU that it was made on. Sulci are blurred. The images are
+synthetic, not for diagnosis.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,9 +19,10 @@ from sbldm_fast.images import save_grid, to_uint8
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Sample and write the sheet."""
+    """Ask for every combination and write the sheet."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-n", type=int, default=16, help="how many images")
+    parser.add_argument("--ages", type=float, nargs="+", default=[30, 55, 80], help="years")
+    parser.add_argument("--positions", type=float, nargs="+", default=[-40, -20, 0, 14, 30, 50], help="heights, mm")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=50, help="solver steps")
     parser.add_argument("--mode", default="auto", help="auto, eager, compile, step-graph or loop-graph")
@@ -30,10 +32,13 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = Pipeline.from_pretrained("demo").to(device)
     start = time.perf_counter()
-    images = pipeline.sample(options.n, seed=options.seed, steps=options.steps, mode=options.mode)  # [n, 1, 128, 128]
+    asked = list(product(options.ages, ("T1", "T2", "FLAIR"), options.positions))
+    age, modality, position = zip(*asked, strict=True)
+    cond = {"age": age, "modality": modality, "position": position}
+    images = pipeline.sample(len(asked), seed=options.seed, steps=options.steps, mode=options.mode, cond=cond)
     seconds = time.perf_counter() - start
-    save_grid(to_uint8(images), options.out)
-    print(f"{options.n} images in {seconds:.1f} s on {device}: {options.out}")
+    save_grid(to_uint8(images), options.out, columns=len(options.positions))  # of [n, 1, 128, 128] in [-1, 1]
+    print(f"{len(asked)} images in {seconds:.1f} s on {device}: {options.out}")
 
 
 if __name__ == "__main__":

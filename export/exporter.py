@@ -149,11 +149,11 @@ def export(
     if isinstance(model, UNet2D):
         rows = _example_condition(model, cond)
         guided = bool(guidance)
-        if guided and not rows:
-            raise UserError("guidance: got True, allowed for a model without covariates or conditioning is False")
     else:
         rows = {k: v.detach().cpu()[torch.arange(EXAMPLES) % len(v)] for k, v in tensors_by_name(cond).items()}
         guided = bool(rows) if guidance is None else guidance
+    if guided and not rows:
+        raise UserError("guidance: got True, allowed without conditioning is False")
     fixed = None if batch == "dynamic" else int(batch)
     plan = Plan(source, model, shape, table, rows, guided, target, dtype, fixed)
     _check_norms(plan)
@@ -400,7 +400,7 @@ def _verify_samples(plan: Plan, run: Run, own: Networks, manifest: Manifest, exa
     if plan.dtype == "fp16" or own.decoder is None:
         first = plan.asked | ({"cond": {k: v[:1] for k, v in plan.cond.items()}} if plan.cond else {})
         if plan.covariates and plan.guided:  # this sampler knows nothing of them
-            first["uncond"] = {k: torch.full_like(v, torch.nan) for k, v in first["cond"].items()}
+            first["uncond"] = {k: torch.full_like(v, 0.0 if k == MAPS else torch.nan) for k, v in first["cond"].items()}
         again = FastSampler(_as_model(own.unet), plan.table, shape=plan.shape, mode="eager")(1, seed=0, **first)
         loss = own.decode(again) - run.images[:1]
     for name in ("step", "sampler"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sbldm_fast.errors import MissingExtra, NotFinite, UserError
-from sbldm_fast.models.covariates import Covariate, encode
+from sbldm_fast.models.covariates import MAPS, Covariate, encode
 from sbldm_fast.sampling.model import Cond
 from sbldm_fast.sampling.noise import draw
 from sbldm_fast.sampling.request import Batch, SampleRequest
@@ -201,8 +201,9 @@ class ORTSampler:
         wanted, guided = self.manifest["cond"], self.manifest["guided"]
         if guidance_scale is not None and wanted and not guided:
             raise UserError(f"guidance_scale: got {guidance_scale}, allowed is None: it was exported without guidance")
-        if self.covariates and cond is None:
-            cond = {}  # everything is unknown
+        reads = _Reads(self.covariates, wanted.get(MAPS)) if self.covariates else None
+        if reads and cond is None:  # graphs have an input for it all the same
+            cond = dict.fromkeys(wanted)
         if wanted and guided and cond is not None and guidance_scale is None:
             guidance_scale = 1.0
         start = torch.as_tensor(noise) if noise is not None else None
@@ -210,7 +211,7 @@ class ORTSampler:
             self.shape,
             torch.device("cpu"),
             n,
-            model=_Reads(self.covariates) if self.covariates else None,
+            model=reads,
             seed=seed,
             noise=start,
             indices=indices,
@@ -278,12 +279,16 @@ def _tensors(cond: Given) -> Cond:
 class _Reads:
     """Reads a condition by the covariates of a manifest, as the exported model did."""
 
-    def __init__(self, covariates: Sequence[Covariate]) -> None:
-        self.covariates = covariates
+    def __init__(self, covariates: Sequence[Covariate], maps: list[int] | None) -> None:
+        self.covariates, self.maps = covariates, maps
 
     def read_condition(self, cond: Any, n: int, **options: Any) -> dict[str, Tensor]:
-        """As `UNet2D.read_condition`; maps are looked at with the shapes."""
-        return encode(self.covariates, {} if cond is None else cond, n, **options)
+        """As `UNet2D.read_condition`: what is None is unknown, maps are 0; those that are given are looked at with the
+        shapes."""
+        given = cond
+        if self.maps and (cond is None or (isinstance(cond, dict) and cond.get(MAPS, cond) is None)):
+            given = {**(cond or {}), MAPS: torch.zeros(n, *self.maps)}
+        return encode(self.covariates, {} if given is None else given, n, **options)
 
 
 class _Loop:

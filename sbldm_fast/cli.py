@@ -183,7 +183,9 @@ def _run(pipeline: str, out: Path, n: int, settings: Any, as_json: bool) -> None
 def demo(
     out: OutFolder = Path("demo"),
 ) -> None:
-    """Run doctor, make 16 images, measure their latency, export to ONNX. Example: sbldm-fast demo -o demo"""
+    """Run doctor, ask for 54 images, measure latency, export to ONNX. Example: sbldm-fast demo -o demo"""
+    from itertools import product
+
     from sbldm_fast import Pipeline
     from sbldm_fast.benchmarks.harness import failures
     from sbldm_fast.benchmarks.providers import FLOAT, Diffusers, Ours, Reference, providers
@@ -200,10 +202,12 @@ def demo(
     print("1/4 doctor")
     found = examine()
     print_doctor(found)
-    print("2/4 sixteen images from the bundled weights, 50 DDIM steps")
+    print("2/4 54 images that the bundled weights are asked for: age, modality, position; 50 DDIM steps")
     pipe = Pipeline.from_pretrained("demo").to(default_device())
-    images = pipe.sample(16, seed=0, steps=50, progress=True)
-    save_grid(to_uint8(images), out / "samples.png")
+    asked = product((30, 55, 80), ("T1", "T2", "FLAIR"), (-40, -20, 0, 14, 30, 50))
+    cond = dict(zip(("age", "modality", "position"), zip(*asked, strict=True), strict=True))
+    images = pipe.sample(54, seed=0, steps=50, cond=cond, progress=True)
+    save_grid(to_uint8(images), out / "samples.png", columns=6)
     print("3/4 latency of the paper-size UNet against diffusers")
     who = [p for p in providers(images.device, [FLOAT]) if p == Reference() or type(p) in (Ours, Diffusers)]
     rows = list(measure(steps=(50,), batches=(1,), rounds=3, who=who, energy=False, say=say))
@@ -219,7 +223,8 @@ def demo(
     ok = found["ok"] and not wrong
     warning = f"; FAILED: {', '.join(wrong)}" if wrong else ""
     print(f"""
-{out}/samples.png    16 images; success: they look like axial brain slices (synthetic, not for diagnosis)
+{out}/samples.png    54 images, rows T1, T2, FLAIR at 30, 55 and 80 years, columns -40 to 50 mm; success: axial brain
+                     slices in these contrasts, from the base to the top (synthetic, not for diagnosis)
 {out}/latency.md     success: every provider has a speed-up, so every one agreed with its reference{warning}
 {out}/latency.jsonl  the same, row by row, with the raw timings
 {out}/onnx/          five graphs, manifest.json, example.npz; ONNX Runtime differs from PyTorch by {worst:.1e}

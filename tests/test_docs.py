@@ -134,7 +134,8 @@ def test_the_first_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.M
     """At two steps for one image."""
     (code,) = code_blocks(Path("README.md"), "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 5
-    small = code.replace("sample(16, seed=0, steps=50)", "sample(1, seed=0, steps=2)")
+    small = code.replace("(30, 55, 80)", "(30,)").replace("(-40, -20, 0, 14, 30, 50)", "(14,)")
+    small = small.replace("sample(54, seed=0", "sample(3, seed=0, steps=2").replace("columns=6", "columns=3")
     assert small != code
     monkeypatch.chdir(tmp_path)
     exec(compile(small, "README.md", "exec"), {})

@@ -53,11 +53,11 @@ def small_pipeline(tmp_path: Path) -> Path:
 
 def test_sample(tmp_path: Path) -> None:
     """In a process of its own, as it is typed."""
-    command = [sys.executable, str(EXAMPLES / "sample.py"), "-n", "2", "--steps", "2"]
+    command = [sys.executable, str(EXAMPLES / "sample.py"), "--ages", "50", "--positions", "0", "30", "--steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("2 images in ")
-    assert Image.open(tmp_path / "samples.png").size == (2 * 128, 128 + 14)
+    assert done.stdout.startswith("6 images in ")
+    assert Image.open(tmp_path / "samples.png").size == (2 * 128, 3 * 128 + 14)
 
 
 def test_drop_in_diffusers(run_example: Run) -> None:

@@ -25,6 +25,7 @@ PIXEL = FIELD_OF_VIEW / SIZE  # mm
 HALF = 70.0  # mm, by which heights are scaled
 SEED = 1_000_000  # of the brains that it is trained on; those that it is judged by have the next one
 BATCH, RATE = 32, 4e-3
+LATENT_NOISE = 0.5  # standard deviations, at most, by which half of the latents that it learns from are off
 FAINT = 0.2  # shares of ventricle below it are none: a thousandth of 4,096 places would be 50 mm^2
 
 
@@ -131,19 +132,27 @@ def distort(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """What the autoencoder makes of images: its blur is none of what a UNet does wrong."""
-    return torch.cat([vae.decode(vae.encode(x).mean) for x in images.split(32)])
+def reconstruct(vae: AutoencoderKL, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    """What the autoencoder makes of images, its blur none of what a UNet does wrong; with `noise` `[N]` of latents that
+    are off by as many of their standard deviations, as a UNet's are."""
+    torch.manual_seed(0)
+    levels = torch.zeros(len(images)) if noise is None else noise / vae.config.scaling_factor
+    out = []
+    for x, level in zip(images.split(32), levels.split(32), strict=True):
+        z = vae.encode(x).mean
+        out.append(vae.decode(z + level[:, None, None, None] * torch.randn(z.shape)))
+    return torch.cat(out)
 
 
 def train_measurer(vae: AutoencoderKL, *, brains: int = 64, steps: int = 1200, progress: bool = True) -> Measurer:
     """A measurer trained on every other slice of made brains that nothing else has seen, half of them as the
-    autoencoder reconstructs them; some minutes of one core."""
+    autoencoder decodes them from latents that are a little off; some minutes of one core."""
     made = make_brains(brains, SEED, every=2)
-    shown = torch.cat([made.slices, reconstruct(vae, made.slices)])
+    generator = torch.Generator().manual_seed(0)
+    levels = LATENT_NOISE * torch.rand(len(made.slices), generator=generator)
+    shown = torch.cat([made.slices, reconstruct(vae, made.slices, levels)])
     share = F.avg_pool2d(made.ventricles, 2)
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
     model = Measurer()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), RATE)

@@ -1,4 +1,4 @@
-"""Graphs of a model that can be asked: the same names, the same images as PyTorch, the second pass where it is wanted."""
+"""Graphs of a model that can be asked: its names, the images of PyTorch, the second pass where it is wanted."""
 
 from __future__ import annotations
 
@@ -108,7 +108,9 @@ def test_what_cannot_be_asked_is_named(plain: Any, guided: Any, tmp_path: Path) 
             ort(2, **arguments)
     with pytest.raises(ValueError, match=r"cond: got .* allowed is one row each of"):
         ORTSampler(guided[1])(2, cond={"age": 30})  # no maps
-    with pytest.raises(ValueError, match="guidance: got True, allowed for a model without"):
+    unasked = torch.from_numpy(ORTSampler(guided[1])(2, seed=1))
+    torch.testing.assert_close(unasked, guided[0].sample(2, seed=1, steps=3), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="guidance: got True, allowed without conditioning is False"):
         export(small_pipeline(), tmp_path / "o", guidance=True)
     assert not (tmp_path / "o").exists()
 
