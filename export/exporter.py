@@ -27,10 +27,10 @@ from sbldm_fast.sampling.noise import draw
 
 from .graphs import Networks, Run, build_graphs, repeat
 from .int8 import quantize
-from .manifest import EXAMPLE, FORMAT, GRAPHS, GUIDANCE, MANIFEST, Manifest, describe_graph, sha256
+from .manifest import EXAMPLE, FORMAT, GRAPHS, MANIFEST, Manifest, describe_graph, sha256
 from .modules import SamplerGraph, Tensors, UNetGraph, count_norms, input_name
 from .trace import Graph, onnx_bytes
-from .verify import TOLERANCE, compare, compare_module, find_faults, sample_again
+from .verify import TOLERANCE, compare, compare_module, example_call, find_faults, sample_again
 
 # ort: with a dynamic batch ONNX Runtime fuses GroupNorm from the form of this opset, and from no later one.
 # tensorrt: GroupNormalization of opset 21 (TensorRT 10.9); that of 18 is deprecated, and Attention of 23 fails to
@@ -71,7 +71,7 @@ class Plan:
     @property
     def asked(self) -> dict[str, Any]:
         """The arguments of a sampler that the example is made with."""
-        return {"cond": self.cond, **({"guidance_scale": GUIDANCE} if self.guided else {})} if self.cond else {}
+        return example_call(self.cond, bool(self.covariates), self.guided)
 
     @property
     def covariates(self) -> tuple[Covariate, ...]:

@@ -181,6 +181,7 @@ class ORTSampler:
         cond: Given = None,
         uncond: Given = None,
         guidance_scale: float | Tensor | None = None,
+        extrapolate: bool = False,
         callback: Callable[[int, float, np.ndarray], None] | None = None,
         batch_size: int | None = None,
     ) -> Iterator[np.ndarray]:
@@ -218,6 +219,7 @@ class ORTSampler:
             cond=cond if self.covariates else _tensors(cond),  # type: ignore[arg-type]
             uncond=uncond if self.covariates else _tensors(uncond),  # type: ignore[arg-type]
             guidance_scale=guidance_scale,
+            extrapolate=extrapolate,
             batch_size=self.batch or batch_size,
         )
         if {k: list(v.shape[1:]) for k, v in asked.cond.items()} != wanted:

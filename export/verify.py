@@ -22,11 +22,23 @@ from torch import Tensor, nn
 
 from sbldm_fast import Pipeline
 from sbldm_fast.errors import UserError
+from sbldm_fast.models.covariates import MAPS
+from sbldm_fast.sampling.model import TensorDict
 
 from .fusion import fuse_group_norms, has_external_data, nodes
 from .graphs import repeat
-from .manifest import EXAMPLE, GRAPHS, GUIDANCE, MANIFEST, Manifest, find_misdescribed, read_manifest, read_verified
-from .modules import Tensors, find_not_finite, input_name, inputs_named
+from .manifest import (
+    EXAMPLE,
+    GRAPHS,
+    GUIDANCE,
+    MANIFEST,
+    Manifest,
+    find_misdescribed,
+    read_covariates,
+    read_manifest,
+    read_verified,
+)
+from .modules import Tensors, find_not_finite, input_name, inputs_named, is_condition
 from .ort import CPU, ORTSampler, import_runtime, open_session, translate_errors
 from .rtx import build_in_process
 from .trace import Graph
@@ -108,15 +120,29 @@ def compare_module(name: str, data: bytes, graph: Graph, exact: nn.Module, dtype
     return max(found, key=lambda parity: parity["error"] / parity["allowed"])
 
 
+def example_call(cond: TensorDict, named: bool, guided: bool) -> dict[str, Any]:
+    """The arguments of a sampler that an example is made with; of covariates (`named`) what is unknown is None, as a
+    NaN of a caller's is refused."""
+    if not cond:
+        return {}
+    asked: dict[str, Any] = dict(cond)
+    if named:
+        asked |= {k: [None if v != v else v for v in rows.tolist()] for k, rows in cond.items() if k != MAPS}
+    return {"cond": asked, **({"guidance_scale": GUIDANCE} if guided else {})}
+
+
+def _example_call(manifest: Manifest, example: Tensors) -> dict[str, Any]:
+    content = manifest.content
+    return example_call(inputs_named(example, "cond"), bool(content["covariates"]), content["guided"])
+
+
 def sample_again(manifest: Manifest, mode: str, example: Tensors) -> tuple[ORTSampler, Tensor]:
     """The samples of an example, made by ONNX Runtime on the CPU through `step` or `sampler`."""
     sampler = ORTSampler(manifest, providers=CPU, mode=mode)
     given: dict[str, Any] = {"noise": example["noise"]}
     if sampler.solver.stochastic:
         given = {"n": len(example["noise"])}
-    if cond := inputs_named(example, "cond"):
-        given |= {"cond": cond} | ({"guidance_scale": GUIDANCE} if manifest.content["guided"] else {})
-    return sampler, torch.from_numpy(sampler(**given))
+    return sampler, torch.from_numpy(sampler(**given, **_example_call(manifest, example)))
 
 
 def count_fused_norms(data: bytes) -> int:
@@ -214,6 +240,8 @@ def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool =
     if pipeline is not None and list(pipeline.latent_shape) != shape:
         latents = list(pipeline.latent_shape)
         found.failures.append(f"the pipeline's latents are {latents}, those of the folder {shape}")
+    if pipeline is not None and (unlike := _find_unlike(found.manifest.content, pipeline)):
+        found.failures.append(unlike)
     if not found.failures:
         found.check_samples(example, pipeline)
         if pipeline is not None:
@@ -227,6 +255,19 @@ def check(folder: str | Path, pipeline: Pipeline | None = None, *, build: bool =
         "graphs": found.graphs,
         "not_compared": [name for name in found.graphs if name not in compared],
     }
+
+
+def _find_unlike(content: dict[str, Any], pipeline: Pipeline) -> str:
+    """How a pipeline is asked otherwise than a folder, or ''."""
+    config, own = pipeline.unet.config, read_covariates(content, MANIFEST)
+    maps = content["cond"].get(MAPS, [0])[0]
+    if config.covariates == own and config.concat_channels == maps:
+        return ""
+    asked = [", ".join(f"{c.name} ({c.allowed})" for c in some) or "none" for some in (config.covariates, own)]
+    return (
+        f"the pipeline's covariates are {asked[0]} and {config.concat_channels} maps, those of the folder {asked[1]}"
+        f" and {maps}"
+    )
 
 
 class _Check:
@@ -282,18 +323,21 @@ class _Check:
             self.compare(mode, got, example["images" if self.manifest.content["decodes"] else "latents"], EXAMPLE)
             if pipeline is not None:
                 ours = pipeline.sampler(sampler.solver.steps, "eager", scheduler=sampler.table)
-                self.compare(mode, got, ours(len(got)).cpu(), "the pipeline")
+                expected = ours(len(got), **_example_call(self.manifest, example)).cpu()
+                self.compare(mode, got, expected, "the pipeline")
 
     def check_models(self, example: Tensors, pipeline: Pipeline) -> None:
         """The graphs of one call each, against the pipeline's models."""
         x, image = example["noise"], example["images"]
         times = torch.tensor(self.manifest.content["solver"]["timesteps"])
         t = times[torch.linspace(0, len(times) - 1, len(x)).long()]
+        asked = {k: v for k, v in example.items() if is_condition(k)}
+        cond = _example_call(self.manifest, example).get("cond")
         with torch.no_grad():
             unet, vae = copy.deepcopy(pipeline.unet).cpu().eval(), copy.deepcopy(pipeline.vae).cpu().eval()
             scale = vae.config.scaling_factor
             calls = {
-                "unet": ({"x": x, "t": t}, unet(x, t)),
+                "unet": ({"x": x, "t": t, **asked}, unet(x, t, cond)),
                 "vae_encoder": ({"image": image}, vae.encode(image).mean * scale),
                 "vae_decoder": ({"z": x}, vae.decode(x / scale)),
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ MAPS = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Path]:
-    """Rows beside those of time, for ONNX Runtime, one pass."""
+    """Rows beside those of time, for ONNX Runtime, one pass; an example in which something is unknown."""
     pipeline, out = small_pipeline(ASKED), tmp_path_factory.mktemp("plain") / "onnx"
-    export(pipeline, out, steps=3)
+    export(pipeline, out, steps=3, cond={"age": [30.0, None, 50.0, 61.0], "modality": ["T2", "T1", None, "T1"]})
     return pipeline, out
 
 
@@ -46,6 +47,8 @@ def test_what_is_asked_is_what_pytorch_makes(plain: Any, guided: Any, mode: str)
         torch.testing.assert_close(made, pipeline.sample(3, seed=1, steps=3, cond=cond), rtol=0, atol=1e-4)
     pipeline, out = guided
     ort, cond = ORTSampler(out, mode=mode), COND | {"maps": MAPS}
+    made = torch.from_numpy(ort(3, seed=1))  # nothing is known, maps are 0
+    torch.testing.assert_close(made, pipeline.sample(3, seed=1, steps=3), rtol=0, atol=1e-4)
     for scale in (None, 2.5):
         made = torch.from_numpy(ort(3, seed=1, cond=cond, guidance_scale=scale))
         expected = pipeline.sample(3, seed=1, steps=3, cond=cond, guidance_scale=scale)
@@ -76,8 +79,29 @@ def test_the_manifest_says_what_can_be_asked(plain: Any, guided: Any) -> None:
 
 
 def test_both_folders_pass_their_check(plain: Any, guided: Any) -> None:
-    for _, out in (plain, guided):
-        assert check(out, build=False)["failures"] == []
+    """Alone and with the pipeline, which is asked as the example was; another pipeline is told apart."""
+    assert check(plain[1], build=False)["failures"] == []
+    for pipeline, out in (plain, guided):
+        report = check(out, pipeline, build=False)
+        assert report["failures"] == []
+        assert report["not_compared"] == []
+    other = replace(ASKED, covariates=ASKED.covariates[:1])
+    for pipeline, said in (
+        (small_pipeline(), "the pipeline's covariates are none and 0 maps, those of the folder age"),
+        (small_pipeline(other), r"the pipeline's covariates are age \(20 to 80 years\) and 0 maps, those of"),
+        (guided[0], "and 2 maps, those of the folder age"),
+    ):
+        (failure,) = check(plain[1], pipeline, build=False)["failures"]
+        assert re.search(said, failure)
+
+
+def test_beyond_what_it_was_trained_on_only_where_that_is_asked_for(plain: Any) -> None:
+    pipeline, out = plain
+    with pytest.warns(UserWarning, match="90 lies outside 20 to 80 years"):
+        made = torch.from_numpy(ORTSampler(out)(1, seed=1, cond={"age": 90}, extrapolate=True))
+    with pytest.warns(UserWarning, match="90 lies outside 20 to 80 years"):
+        expected = pipeline.sample(1, seed=1, steps=3, cond={"age": 90}, extrapolate=True)
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-4)
 
 
 def test_the_condition_is_worked_out_before_the_loop(plain: Any) -> None:
