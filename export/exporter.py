@@ -25,10 +25,10 @@ from sbldm_fast.models.presets import PRESETS
 from sbldm_fast.sampling.model import Cond, TensorDict, tensors_by_name
 from sbldm_fast.sampling.noise import draw
 
-from .graphs import Networks, Run, build_graphs, repeat
+from .graphs import EXAMPLES, Networks, Run, as_model, build_graphs, example_condition, repeat
 from .int8 import quantize
 from .manifest import EXAMPLE, FORMAT, GRAPHS, MANIFEST, Manifest, describe_graph, sha256
-from .modules import SamplerGraph, Tensors, UNetGraph, count_norms, input_name
+from .modules import SamplerGraph, Tensors, count_norms, input_name
 from .trace import Graph, onnx_bytes
 from .verify import TOLERANCE, compare, compare_module, example_call, find_faults, sample_again
 
@@ -38,7 +38,6 @@ from .verify import TOLERANCE, compare, compare_module, example_call, find_fault
 OPSETS = {"ort": 18, "tensorrt": 21}
 MAX_BATCH = 65_536  # samples of a fixed batch; the shapes of its graph are traced with tensors of that size
 CALIBRATED = 2  # every other step of a run
-EXAMPLES = 4  # samples kept beside the graphs, for whoever runs them elsewhere
 RANGES = {
     "x": "standard normal times init_noise_sigma at the first step",
     "z": "a latent as the sampler makes it",
@@ -147,7 +146,7 @@ def export(
     source = _copy_to_cpu(source)
     model, shape, table = _resolve(source, shape, scheduler, steps, eta)
     if isinstance(model, UNet2D):
-        rows = _example_condition(model, cond)
+        rows = example_condition(model, cond)
         guided = bool(guidance)
     else:
         rows = {k: v.detach().cpu()[torch.arange(EXAMPLES) % len(v)] for k, v in tensors_by_name(cond).items()}
@@ -247,21 +246,6 @@ def _resolve(
     if not isinstance(scheduler, SolverTable):
         scheduler = SolverTable.from_scheduler(scheduler, steps, eta=eta)
     return source, shape, scheduler
-
-
-def _example_condition(model: UNet2D, cond: Cond) -> TensorDict:
-    """`EXAMPLES` rows of what a model of ours can be asked for: those given, or values spread over what is allowed."""
-    if cond is None and model.config.conditional:
-        at = [(i + 1) / (EXAMPLES + 1) for i in range(EXAMPLES)]
-        cond = {
-            c.name: [i % len(c.values) if c.values else c.low + p * (c.high - c.low) for i, p in enumerate(at)]
-            for c in model.config.covariates
-        }
-        if channels := model.config.concat_channels:
-            size = model.config.sample_size
-            seeds = torch.tensor([[1, i] for i in range(EXAMPLES)])
-            cond[MAPS] = draw(seeds, (channels, size, size), torch.device("cpu"))
-    return model.read_condition(cond, EXAMPLES)  # type: ignore[arg-type]  # whatever was given is looked at there
 
 
 def _check_norms(plan: Plan) -> None:
@@ -401,19 +385,8 @@ def _verify_samples(plan: Plan, run: Run, own: Networks, manifest: Manifest, exa
         first = plan.asked | ({"cond": {k: v[:1] for k, v in plan.cond.items()}} if plan.cond else {})
         if plan.covariates and plan.guided:  # this sampler knows nothing of them
             first["uncond"] = {k: torch.full_like(v, 0.0 if k == MAPS else torch.nan) for k, v in first["cond"].items()}
-        again = FastSampler(_as_model(own.unet), plan.table, shape=plan.shape, mode="eager")(1, seed=0, **first)
+        again = FastSampler(as_model(own.unet), plan.table, shape=plan.shape, mode="eager")(1, seed=0, **first)
         loss = own.decode(again) - run.images[:1]
     for name in ("step", "sampler"):
         _, got = sample_again(manifest, name, example)
         manifest.graphs[name]["parity"] = compare(name, got, run.images, loss, plan.dtype_of(name))
-
-
-def _as_model(unet: UNetGraph) -> Any:
-    """A traced network as a model that `FastSampler` calls."""
-
-    def model(x: Tensor, t: Tensor, cond: Tensor | None = None, **others: Tensor) -> Tensor:
-        given = {input_name("cond", k): v for k, v in (tensors_by_name(cond) | others).items()}
-        out: Tensor = unet({"x": x, "t": t.expand(len(x)), **given})["prediction"]
-        return out
-
-    return model

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sbldm_fast import Pipeline, SolverTable
-from sbldm_fast.sampling.model import TensorDict
+from sbldm_fast.models import UNet2D
+from sbldm_fast.models.covariates import MAPS
+from sbldm_fast.sampling.model import Cond, TensorDict, tensors_by_name
+from sbldm_fast.sampling.noise import draw
 
 from .manifest import GUIDANCE
 from .modules import (
@@ -25,6 +28,7 @@ from .modules import (
 )
 from .trace import Graph, program
 
+EXAMPLES = 4  # samples kept beside the graphs, for whoever runs them elsewhere
 AXES: dict[str, dict[int, str]] = {  # the free ones; of other inputs the first is the batch
     "timesteps": {0: "steps"},
     "table": {0: "steps"},
@@ -124,3 +128,29 @@ def _free(module: nn.Module, given: Tensors, frozen: int | None) -> Graph:
 
 def _history(solver: Solver, x: Tensor) -> Tensors:
     return {"history": x.new_zeros(solver.history, 2, *x.shape)} if solver.history else {}
+
+
+def example_condition(model: UNet2D, cond: Cond) -> TensorDict:
+    """`EXAMPLES` rows of what a model of ours can be asked for: those given, or values spread over what is allowed."""
+    if cond is None and model.config.conditional:
+        at = [(i + 1) / (EXAMPLES + 1) for i in range(EXAMPLES)]
+        cond = {
+            c.name: [i % len(c.values) if c.values else c.low + p * (c.high - c.low) for i, p in enumerate(at)]
+            for c in model.config.covariates
+        }
+        if channels := model.config.concat_channels:
+            size = model.config.sample_size
+            seeds = torch.tensor([[1, i] for i in range(EXAMPLES)])
+            cond[MAPS] = draw(seeds, (channels, size, size), torch.device("cpu"))
+    return model.read_condition(cond, EXAMPLES)  # type: ignore[arg-type]  # whatever was given is looked at there
+
+
+def as_model(unet: UNetGraph) -> Any:
+    """A traced network as a model that `FastSampler` calls."""
+
+    def model(x: Tensor, t: Tensor, cond: Tensor | None = None, **others: Tensor) -> Tensor:
+        given = {input_name("cond", k): v for k, v in (tensors_by_name(cond) | others).items()}
+        out: Tensor = unet({"x": x, "t": t.expand(len(x)), **given})["prediction"]
+        return out
+
+    return model

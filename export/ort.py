@@ -203,7 +203,7 @@ class ORTSampler:
         if guidance_scale is not None and wanted and not guided:
             raise UserError(f"guidance_scale: got {guidance_scale}, allowed is None: it was exported without guidance")
         reads = _Reads(self.covariates, wanted.get(MAPS)) if self.covariates else None
-        if reads and cond is None:  # graphs have an input for it all the same
+        if reads and cond is None and guidance_scale is None:  # graphs have an input for it all the same
             cond = dict.fromkeys(wanted)
         if wanted and guided and cond is not None and guidance_scale is None:
             guidance_scale = 1.0
