@@ -28,6 +28,7 @@ from .measure import MODALITIES, Measurer, correlation, measure_ceiling, train_m
 
 LEVELS = tuple(range(-20, 49, 4))  # mm: beyond them no brain has lateral ventricles
 NEEDED = ("age", "sex", "ventricle_volume", "modality", "position")
+POSITIONS = 4  # slices of a brain that heights are judged by, drawn from all that it has
 FEW = 24  # brains at the edge of the range, and as many outside it
 SWEEP, SEEDS = 9, 4  # values of a sweep, and noises that it is made from
 BATCH = 64
@@ -77,7 +78,7 @@ def covariate_recovery(
     half = {"ventricle_volume": (volume.low + volume.high) / 2}
     report = {
         "brains": n,
-        "slices_a_brain": len(LEVELS),
+        "slices_a_brain": len(LEVELS) + POSITIONS,
         "steps": steps,
         "seed": seed,
         "guidance_scale": guidance_scale,
@@ -99,7 +100,8 @@ def covariate_recovery(
 
 
 def find_people(data: str | Path) -> list[Request]:
-    """The brains of the training split whose ventricles are known, each with its covariates and its modality.
+    """The brains of the training split whose ventricles are known, each with its covariates, its modality and the
+    `positions` of its slices.
 
     Raises:
         ValueError: as `read_manifest`, or there are fewer than two.
@@ -109,16 +111,21 @@ def find_people(data: str | Path) -> list[Request]:
         found = row.get("covariates", {})
         wanted = {"modality": row.get("modality"), **{k: found.get(k) for k in NEEDED[:3]}}
         if row["split"] == "train" and None not in wanted.values() and row["modality"] in MODALITIES:
-            people.setdefault(row["subject"], wanted)
+            people.setdefault(row["subject"], {**wanted, "positions": []})["positions"].append(found["position"])
     if len(people) < 2:
         raise UserError(f"{data} has {len(people)} brains with {', '.join(NEEDED[:4])}; synthetic ones have them")
     return list(people.values())
 
 
 def draw_people(people: Sequence[Request], n: int, seed: int) -> list[Request]:
-    """n brains as they come: each time all covariates of one."""
-    index = torch.randint(len(people), (n,), generator=torch.Generator().manual_seed(seed))
-    return [dict(people[i]) for i in index.tolist()]
+    """n brains as they come: each time all covariates of one, and some of its positions."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for i in torch.randint(len(people), (n,), generator=generator).tolist():
+        there = people[i]["positions"]
+        some = torch.randint(len(there), (POSITIONS,), generator=generator).tolist()
+        drawn.append({**people[i], "positions": [there[k] for k in some]})
+    return drawn
 
 
 def _volumes_between(people: Sequence[Request], ranges: Sequence[tuple[float, float]]) -> list[Request]:
@@ -126,7 +133,7 @@ def _volumes_between(people: Sequence[Request], ranges: Sequence[tuple[float, fl
     each = FEW // len(ranges)
     asked = [low + (high - low) * (i + 0.5) / each for low, high in ranges for i in range(each)]
     nearest = [min(people, key=lambda p, v=v: abs(p["ventricle_volume"] - v)) for v in asked]  # type: ignore[misc]
-    return [{**person, "ventricle_volume": v} for person, v in zip(nearest, asked, strict=True)]
+    return [{**p, "ventricle_volume": v, "positions": []} for p, v in zip(nearest, asked, strict=True)]
 
 
 def measure_requests(
@@ -138,11 +145,13 @@ def measure_requests(
     guidance_scale: float | None,
     progress: bool,
 ) -> dict[str, Tensor]:
-    """Of each brain the volume that was asked for and what was found, `[n]` ml; of each slice the height that was
-    asked for and what was found, and whether the modality is right, all `[n * len(LEVELS)]`."""
-    brain = torch.arange(len(requests)).repeat_interleave(len(LEVELS))
-    position = torch.tensor(LEVELS, dtype=torch.float32).repeat(len(requests))
-    names = [name for name in requests[0] if name != "position"]
+    """Of each brain the volume that was asked for and what was found, `[n]` ml; of the slices at its `positions` the
+    height that was asked for and what was found; of every slice whether the modality is right."""
+    levels = [(*LEVELS, *request.get("positions", ())) for request in requests]
+    brain = torch.arange(len(requests)).repeat_interleave(torch.tensor([len(one) for one in levels]))
+    position = torch.tensor([z for one in levels for z in one])
+    within = torch.tensor([i < len(LEVELS) for one in levels for i in range(len(one))])
+    names = [name for name in requests[0] if name != "positions"]
     cond: dict[str, Any] = {name: [requests[b][name] for b in brain.tolist()] for name in names}
     size = even_batch(len(brain), BATCH)
     sampler = pipeline.sampler(steps, scheduler="unipc")
@@ -164,9 +173,9 @@ def measure_requests(
         "asked": torch.tensor(
             [float(r["ventricle_volume"]) if r.get("ventricle_volume") else math.nan for r in requests]
         ),
-        "found": volumes(read.area, brain, len(requests), LEVELS[1] - LEVELS[0]),
-        "position": position,
-        "position_found": read.position,
+        "found": volumes(read.area[within], brain[within], len(requests), LEVELS[1] - LEVELS[0]),
+        "position": position[~within],
+        "position_found": read.position[~within],
         "modality_right": (read.modality == wanted).float(),
     }
 
