@@ -90,7 +90,8 @@ class Covariate(Config):
             if (text := f"{number:g}") in self.values and self.values[int(number)] != text:
                 raise UserError(f"cond[{self.name!r}]: got {number:g}, allowed is a text, '{text}': names are numbers")
             return number
-        if not self.low <= number <= self.high:
+        rounding = 1e-6 * max(abs(self.low), abs(self.high))  # a tensor has 16.15 as 16.149999618
+        if not self.low - rounding <= number <= self.high + rounding:
             if not (extrapolate and abs(number) <= LARGEST):
                 raise UserError(
                     f"cond[{self.name!r}]: got {number:g}, the model was trained on {self.allowed}; with extrapolate"

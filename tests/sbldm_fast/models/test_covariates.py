@@ -190,3 +190,11 @@ def test_unit_range() -> None:
     assert unit_range(AGE, torch.tensor([20.0, 50.0, 80.0, 110.0])).tolist() == pytest.approx([-1, 0, 1, 2], abs=1e-6)
     assert unit_range(MODALITY, torch.tensor([0.0, 1.0, 2.0])).tolist() == [-1, 0, 1]
     assert unit_range(Covariate("one", ("x",)), torch.tensor([0.0])).tolist() == [-1]
+
+
+def test_the_ends_of_a_range_may_come_as_float32() -> None:
+    volume = Covariate("volume", low=16.15, high=36.1)
+    for end in (16.15, 36.1):
+        assert encode([volume], {"volume": torch.tensor([end])}, 1)["volume"].item() == pytest.approx(end, rel=1e-6)
+    with pytest.raises(ValueError, match=r"got 16\.1499, the model was trained"):
+        encode([volume], {"volume": 16.1499}, 1)
