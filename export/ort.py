@@ -199,14 +199,9 @@ class ORTSampler:
             )
         if callback is not None and self.mode == "sampler":
             raise UserError("callback: got one, allowed in mode 'sampler' is None: its loop is inside the graph")
-        wanted, guided = self.manifest["cond"], self.manifest["guided"]
-        if guidance_scale is not None and wanted and not guided:
-            raise UserError(f"guidance_scale: got {guidance_scale}, allowed is None: it was exported without guidance")
+        wanted = self.manifest["cond"]
         reads = _Reads(self.covariates, wanted.get(MAPS)) if self.covariates else None
-        if reads and cond is None and guidance_scale is None:  # graphs have an input for it all the same
-            cond = dict.fromkeys(wanted)
-        if wanted and guided and cond is not None and guidance_scale is None:
-            guidance_scale = 1.0
+        cond, guidance_scale = self._complete(cond, guidance_scale)
         start = torch.as_tensor(noise) if noise is not None else None
         asked = SampleRequest(
             self.shape,
@@ -234,6 +229,17 @@ class ORTSampler:
                 broken = [batch.places[i] for i in np.flatnonzero(~finite)]
                 raise NotFinite(f"{self.mode}.onnx: NaN or infinity in samples {broken}")
             yield out
+
+    def _complete(self, cond: Given, guidance_scale: float | Tensor | None) -> tuple[Given, float | Tensor | None]:
+        """What the graphs have inputs for though nobody asked: unknown covariates, a guidance of 1."""
+        wanted, guided = self.manifest["cond"], self.manifest["guided"]
+        if guidance_scale is not None and wanted and not guided:
+            raise UserError(f"guidance_scale: got {guidance_scale}, allowed is None: it was exported without guidance")
+        if self.covariates and cond is None and guidance_scale is None:
+            cond = dict.fromkeys(wanted)
+        if wanted and guided and cond is not None and guidance_scale is None:
+            guidance_scale = 1.0
+        return cond, guidance_scale
 
     def _inputs(self, batch: Batch) -> dict[str, np.ndarray]:
         x, seeds, guidance = batch.x, batch.seeds, batch.guidance

@@ -62,8 +62,7 @@ def export(
             f"got {scheduler}, allowed with a diffusers folder is none: it has its own", param_hint="--scheduler"
         )
     own.setdefault("scheduler", "ddim" if scheduler is None else scheduler.value)
-    if license is not None:
-        own["license"] = license
+    own |= {"license": license} if license is not None else {}
     options: dict[str, Any] = {
         "target": target.value,
         "dtype": dtype.value,

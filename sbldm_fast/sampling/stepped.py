@@ -58,8 +58,8 @@ def step_through(
             m = predict(h, times[i : i + 1])
         else:
             m_u, m_c = predict(torch.cat([h, h]), times[i : i + 1]).chunk(2)
-            w = guidance.to(x.device).reshape(-1, *[1] * len(shape))
-            m = m_u + w * (m_c - m_u) if batch.guides(float(t)) else m_c
+            w = guidance.to(x.device).reshape(-1, *[1] * len(shape)) if batch.guides(float(t)) else 1.0
+            m = m_u + w * (m_c - m_u)
         noise: list[Any] = (
             [draw(batch.seeds.cpu(), shape, x.device, i + 1)] if "variance_noise" in takes else generators
         )
@@ -73,10 +73,8 @@ def step_through(
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as failure:  # whatever another library raises
-            why = f"{type(failure).__name__}: {failure}"
-            raise UserError(
-                f"scheduler: {name} failed at step {i} of {len(times)} on what this model gives: {why}"
-            ) from failure
+            where = f"step {i} of {len(times)} on what this model gives: {type(failure).__name__}: {failure}"
+            raise UserError(f"scheduler: {name} failed at {where}") from failure
         if not after.isfinite().all() and m.isfinite().all() and x.isfinite().all():
             raise NotFinite(
                 f"scheduler: {name} makes NaN or infinity of finite numbers at step {i} (timestep {float(t):g})"
