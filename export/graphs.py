@@ -72,7 +72,7 @@ class Run(NamedTuple):
     cond: TensorDict
     noise: Tensor
     states: list[Tensor]
-    guided: bool
+    guided: bool = False
 
     def state(self, table: SolverTable, N: int) -> Tensors:
         """x, the table and the noise that it asks for, at a batch of N."""
