@@ -88,7 +88,9 @@ def test_other_weights_are_found_by_parity(folder: Path) -> None:
 
 def test_another_pipeline_is_told_apart(folder: Path) -> None:
     failures = check(folder, Pipeline.from_pretrained("demo"))["failures"]
-    assert failures == ["the pipeline's latents are [8, 16, 16], those of the folder [4, 8, 8]"]
+    latents, covariates = failures
+    assert latents == "the pipeline's latents are [8, 16, 16], those of the folder [4, 8, 8]"
+    assert covariates.startswith("the pipeline's covariates are age")
 
 
 def test_the_pipeline_with_other_weights_is_told_apart(folder: Path, pipeline: Pipeline) -> None:
