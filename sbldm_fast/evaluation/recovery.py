@@ -204,22 +204,32 @@ def summarize(of: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _errors(of: Mapping[str, Tensor]) -> dict[str, Any]:
     error = of["found"] - of["asked"]
+    r = correlation(of["asked"], of["found"])
     return {
         "brains": len(error),
-        "r": correlation(of["asked"], of["found"]),
+        "r": r,
+        "interval": fisher_interval(r, len(error)),
         "bias_ml": float(error.mean()),
         "error_ml": float(error.abs().mean()),
     }
 
 
 def _slope(ask: Ask, held: Request, swept: str, low: float, high: float, seed: int) -> dict[str, Any]:
-    """How much of ventricle comes with a unit of what is swept, everything else held, from each of `SEEDS` noises."""
+    """How much of ventricle comes with a unit of what is swept, everything else held: of `SEEDS` noises the mean, and
+    the least and the most of one."""
     values = torch.linspace(low, high, SWEEP)
     requests = [held | {swept: float(v)} for _ in range(SEEDS) for v in values]
     found = ask(requests, [seed + i // SWEEP for i in range(len(requests))])["found"]
     x = values.repeat(SEEDS) - values.mean()
-    slope = float((found * x).sum() / x.square().sum())
-    return {"low": low, "high": high, "noises": SEEDS, "ml_a_unit": slope, "r": correlation(x, found)}
+    slopes = (found * x).reshape(SEEDS, -1).sum(1) / x[:SWEEP].square().sum()
+    return {
+        "low": low,
+        "high": high,
+        "noises": SEEDS,
+        "ml_a_unit": float(slopes.mean()),
+        "of_one_noise": (float(slopes.min()), float(slopes.max())),
+        "r": correlation(x, found),
+    }
 
 
 def fisher_interval(r: float, n: int) -> tuple[float, float]:

@@ -118,9 +118,28 @@ def test_the_report_of_a_model_that_follows_nothing(
     low, high = report["inside"]["ventricle"]["interval"]
     assert low < report["inside"]["ventricle"]["r"] < high
     assert abs(report["age_swept"]["ml_a_unit"]) < 1e-3, "it starts as a model without a condition"
+    low, high = report["edge"]["interval"]
+    assert low < report["edge"]["r"] < high
+
     assert (report["edge"]["brains"], report["outside"]["brains"]) == (4, 4)
     assert Image.open(tmp_path / "out" / "ages.png").width == 5 * 128
     assert "not for diagnosis" in Image.open(tmp_path / "out" / "recovery.png").info["Description"]
+
+
+def test_a_slope_is_the_mean_of_those_of_each_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: from one noise 2 ml a unit, from the other 3, on top of 5 and 7 ml."""
+    monkeypatch.setattr(recovery, "SWEEP", 3)
+    monkeypatch.setattr(recovery, "SEEDS", 2)
+
+    def ask(requests: Any, seeds: Any) -> dict[str, torch.Tensor]:
+        rule = {0: (2.0, 5.0), 1: (3.0, 7.0)}
+        found = [rule[seed][0] * one["age"] + rule[seed][1] for one, seed in zip(requests, seeds, strict=True)]
+        assert [one["sex"] for one in requests] == ["F"] * 6
+        return {"found": torch.tensor(found)}
+
+    slope = recovery._slope(ask, {"sex": "F"}, "age", 20.0, 80.0, 0)
+    assert slope["ml_a_unit"] == pytest.approx(2.5)
+    assert slope["of_one_noise"] == pytest.approx((2.0, 3.0))
 
 
 def test_who_cannot_be_asked_is_refused(data: Path, tmp_path: Path) -> None:
