@@ -55,6 +55,20 @@ def test_what_is_asked_is_what_pytorch_makes(plain: Any, guided: Any, mode: str)
         torch.testing.assert_close(made, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_coarser_arithmetic_follows_what_is_asked(dtype: str, tmp_path: Path) -> None:
+    """Its error is less than half of what the condition changes; an age that fp16 cannot tell from its neighbour is
+    told, since numbers enter in float32."""
+    config = replace(ASKED, block_out_channels=(16, 128)) if dtype == "int8" else ASKED
+    pipeline, out = small_pipeline(config), tmp_path / "onnx"
+    export(pipeline, out, steps=3, batch=3, dtype=dtype)
+    ort = ORTSampler(out, mode="step")
+    expected, unasked = (pipeline.sample(3, seed=1, steps=3, cond=cond, mode="eager") for cond in (COND, None))
+    error = torch.from_numpy(ort(3, seed=1, cond=COND)) - expected
+    assert 1e-6 < error.square().mean() ** 0.5 < 0.5 * (expected - unasked).square().mean() ** 0.5
+    assert ort(1, seed=1, cond={"age": 70.0}).tobytes() != ort(1, seed=1, cond={"age": 70.01}).tobytes()
+
+
 def test_the_manifest_says_what_can_be_asked(plain: Any, guided: Any) -> None:
     manifest = json.loads((plain[1] / "manifest.json").read_text())
     age, modality = manifest["covariates"]
