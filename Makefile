@@ -47,12 +47,14 @@ results: .venv/installed
 	$(BIN)/python -m sbldm_fast.benchmarks.rows "$(ROWS)" benchmarks/results
 	$(BIN)/python -m sbldm_fast.benchmarks.pages README.md docs/benchmarks.md docs/rows.md benchmarks/GPU.md
 
-# The bundled weights again, from the folders ms/ and dicom_t1_axial/ in SCANS; about two hours on one core. Cut off, it goes on.
+# The bundled weights again, from the folders ms/ and dicom_t1_axial/ in SCANS; about two hours on two cores. Cut off, it goes on.
+PROCESSES ?= 2
 weights: .venv/installed
 	test -d "$(SCANS)/ms" || { echo "make weights needs SCANS=folder with the scans that the model card names" >&2; exit 2; }
-	$(BIN)/sbldm-fast prepare $(SCANS)/ms $(SCANS)/dicom_t1_axial mni152 synthetic:96 --seed 0 --covariates $(SCANS)/ms/patient_info.csv -o weights/data
-	OMP_NUM_THREADS=1 $(BIN)/sbldm-fast train weights/run --data weights/data --preset demo --vae-steps 2400 --vae-batch-size 16 --vae-lr 1e-3 --recon l1 \
-		--steps 14000 --batch-size 32 --lr 5e-4 --ema-decay 0.9995 --prediction-type v_prediction --warmup 500 --views 8 --amp bf16 \
+	$(BIN)/sbldm-fast prepare $(SCANS)/ms $(SCANS)/dicom_t1_axial mni152 synthetic:168 --seed 0 --covariates $(SCANS)/ms/patient_info.csv -o weights/data
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) -m sbldm_fast train weights/run --data weights/data --preset demo \
+		--vae-steps 2400 --vae-batch-size 16 --vae-lr 1e-3 --recon l1 \
+		--steps 28000 --batch-size 32 --lr 5e-4 --ema-decay 0.9995 --prediction-type v_prediction --warmup 500 --views 5 --amp bf16 \
 		--condition age,sex,ventricle_volume,modality,position --resume
 	$(BIN)/sbldm-fast evaluate weights/run/pipeline --data weights/data -o weights/evaluation
 

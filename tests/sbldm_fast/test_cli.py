@@ -20,27 +20,10 @@ from PIL import Image
 from sbldm_fast.benchmarks.providers import Ours
 from sbldm_fast.benchmarks.suite_kernels import OPS
 
-from sbldm_fast.cli import main
 from sbldm_fast.cli_train import train
 from sbldm_fast.images import NOTICE
 from sbldm_fast.sampling.modes import choose
 from sbldm_fast.training import Objective, TrainConfig, train_pipeline
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the command line; exit code, standard output, standard error."""
-
-    def call(*arguments: str | Path) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sbldm-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        code = stop.value.code
-        # sys.exit with a text prints it and exits with 1
-        return (1, out, err + code) if isinstance(code, str) else (code or 0, out, err)
-
-    return call
 
 
 @pytest.fixture

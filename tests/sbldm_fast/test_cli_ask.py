@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sbldm_fast.cli import main
-
 from .small import ASKED, UNET, small_pipeline
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """A command, in a folder with the pipelines `asked`, of covariates, and `plain`; exit code, output, errors."""
+@pytest.fixture(autouse=True)
+def pipelines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The folder that commands run in has the pipelines `asked`, of covariates, and `plain`."""
     small_pipeline(ASKED).save(tmp_path / "asked")
     small_pipeline(UNET).save(tmp_path / "plain")
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sbldm-fast", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        code = stop.value.code
-        return (1, out, err + code) if isinstance(code, str) else (code or 0, out, err)
-
-    return call
 
 
 def test_help_of_a_pipeline_lists_what_it_can_be_asked_for(run: Any) -> None:
