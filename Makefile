@@ -54,7 +54,7 @@ weights: .venv/installed
 	$(BIN)/sbldm-fast prepare $(SCANS)/ms $(SCANS)/dicom_t1_axial mni152 synthetic:168 --seed 0 --covariates $(SCANS)/ms/patient_info.csv -o weights/data
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) -m sbldm_fast train weights/run --data weights/data --preset demo \
 		--vae-steps 2400 --vae-batch-size 16 --vae-lr 1e-3 --recon l1 \
-		--steps 28000 --batch-size 32 --lr 5e-4 --ema-decay 0.9995 --prediction-type v_prediction --warmup 500 --views 5 --amp bf16 \
+		--steps 12500 --batch-size 64 --lr 7e-4 --ema-decay 0.999 --prediction-type v_prediction --warmup 500 --views 5 --amp bf16 \
 		--condition age,sex,ventricle_volume,modality,position --resume
 	$(BIN)/sbldm-fast evaluate weights/run/pipeline --data weights/data -o weights/evaluation
 

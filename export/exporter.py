@@ -349,7 +349,7 @@ def _verify_graph(name: str, data: bytes, graph: Graph, plan: Plan, manifest: Ma
     dtype = plan.dtype_of(name)
     entry: dict[str, Any] = {"sha256": sha256(data), "bytes": len(data), "dtype": dtype}
     for side, tensors in describe_graph(onnx.load_model_from_string(data)).items():
-        ranges = RANGES | {input_name("cond", c.name): f"{c.allowed}; NaN: unknown" for c in plan.covariates}
+        ranges = RANGES | {input_name("cond", c.name): f"{_numbers(c)}; NaN: unknown" for c in plan.covariates}
         entry[side] = {k: v | ({"range": ranges[k]} if k in ranges else {}) for k, v in tensors.items()}
     if plan.target == "ort" and dtype != "int8" and not isinstance(graph.module, SamplerGraph):
         entry["norms"] = count_norms(graph.module, graph.given)
@@ -359,6 +359,11 @@ def _verify_graph(name: str, data: bytes, graph: Graph, plan: Plan, manifest: Ma
         raise UserError(f"{name}.onnx: {fault}")
     if "norms" in entry:
         entry["fused_norms"] = found["fused_norms"]
+
+
+def _numbers(covariate: Covariate) -> str:
+    """What the numbers of a covariate mean to whoever fills the input without our Python."""
+    return ", ".join(f"{i}: {v}" for i, v in enumerate(covariate.values)) or covariate.allowed
 
 
 def _write_example(plan: Plan, run: Run, manifest: Manifest) -> Tensors:

@@ -80,10 +80,19 @@ def print_doctor(report: dict[str, Any]) -> None:
 # options beside them.
 Guidance = Annotated[float | None, typer.Option(help="How strongly the condition is followed: 1 as trained, 2 more.")]
 Interval = Annotated[
-    tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Guide between these timesteps alone.")
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Guide between these timesteps alone, which go from 0, no noise, up."),
 ]
 Extrapolate = Annotated[bool, typer.Option("--extrapolate", help="Take values outside the trained range.")]
-Count = Annotated[int | None, typer.Option("-n", min=1, max=2**31 - 1, help="How many images (default: the table's).")]
+Count = Annotated[
+    int | None,
+    typer.Option(
+        "-n",
+        min=1,
+        max=2**31 - 1,
+        help="How many (default: the table's rows; without one 16, and 100 in a population).",
+    ),
+]
 Table = Annotated[Path | None, typer.Option(help="CSV or TSV file: a column a covariate, a row an image.")]
 Processed = Annotated[int, typer.Option(min=1, help="Images at a time, at most.")]
 ASKING: dict[str, Any] = {"cls": Asking, "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
@@ -124,7 +133,7 @@ def sample(
 
     from sbldm_fast.sampling.job import Settings
 
-    asked, n = ask(pipeline, context.args, table, n, 16)
+    asked, n = ask(pipeline, context.args, table, n, 16, extrapolate=extrapolate)
     precision = None if dtype is None else getattr(torch, dtype.value)
     settings = Settings(seed, steps, scheduler.value, mode, eta, precision, batch_size, format.value, asked)
     settings = replace(settings, guidance_scale=guidance, guidance_interval=guidance_interval, extrapolate=extrapolate)
@@ -152,7 +161,7 @@ def population(
     """
     from sbldm_fast.sampling.job import Settings
 
-    asked, n = ask(pipeline, context.args, table, n, 100, drawn=None if table else seed)
+    asked, n = ask(pipeline, context.args, table, n, 100, drawn=None if table else seed, extrapolate=extrapolate)
     settings = Settings(seed, steps, scheduler.value, batch_size=batch_size, format="bids", asked=asked)
     _run(pipeline, out, n, replace(settings, guidance_scale=guidance, extrapolate=extrapolate), as_json)
 
@@ -162,6 +171,12 @@ def _run(pipeline: str, out: Path, n: int, settings: Any, as_json: bool) -> None
     from sbldm_fast.images import NOTICE
     from sbldm_fast.sampling.job import sample_to_folder
 
+    if settings.guidance_scale is not None and not settings.asked:
+        raise typer.BadParameter(
+            "got a value, allowed where the pipeline is asked for something", param_hint="--guidance"
+        )
+    if settings.guidance_interval is not None and settings.guidance_scale is None:
+        raise typer.BadParameter("got a value, allowed with --guidance", param_hint="--guidance-interval")
     start = time.monotonic()
     try:
         done = sample_to_folder(pipeline, out, n, settings, progress=not as_json)

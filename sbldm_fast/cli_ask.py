@@ -16,10 +16,9 @@ def find_covariates(pipeline: str) -> tuple[Any, ...]:
     """What the pipeline of that name or in that folder can be asked for; reads its configuration, no weights."""
     from .files import read_json
     from .models.config import UNetConfig
-    from .sampling.pipeline import BUNDLED
+    from .sampling.pipeline import find_folder
 
-    folder = BUNDLED.get(pipeline, Path(pipeline))
-    return UNetConfig.from_dict(read_json(folder / "unet" / "config.json")).covariates
+    return UNetConfig.from_dict(read_json(find_folder(pipeline) / "unet" / "config.json")).covariates
 
 
 class Asking(TyperCommand):
@@ -37,8 +36,11 @@ class Asking(TyperCommand):
                 covariates = find_covariates(word)
             except (UserError, OSError):
                 continue
+            taken = {option for p in self.params for option in p.opts}
             rows = [
-                (f"--{c.name.replace('_', '-')}", f"{c.allowed}{f'; {c.definition}' if c.definition else ''}")
+                (option, f"{c.allowed}{f'; {c.definition}' if c.definition else ''}")
+                if (option := f"--{c.name.replace('_', '-')}") not in taken
+                else (c.name, f"{c.allowed}; a column of --table alone, {option} is an option of every pipeline")
                 for c in covariates
             ]
             with formatter.section(f"What {word} can be asked for (left out: unknown)" if rows else f"{word}: nothing"):
@@ -47,7 +49,14 @@ class Asking(TyperCommand):
 
 
 def ask(
-    pipeline: str, words: list[str], table: Path | None, n: int | None, default: int, drawn: int | None = None
+    pipeline: str,
+    words: list[str],
+    table: Path | None,
+    n: int | None,
+    default: int,
+    *,
+    drawn: int | None = None,
+    extrapolate: bool = False,
 ) -> tuple[dict[str, list[Any]], int]:
     """What is asked of each image, by the words that are no options of the command, a table, or drawn with the seed
     `drawn`; and how many images there are.
@@ -58,12 +67,16 @@ def ask(
     """
     from .sampling.requests import draw_requests, join_requests, read_requests
 
+    if pipeline.startswith("-"):
+        raise typer.BadParameter(
+            f"got {pipeline!r}, allowed is a pipeline before what it is asked for", param_hint="PIPELINE"
+        )
     # a folder that is no pipeline is refused in words when it is loaded
     known = find_covariates(pipeline) if words or table or drawn is not None else ()
     named = _parse(words, {c.name: c for c in known}, pipeline)
     rows: dict[str, list[Any]] = {}
     if table is not None:
-        rows = read_requests(table, known)
+        rows = read_requests(table, known, extrapolate)
         n = n or len(next(iter(rows.values())))
         if lacking := [c.name for c in known if c.name not in rows and c.name not in named]:
             say(f"{table} has no column {', '.join(lacking)}: unknown for every image")

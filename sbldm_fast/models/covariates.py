@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -69,7 +69,7 @@ class Covariate(Config):
         unit = f" {self.unit}" if self.unit else ""
         return f"{' or '.join(self.values):.500}" if self.values else f"{self.low:g} to {self.high:g}{unit}"
 
-    def number(self, value: Any, extrapolate: bool = False) -> float:
+    def number(self, value: Any, extrapolate: bool = False, argument: str = "cond") -> float:
         """The number that stands for a value: itself, or the place among `values`; NaN for None, unknown.
 
         Raises:
@@ -84,21 +84,25 @@ class Covariate(Config):
         except (TypeError, ValueError, RuntimeError, OverflowError):
             number = math.nan
         if math.isnan(number) or (self.values and number not in range(len(self.values))):
-            raise UserError(f"cond[{self.name!r}]: got {value!r:.100}, allowed is {self.allowed}, or None")
+            raise UserError(
+                f"{argument}[{self.name!r}]: got {value!r:.100}, allowed is {self.allowed}; None is unknown"
+            )
         if self.values:
             # 3 of the grades 2, 3, 4 is the second, and the place 3 is none of them
             if (text := f"{number:g}") in self.values and self.values[int(number)] != text:
-                raise UserError(f"cond[{self.name!r}]: got {number:g}, allowed is a text, '{text}': names are numbers")
+                raise UserError(
+                    f"{argument}[{self.name!r}]: got {number:g}, allowed is a text, '{text}': names are numbers"
+                )
             return number
         rounding = 1e-6 * max(abs(self.low), abs(self.high))  # a tensor has 16.15 as 16.149999618
         if not self.low - rounding <= number <= self.high + rounding:
             if not (extrapolate and abs(number) <= LARGEST):
                 raise UserError(
-                    f"cond[{self.name!r}]: got {number:g}, the model was trained on {self.allowed}; with extrapolate"
-                    " others are taken"
+                    f"{argument}[{self.name!r}]: got {number:g}, the model was trained on {self.allowed}; with"
+                    " extrapolate others are taken"
                 )
             warnings.warn(
-                f"cond[{self.name!r}]: {number:g} lies outside {self.allowed}, on which the model was trained",
+                f"{argument}[{self.name!r}]: {number:g} lies outside {self.allowed}, on which the model was trained",
                 stacklevel=4,
             )
         return number
@@ -130,10 +134,12 @@ def encode(
             raise UserError(f"{argument}: got {name!r:.100}, allowed are {_names(covariates)}")
         if isinstance(value, (Tensor, np.ndarray)):
             value = value.reshape(-1).tolist()
+        if isinstance(value, (Set, Mapping)):  # they would be taken in an order of their own
+            raise UserError(f"{argument}[{name!r}]: got {type(value).__name__}, allowed is a value or a list of them")
         several = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
         if len(several) not in (1, n):
             raise UserError(f"{argument}[{name!r}]: got {len(several)} values, allowed is one, or {n}")
-        numbers = [known[name].number(v, extrapolate) for v in several]
+        numbers = [known[name].number(v, extrapolate, argument) for v in several]
         found[name] = torch.tensor(numbers, dtype=torch.float32).expand(n).clone()
     return found
 

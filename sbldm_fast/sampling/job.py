@@ -11,7 +11,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -118,7 +118,12 @@ def sample_to_folder(pipeline: str, out: Path, n: int, settings: Settings, *, pr
     sampler = pipe.sampler(settings.steps, mode, scheduler=settings.scheduler, eta=settings.eta, dtype=settings.dtype)
     with warnings.catch_warnings():  # what is refused leaves no folder; what is warned of is when it is made
         warnings.simplefilter("ignore")
-        SampleRequest(pipe.latent_shape, device, model=pipe.unet, **settings.arguments(range(n), size))
+        request = SampleRequest(pipe.latent_shape, device, model=pipe.unet, **settings.arguments(range(n), size))
+        request.refuse_interval_without(sampler.timesteps)
+    if settings.format == "bids":  # its table has a row for each
+        there = [int(p.name[4:]) for p in out.glob("sub-*") if p.name[4:].isdecimal()]
+        if there and max(there) >= n:
+            raise UserError(f"n: got {n}, but {out} holds sub-{max(there):06d}; allowed is {max(there) + 1} or more")
     claim = _claim(out, settings.format, _record_of(pipe, settings, sampler.dtype))
     missing = _missing_for_all(out, n, settings, world)
     batches = [[i for i in missing if i // size == b] for b in sorted({i // size for i in missing})]
@@ -195,10 +200,7 @@ def _claim(out: Path, format: str, settings: dict[str, Any]) -> int:
         except BlockingIOError:  # others are at work: with these settings, or this run is refused
             fcntl.flock(lock, fcntl.LOCK_SH)
             if (out / RECORD).exists() and (there := read_json(out / RECORD)) != settings:
-                k = next((k for k in settings if there.get(k) != settings[k]), "settings")
-                raise UserError(
-                    f"{out} is where images of {k} {there.get(k)} are being made, this run's is {settings.get(k)}"
-                ) from None
+                raise UserError(f"{out} is where images of {_unlike(there, settings)} are being made") from None
             return lock
         except OSError:  # a file system without locks
             pass
@@ -225,15 +227,24 @@ def _record(out: Path, format: str, settings: dict[str, Any]) -> None:
     images += [f"parts/{p.name}" for p in (out / "parts").glob("[0-9]" * 6 + ".npy")]
     if images and not ours:
         raise UserError(f"{out} holds {min(images)}, which no run of this command made; allowed is another folder")
-    other = [k for k in settings if there.get(k) != settings[k]]
-    if other and images:
-        k = other[0]
-        raise UserError(
-            f"{out} holds images of {k} {there.get(k)}, this run's is {settings[k]}; allowed is another folder"
-        )
+    if images and (unlike := _unlike(there, settings)):
+        raise UserError(f"{out} holds images of {unlike}; allowed is another folder")
     if stray := [name for name in images if name in WHOLE.values() and name != WHOLE[str(used)]]:
         raise UserError(f"{out} holds {stray[0]}, which no run of format {used} makes; allowed is another folder")
     write_json(out / RECORD, settings)
+
+
+def _unlike(there: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The first setting in which two records differ, in words; nothing where they do not. What one says and the other
+    does not is a difference, too."""
+    for k in (*settings, *there):
+        old, new = there.get(k), settings.get(k)
+        if k == "cond" and old != new and isinstance(old, dict) and isinstance(new, dict):
+            names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+            return f"another {', '.join(names)}, or another number of them, than this run asks for"
+        if old != new:
+            return f"{k} {old}, this run's is {new}"
+    return ""
 
 
 def _part(out: Path, i: int, settings: Settings) -> Path:

@@ -70,16 +70,7 @@ class Pipeline:
         Raises:
             ValueError: no such folder, or a file in it that is missing, pickled or does not fit its config.
         """
-        folder = BUNDLED.get(str(name_or_folder), Path(name_or_folder))
-        if folder.is_file():
-            raise UserError(
-                f"{folder} is a file, allowed is a pipeline folder (safetensors only, no pickle is ever read)"
-            )
-        if not (folder / "model_index.json").is_file():
-            raise UserError(
-                f"{folder} is not a pipeline folder: it has no model_index.json; allowed are {', '.join(BUNDLED)} or a"
-                " folder"
-            )
+        folder = find_folder(name_or_folder)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler").config
         return cls(AutoencoderKL.from_pretrained(folder / "vae"), UNet2D.from_pretrained(folder / "unet"), scheduler)
 
@@ -206,6 +197,19 @@ class Pipeline:
             disable=not progress,
         )
         return torch.cat([batch.cpu() for batch in batches])[:n]
+
+
+def find_folder(name_or_folder: str | Path) -> Path:
+    """The folder of a pipeline; refuses, as `UserError`, what is none."""
+    folder = BUNDLED.get(str(name_or_folder), Path(name_or_folder))
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, allowed is a pipeline folder (safetensors only, no pickle is ever read)")
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"{folder} is not a pipeline folder: it has no model_index.json; allowed are {', '.join(BUNDLED)} or a"
+            " folder"
+        )
+    return folder
 
 
 def even_batch(n: int, batch_size: int) -> int:

@@ -20,7 +20,7 @@ from sbldm_fast.models.covariates import Covariate
 
 SUFFIXES = {"T1": "T1w", "T1CE": "ce-gadolinium_T1w", "T2": "T2w", "FLAIR": "FLAIR", "PD": "PDw"}
 BINS = 16
-PANEL = 220, 120  # pixels of a histogram
+PANEL = 260, 120  # pixels of a histogram
 
 
 def bids_path(out: Path, i: int, asked: Mapping[str, Sequence[Any]]) -> Path:
@@ -31,8 +31,8 @@ def bids_path(out: Path, i: int, asked: Mapping[str, Sequence[Any]]) -> Path:
 
 
 def write_participants(out: Path, n: int, asked: Mapping[str, Sequence[Any]], covariates: Sequence[Covariate]) -> None:
-    """Write `participants.tsv`, what its columns mean (`participants.json`), `dataset_description.json`, and the
-    histograms of the columns, `marginals.png`."""
+    """Write `participants.tsv`, what its columns mean (`participants.json`), `dataset_description.json`, the
+    histograms of the columns, `marginals.png`, and `.bidsignore` for what BIDS does not know."""
     columns = [c for c in covariates if c.name in asked]
     meanings: dict[str, Any] = {}
     for c in columns:
@@ -50,6 +50,8 @@ def write_participants(out: Path, n: int, asked: Mapping[str, Sequence[Any]], co
             ],
         },
     )
+    with whole_file(out / ".bidsignore") as aside:
+        aside.write_text("marginals.png\nsample.json\n*_MRI.nii.gz\n")
     if columns:
         draw_marginals([(c, list(asked[c.name])) for c in columns], out / "marginals.png")
     text = io.StringIO()
@@ -80,8 +82,9 @@ def draw_marginals(columns: Sequence[tuple[Covariate, list[Any]]], path: Path) -
             counts, ends = [found[b] for b in range(BINS)], [f"{low:g}", f"{high:g}"]
         left, floor, step = k * width + 10, height - 24, (width - 20) / len(counts)
         unit = f", {covariate.unit}" if covariate.unit else ""
-        title = f"{covariate.name}{unit}: {len(known)} known, {len(values) - len(known)} not"
-        draw.text((left, 2), title.encode("ascii", "replace").decode()[:36], fill=255)
+        unknown = f", {len(values) - len(known)} not" if len(known) < len(values) else ""
+        title = f"{covariate.name}{unit}: {len(known)} known{unknown}"
+        draw.text((left, 2), title.encode("ascii", "replace").decode()[: PANEL[0] // 6], fill=255)
         for b, count in enumerate(counts):
             top = floor - round((floor - 20) * count / max(1, *counts))
             draw.rectangle([left + b * step, top, left + (b + 1) * step - 2, floor], fill=160)

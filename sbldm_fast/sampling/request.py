@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class SampleRequest:
             raise UserError("uncond: got a value, allowed without guidance_scale is None: there is no second pass")
         # of covariates everything is unknown, elsewhere it is all zeros
         known = uncond is not None or reads_condition(model)
-        others = read_cond(model, uncond, count, argument="uncond") if known else {}
+        others = read_cond(model, uncond, count, extrapolate=extrapolate, argument="uncond") if known else {}
         if uncond is None:
             others = {k: others.get(k, torch.zeros_like(v)) for k, v in conds.items()}
         self.uncond = others
@@ -113,7 +114,10 @@ class SampleRequest:
         self.interval = _interval(guidance_interval, self.guidance)
 
     def _guidance(self, guidance_scale: float | Tensor) -> Tensor:
-        guidance = torch.as_tensor(guidance_scale, dtype=torch.float32).reshape(-1)
+        try:
+            guidance = torch.as_tensor(guidance_scale, dtype=torch.float32).reshape(-1)
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"guidance_scale: got {guidance_scale!r:.100}, allowed are numbers") from None
         if not guidance.isfinite().all():
             raise UserError(f"guidance_scale: got {guidance_scale}, allowed are finite numbers")
         if len(guidance) not in (1, self.count):
@@ -121,6 +125,16 @@ class SampleRequest:
                 f"guidance_scale: got {len(guidance)} values, allowed is one, or one for each of {self.count} samples"
             )
         return guidance.expand(self.count)
+
+    def refuse_interval_without(self, timesteps: Sequence[float]) -> None:
+        """Refuse, as `UserError`, an interval of guidance in which none of the run's timesteps lies: nothing would be
+        guided."""
+        if self.interval is not None and not any(self.interval[0] <= t <= self.interval[1] for t in timesteps):
+            low, high = self.interval
+            raise UserError(
+                f"guidance_interval: got {low:g} to {high:g}, allowed is one with timesteps of this run, which are"
+                f" {min(timesteps):g} to {max(timesteps):g}"
+            )
 
     def batches(self) -> Iterator[Batch]:
         """Each batch, its x of unit variance; the last is padded to the size of the others."""
@@ -147,7 +161,7 @@ def _interval(interval: tuple[float, float] | None, guidance: Tensor | None) -> 
     if interval is None:
         return None
     try:
-        low, high = (float(t) for t in interval)
+        low, high = (math.nan,) * 2 if isinstance(interval, str) else (float(t) for t in interval)
     except (TypeError, ValueError):
         raise UserError(f"guidance_interval: got {interval!r:.100}, allowed are two timesteps") from None
     if guidance is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ IGNORED = ("participant_id",)  # BIDS names its rows; here they are numbered
 Asked = dict[str, list[Any]]
 
 
-def read_requests(path: Path, covariates: Sequence[Covariate]) -> Asked:
+def read_requests(path: Path, covariates: Sequence[Covariate], extrapolate: bool = False) -> Asked:
     """The covariates of a CSV or TSV table (by its name), a row an image: each column `[n]`, None where a cell is
     empty or n/a.
 
     Raises:
         ValueError: an unreadable or empty table, a column that is no covariate or that is there twice, none that is
-            one, or a row of another length.
+            one, a row of another length, an empty line among those of one column, or a value that is not allowed.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as f:
@@ -34,15 +35,24 @@ def read_requests(path: Path, covariates: Sequence[Covariate]) -> Asked:
         if len(text) > LONGEST or "\0" in text:
             raise csv.Error(f"allowed are {LONGEST} characters of text")
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        lines = [[cell.strip() for cell in line] for line in csv.reader(io.StringIO(text), delimiter=delimiter) if line]
+        read = [
+            [cell.strip() for cell in line] for line in csv.reader(io.StringIO(text.strip("\r\n")), delimiter=delimiter)
+        ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"table: {path} is not readable as a table: {error}") from None
-    names = [c.name for c in covariates]
+    lines = [line for line in read if line]
+    known = {c.name: c for c in covariates}
+    names = list(known)
     header = lines[0] if lines else []
+    if len(header) == 1 and [] in read:
+        raise UserError(f"table: {path} has an empty line; allowed for a value that is unknown is n/a")
     if twice := [c for c in header if header.count(c) > 1]:
         raise UserError(f"table: {path} names the column {twice[0]!r:.100} twice")
     if unlike := [c for c in header if c not in names and c not in IGNORED]:
-        raise UserError(f"table: {path} has a column {unlike[0]!r:.100}, allowed are {', '.join(names) or 'none'}")
+        raise UserError(
+            f"table: {path} has a column {unlike[0]!r:.100}, allowed are {', '.join(names) or 'none'},"
+            f" with {'a tab' if delimiter != ',' else 'a comma'} between columns"
+        )
     if len(lines) < 2 or not set(header) & set(names):
         raise UserError(
             f"table: {path} asks for nothing, allowed are a header with some of {', '.join(names)}, and rows"
@@ -51,11 +61,20 @@ def read_requests(path: Path, covariates: Sequence[Covariate]) -> Asked:
         if len(line) != len(header):
             raise UserError(f"table: row {number} of {path} has {len(line)} columns, allowed are {len(header)}")
     columns = zip(header, zip(*lines[1:], strict=True), strict=True)
-    return {
+    asked: Asked = {
         name: [None if cell.lower() in UNKNOWN else cell for cell in column]
         for name, column in columns
-        if name not in IGNORED
+        if name in known
     }
+    for name, column in asked.items():
+        for number, value in enumerate(column, 1):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # what is outside the range is said when the images are made
+                    known[name].number(value, extrapolate)
+            except UserError as error:
+                raise UserError(f"table: row {number} of {path}: {error}") from None
+    return asked
 
 
 def draw_requests(covariates: Sequence[Covariate], n: int, seed: int) -> Asked:
@@ -66,7 +85,9 @@ def draw_requests(covariates: Sequence[Covariate], n: int, seed: int) -> Asked:
     asked: Asked = {c.name: [] for c in covariates}
     for i in range(n):
         u = torch.rand(
-            len(covariates), generator=torch.Generator().manual_seed(seed * 1_000_003 + i), dtype=torch.float64
+            len(covariates),
+            generator=torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63),
+            dtype=torch.float64,
         )
         for c, p in zip(covariates, u.tolist(), strict=True):
             drawn: Any = c.values[int(p * len(c.values))] if c.values else round(c.low + p * (c.high - c.low), 3)

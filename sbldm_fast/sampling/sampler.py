@@ -221,6 +221,7 @@ class FastSampler:
 
     def _stream(self, request: SampleRequest, callback: Callback | None, start: int = 0) -> Iterator[Tensor]:
         """The samples of a request, by a run that begins with step `start`."""
+        request.refuse_interval_without(self.timesteps[start:])
         for batch in request.batches():
             with self.at_work(request.count):
                 self.counts["samples"] += len(batch.places)
@@ -294,7 +295,7 @@ class FastSampler:
         request = SampleRequest(self.shape, self.device, noise=noise, **arguments)
         return torch.cat(list(self._stream(request, callback, start)))
 
-    def invert(self, z: Tensor, *, cond: Cond = None) -> Tensor:
+    def invert(self, z: Tensor, *, cond: Cond = None, extrapolate: bool = False) -> Tensor:
         """The noise of unit variance from which a deterministic run would have come to `z`, both `[n, *shape]`, by
         fixed-point iteration backwards (`variations.invert`).
 
@@ -308,7 +309,9 @@ class FastSampler:
                 )
             x, _ = seeds_and_noise(self.shape, self.device, None, 0, z, None)
             assert x is not None
-            given = self.source.network.condition(read_cond(self.source.network.model, cond, len(x)))
+            given = self.source.network.condition(
+                read_cond(self.source.network.model, cond, len(x), extrapolate=extrapolate)
+            )
             return invert(self.plan, x, given)
 
     def stats(self) -> dict[str, int]:

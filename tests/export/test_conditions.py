@@ -88,6 +88,7 @@ def test_the_manifest_says_what_can_be_asked(plain: Any, guided: Any) -> None:
             "range": "20 to 80 years; NaN: unknown",
         }
         assert not any(key.startswith(("uncond", "guidance")) for key in inputs)
+    assert inputs["cond_modality"]["range"] == "0: T1, 1: T2, 2: FLAIR; NaN: unknown"
     inputs = json.loads((guided[1] / "manifest.json").read_text())["graphs"]["step"]["inputs"]
     assert {"cond_age", "uncond_modality", "cond_maps", "uncond_maps", "guidance_scale"} <= inputs.keys()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .small import ASKED, UNET, small_pipeline
+from .small import AGE, ASKED, MODALITY, UNET, small_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +28,17 @@ def test_help_of_a_pipeline_lists_what_it_can_be_asked_for(run: Any) -> None:
     assert "T1 or T2 or FLAIR" in out
     assert "it is unconditional" in run("sample", "plain", "--help")[1]
     assert "asked for" not in run("sample", "--help")[1].split("Options")[1]
+
+
+def test_a_covariate_that_bears_the_name_of_an_option_is_a_column_alone(run: Any) -> None:
+    small_pipeline(replace(ASKED, covariates=(replace(AGE, name="steps"), MODALITY))).save("odd")
+    helped = " ".join(run("sample", "odd", "--help")[1].split())
+    assert "a column of --table alone, --steps is an option of every pipeline" in helped
+    Path("q.csv").write_text("steps\n30\n")
+    code, _, err = run("sample", "odd", "--table", "q.csv", "--steps", "2", "-o", "a", "--json")
+    assert code == 0, err
+    record = json.loads(Path("a/sample.json").read_text())
+    assert (record["cond"], record["steps"]) == ({"steps": "30"}, 2)
 
 
 def test_options_of_the_pipeline_reach_every_image(run: Any) -> None:
@@ -77,8 +89,14 @@ def test_a_population_is_drawn_or_read_and_is_its_own_table(run: Any) -> None:
         (("asked", "--age", "nan"), 1, "got nan, allowed is 20 to 80 years"),
         (("asked", "--age", "90"), 1, "got 90, the model was trained on 20 to 80 years"),
         (("asked", "--modality", "PD"), 1, "got 'PD', allowed is T1 or T2 or FLAIR"),
-        (("asked", "--guidance", "2"), 1, "guidance_scale: got a value without cond"),
-        (("nowhere", "--age", "2"), 1, "nowhere"),
+        (("asked", "--guidance", "2"), 2, "--guidance: got a value, allowed where the pipeline is asked"),
+        (
+            ("asked", "--age", "30", "--guidance-interval", "0", "9"),
+            2,
+            "--guidance-interval: got a value, allowed with",
+        ),
+        (("nowhere", "--age", "2"), 1, "nowhere is not a pipeline folder"),
+        (("--age", "30", "asked"), 2, "got '--age', allowed is a pipeline before what it is asked for"),
     ],
 )
 def test_what_cannot_be_asked_is_named(run: Any, words: tuple[str, ...], code: int, said: str) -> None:

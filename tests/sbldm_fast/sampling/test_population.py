@@ -49,6 +49,7 @@ def test_a_cohort_is_a_subject_an_image_and_what_was_asked(folder: Path) -> None
     assert meaning["modality"]["Levels"] == ["T1", "T2", "FLAIR"]
     found = json.loads((out / "dataset_description.json").read_text())
     assert found["BIDSVersion"]
+    assert "*_MRI.nii.gz" in (out / ".bidsignore").read_text().split()
     assert NOTICE in found["Name"]
     images = sorted(p.relative_to(out).as_posix() for p in out.rglob("*.nii.gz"))
     assert images == [f"sub-{i:06d}/anat/sub-{i:06d}_{s}.nii.gz" for i, s in enumerate(("T1w", "FLAIR", "MRI"))]
@@ -74,6 +75,37 @@ def test_a_cohort_is_completed_and_not_mixed(folder: Path) -> None:
     for changes in ({"asked": ASKS | {"age": [21.0, 33.5, None]}}, {"guidance_scale": 2.0}, {"seed": 3}):
         with pytest.raises(ValueError, match="holds images of"):
             make(folder, **changes)
+    with pytest.raises(ValueError, match="holds images of another age, or another number of them"):
+        make(folder, asked=ASKS | {"age": [21.0, 33.5, None]})
+
+
+def test_a_run_that_asks_for_less_is_another_run(folder: Path) -> None:
+    """What the folder's record says and the run does not is a difference, too."""
+    asked: dict[str, list[Any]] = {"age": [30.0] * 2, "modality": ["T1"] * 2}
+    runs: list[dict[str, Any]] = [
+        {"asked": asked, "guidance_scale": 2.0, "guidance_interval": (0.0, 600.0)},
+        {"asked": asked, "guidance_scale": 2.0},
+        {"asked": asked},
+        {"asked": {"age": [30.0] * 2}},
+        {"asked": {}},
+    ]
+    make(folder, 2, format="png", **runs[0])
+    record = (folder / "cohort" / "sample.json").read_bytes()
+    said = ("guidance_interval", "guidance 2.0", "another modality", "cond ")
+    for changes, text in zip(runs[1:], said, strict=True):
+        with pytest.raises(ValueError, match="holds images of .*" if "another" not in text else text):
+            make(folder, 2, format="png", **changes)
+    assert (folder / "cohort" / "sample.json").read_bytes() == record
+
+
+def test_a_cohort_is_not_cut(folder: Path) -> None:
+    pytest.importorskip("nibabel", reason="nibabel writes NIfTI")
+    same: dict[str, list[Any]] = {"age": [30.0] * 3, "modality": ["T1"] * 3}
+    make(folder, asked=same)
+    with pytest.raises(ValueError, match=r"n: got 2, but .* holds sub-000002; allowed is 3 or more"):
+        make(folder, 2, asked={k: v[:2] for k, v in same.items()})
+    assert (folder / "cohort" / "participants.tsv").read_text().count("sub-") == 3
+    assert make(folder, 4, asked={k: [v[0]] * 4 for k, v in same.items()})["made"] == 1
 
 
 def test_what_is_refused_leaves_no_folder(folder: Path) -> None:
@@ -81,6 +113,7 @@ def test_what_is_refused_leaves_no_folder(folder: Path) -> None:
         ({"asked": ASKS | {"age": [19.0, 30.0, 40.0]}}, r"cond\['age'\]: got 19"),
         ({"asked": {}, "guidance_scale": 2.0}, "guidance_scale: got a value without cond"),
         ({"asked": {"weight": [1, 2, 3]}}, "cond: got 'weight'"),
+        ({"guidance_scale": 2.0, "guidance_interval": (0.2, 0.8)}, "guidance_interval: got 0.2 to 0.8, allowed is one"),
     ):
         with pytest.raises(ValueError, match=said):
             make(folder, format="png", **changes)
@@ -94,7 +127,7 @@ def test_a_histogram_has_a_bar_where_values_are(tmp_path: Path) -> None:
         assert NOTICE in image.info["Description"]
     bars = pixels[25:95]
     heights = (bars == 160).sum(axis=0)
-    assert heights[12] > heights[208] > 0, "two are 20, one is 80"
-    assert heights[100] == 0, "nobody is 50"
-    assert heights[220 + 100] > heights[220 + 40] > 0, "of T2 there are more than of T1"
-    assert heights[220 + 170] == 0, "and of FLAIR none"
+    assert heights[12] > heights[248] > 0, "two are 20, one is 80"
+    assert heights[120] == 0, "nobody is 50"
+    assert heights[260 + 120] > heights[260 + 40] > 0, "of T2 there are more than of T1"
+    assert heights[260 + 210] == 0, "and of FLAIR none"
