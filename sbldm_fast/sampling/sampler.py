@@ -304,15 +304,12 @@ class FastSampler:
         """
         with self.at_work():
             if not self.source.linear:
-                raise UserError(
-                    "scheduler: got one with history or noise, allowed is a deterministic first-order one, such as DDIM"
-                )
+                raise UserError("scheduler: got one with history or noise, allowed is a deterministic first-order one")
             x, _ = seeds_and_noise(self.shape, self.device, None, 0, z, None)
             assert x is not None
-            given = self.source.network.condition(
-                read_cond(self.source.network.model, cond, len(x), extrapolate=extrapolate)
-            )
-            return invert(self.plan, x, given)
+            network = self.source.network
+            given = read_cond(network.model, cond, len(x), extrapolate=extrapolate)
+            return invert(self.plan, x, network.condition(given))
 
     def stats(self) -> dict[str, int]:
         """Counts since construction.
