@@ -19,9 +19,10 @@ import typer
 
 from .cli_ask import Asking, ask
 from .cli_bench import bench, report
+from .cli_evaluate import ablate, evaluate
 from .cli_export import export
 from .cli_options import Eta, Json, OutFolder, PipelineFolder, Scheduler, Seed, Steps, count, place, say
-from .cli_train import evaluate, prepare, train
+from .cli_train import prepare, train
 from .errors import MissingExtra, UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
@@ -249,7 +250,7 @@ demo {"finished" if ok else "FAILED"} in {time.monotonic() - start:.0f} s""")
 
 
 # in the order of --help
-for command in (doctor, prepare, train, sample, population, evaluate, export, bench, report, demo):
+for command in (doctor, prepare, train, sample, population, evaluate, ablate, export, bench, report, demo):
     app.command(**(ASKING if command in (sample, population) else {}))(command)
 
 

@@ -1,0 +1,133 @@
+"""The tables of 000 from measured rows: mean ± standard deviation over seeds, and what the differences are worth.
+
+A line says `-` where no row holds a value; nothing is typed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import mean, stdev
+from typing import Any
+
+from .settings import LEAST_SEEDS, STEPS, TABLES, Setting
+
+Rows = Sequence[Mapping[str, Any]]
+TITLES = {
+    "4.4.1": "4.4.1 Noise schedules",
+    "4.4.2": "4.4.2 Losses",
+    "4.4.3": "4.4.3 Combined contributions",
+    "4.5": "4.5 Other methods",
+    "B": "Appendix B: sensitivity",
+}
+# heading, key, digits, factor
+COLUMNS: tuple[tuple[str, str, int, float], ...] = (
+    ("KID ×1000 ↓", "kid", 1, 1e3),
+    ("Fréchet distance ↓", "frechet_distance", 1, 1),
+    ("precision ↑", "precision", 3, 1),
+    ("recall ↑", "recall", 3, 1),
+    ("SSIM, unpaired", "ssim_unpaired", 3, 1),
+    ("PSNR, unpaired, dB", "psnr_unpaired", 2, 1),
+    ("RMS between samples", "rms_between_samples", 3, 1),
+)
+TIMES = (("training, s", "training_seconds", 0, 1.0),)
+SIZES = (
+    ("parameters, M", "parameters", 2, 1e-6),
+    ("steps", "steps", 0, 1.0),
+    *TIMES,
+    ("ms an image", "seconds_an_image", 1, 1e3),
+)
+EXTRA = {"4.4.3": TIMES, "4.5": SIZES}
+# in appendix B, by what its lines begin with: the parameter as 000 has it
+PARAMETERS = {
+    "γ": ("Gamma (schedule)", "0.5-1.0"),
+    "low": ("Low freq weight", "0.5-2.0"),
+    "high": ("High freq weight", "0.1-1.0"),
+    "cutoff": ("Cutoff ratio", "0.1-0.5"),
+}
+
+
+def rows_of(rows: Rows, setting: Setting) -> list[Mapping[str, Any]]:
+    """Those of one setting, by seed."""
+    return sorted((row for row in rows if row["setting"] == asdict(setting)), key=lambda row: int(row["seed"]))
+
+
+def spread(rows: Rows, key: str) -> tuple[float, float] | None:
+    """Mean and standard deviation over seeds; None below 3 seeds."""
+    values = [row[key] for row in rows]
+    return (mean(values), stdev(values)) if len(values) >= LEAST_SEEDS else None
+
+
+def render_tables(rows: Rows) -> str:
+    """Markdown of all tables that the rows have a line of, below what they were made with."""
+    if not rows:
+        return "No rows.\n"
+    parts = [_about(rows)]
+    for name, settings in TABLES.items():
+        if any(rows_of(rows, s) for s in settings.values()):
+            parts.append(f"### {TITLES[name]}\n\n{_table(name, settings, rows)}\n\n{_worth(name, settings, rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _about(rows: Rows) -> str:
+    budget, first = rows[0]["budget"], rows[0]
+    floor, seeds = first["floor"], {int(row["seed"]) for row in rows}
+    machines = sorted({f"{row['machine']}, {row['arithmetic']}, threads: {row['threads']}" for row in rows})
+    return " ".join(
+        [
+            f"Slices of {budget['side']} x {budget['side']} pixels, preset `{budget['preset']}` with its widths over"
+            f" {budget['narrow']}, {len(seeds)} seeds, each with an autoencoder of its own; {budget['vae_steps']} steps"
+            f" of the autoencoder and {budget['steps']} of the UNet in batches of {budget['batch_size']}.",
+            f"{budget['samples']} samples in {STEPS} DDIM steps against {first['real']} unseen slices, by features of"
+            f" {first['extractor']}; of {first['dimensions']} dimensions, so the Fréchet distance is mostly bias.",
+            f"As many training slices, as near as a sample could come, have KID ×1000 of {1e3 * floor['kid']:.1f}, a"
+            f" Fréchet distance of {floor['frechet_distance']:.1f}, precision {floor['precision']:.3f} and recall"
+            f" {floor['recall']:.3f}.",
+            f"{'; '.join(machines)}. Synthetic, not for diagnosis.",
+        ]
+    )
+
+
+def _table(name: str, settings: Mapping[str, Setting], rows: Rows) -> str:
+    columns = (*COLUMNS, *EXTRA.get(name, ()))
+    lines = ["| | " + " | ".join(c[0] for c in columns) + " |", "|---|" + "---|" * len(columns)]
+    for label, setting in settings.items():
+        cells = []
+        for _, key, digits, factor in columns:
+            found = spread([row for row in rows_of(rows, setting) if key in row], key)
+            cells.append("-" if found is None else " ± ".join(f"{v * factor:.{digits}f}" for v in found))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _worth(name: str, settings: Mapping[str, Setting], rows: Rows) -> str:
+    """What the differences of KID are worth, as a sentence for each group of lines that are compared."""
+    groups: dict[str, dict[str, Setting]] = {}
+    for label, setting in settings.items():
+        groups.setdefault(label.split(" ")[0] if name == "B" else "", {})[label] = setting
+    sentences = []
+    for key, group in groups.items():
+        found = {label: s for label, setting in group.items() if (s := spread(rows_of(rows, setting), "kid"))}
+        if len(found) < 2:
+            continue
+        best, worst = min(found, key=lambda k: found[k][0]), max(found, key=lambda k: found[k][0])
+        noise = (found[best][1] ** 2 + found[worst][1] ** 2) ** 0.5
+        apart = (found[worst][0] - found[best][0]) / noise if noise else float("inf")
+        verdict = (
+            "a difference that other seeds would keep" if apart > 3 else "no more than other seeds make of one setting"
+        )
+        about = f"{PARAMETERS[key][0]}, tested {PARAMETERS[key][1]}: " if key else ""
+        sentences.append(
+            f"{about}KID is least with {best} and most with {worst}, {apart:.1f} standard deviations of their"
+            f" difference apart: {verdict}."
+        )
+    if name == "4.5":
+        alone = rows_of(rows, settings["VAE only"])
+        back, level = spread(alone, "ssim_reconstruction"), spread(alone, "psnr_reconstruction")
+        if back and level:
+            sentences.append(
+                "The GAN and the DDPM were trained for as long as ours. The autoencoder gives unseen slices back with SSIM"
+                f" {back[0]:.3f} ± {back[1]:.3f} and PSNR {level[0]:.2f} ± {level[1]:.2f} dB; SSIM and PSNR of samples"
+                " are against slices that they have nothing to do with."
+            )
+    return " ".join(sentences)
