@@ -43,47 +43,56 @@ def _recover(pipeline: Any, data: Path, out: Path, n: int, seed: int, guidance: 
     print(f"{n} brains of {report['slices_a_brain']} slices; {report['notice']}; see {out / 'ages.png'}")
 
 
+Only = Annotated[
+    list[str] | None, typer.Option(help="Make this part alone; again for more. The page has all that are there.")
+]
+
+
 def evaluate(
     pipeline: PipelineFolder,
     data: Annotated[Path, typer.Option(help="The folder that prepare wrote and train read.")],
     out: OutFolder,
-    n: Annotated[int, typer.Option("-n", min=1, help="How many samples.")] = 64,
+    n: Annotated[int, typer.Option("-n", min=8, help="Samples, and unseen slices that they are compared with.")] = 200,
     seed: Seed = 0,
     steps: Steps = 50,
+    only: Only = None,
+    extractor: Annotated[
+        str, typer.Option(help="Features: efficientnet-lite0, vae, inception or package.module:name.")
+    ] = "efficientnet-lite0",
+    weights: Annotated[Path | None, typer.Option(help="The file of extractor inception.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Training log (default: that of the run that the pipeline is in).")
+    ] = None,
     recovery: Recovery = None,
     guidance: Guidance = None,
     as_json: Json = False,
 ) -> None:
-    """Check whether samples are copies of training slices. Example: sbldm-fast evaluate demo --data data -o evaluation
+    """Measure samples beside unseen slices: numbers, figures, a page. Example: sbldm-fast evaluate demo --data data -o
+    evaluation
 
     With --recovery whether they show what was asked: sbldm-fast evaluate demo --data data -o recovery --recovery 300
     """
     from sbldm_fast import Pipeline
-    from sbldm_fast.evaluation.memorisation import memorisation
+    from sbldm_fast.evaluation.material import Settings
+    from sbldm_fast.evaluation.report import evaluate_pipeline, render_markdown
+    from sbldm_fast.sampling.pipeline import find_folder
 
     if recovery is not None:
         _recover(Pipeline.from_pretrained(pipeline), data, out, recovery, seed, guidance, as_json)
         return
-
-    report = memorisation(
-        Pipeline.from_pretrained(pipeline), data, out, n=n, seed=seed, steps=steps, progress=not as_json
-    )
+    if guidance is not None:
+        raise typer.BadParameter("got a value, allowed with --recovery", param_hint="--guidance")
+    beside = find_folder(pipeline).parent / "log.jsonl"
+    log = log or (beside if beside.is_file() else None)
+    files = [None if path is None else str(path) for path in (weights, log)]
+    settings = Settings(n, seed, steps, extractor, *files)
+    loaded = Pipeline.from_pretrained(pipeline)
+    report = evaluate_pipeline(loaded, data, out, settings, only=only or (), progress=not as_json)
     if as_json:
         print(json.dumps(report))
         return
-    print(f"{'distance to the nearest training slice':42} {'min':>7} {'p10':>7} {'median':>7} {'p90':>7}")
-    for by in ("pixels", "latents"):
-        for who in (w for w in ("samples", "asked", "unseen") if w in report[by]):
-            q = report[by][who]
-            print(f"{by + ': ' + who:42} {q['min']:7.3f} {q['p10']:7.3f} {q['median']:7.3f} {q['p90']:7.3f}")
-    kinds = [who for who in ("samples", "asked") if who in report["pixels"]]
-    near = {by: sum(report[by][f"{who}_nearer_than_unseen_p1"] for who in kinds) for by in ("pixels", "latents")}
-    verdict = "look at these for copies" if any(near.values()) else "none looks like a copy"
-    print(
-        f"{near['pixels']} by pixels and {near['latents']} by latents of {len(kinds) * report['samples']} samples lie"
-        f" nearer to one of {report['training_slices']} training slices than 99 of 100 unseen slices do: {verdict}; see"
-        f" {out / 'neighbours.png'}"
-    )
+    print(render_markdown(report))
+    print(f"{', '.join(report['parts'])}: see {out / 'evaluation.html'}")
 
 
 Size = Annotated[int, typer.Option(min=16, help="Pixels a side: 128 or a part of it, a multiple of 16.")]

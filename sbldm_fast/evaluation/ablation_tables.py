@@ -126,8 +126,8 @@ def _worth(name: str, settings: Mapping[str, Setting], rows: Rows) -> str:
         back, level = spread(alone, "ssim_reconstruction"), spread(alone, "psnr_reconstruction")
         if back and level:
             sentences.append(
-                "The GAN and the DDPM were trained for as long as ours. The autoencoder gives unseen slices back with SSIM"
-                f" {back[0]:.3f} ± {back[1]:.3f} and PSNR {level[0]:.2f} ± {level[1]:.2f} dB; SSIM and PSNR of samples"
-                " are against slices that they have nothing to do with."
+                "The GAN and the DDPM were trained for as long as ours. The autoencoder gives unseen slices back with"
+                f" SSIM {back[0]:.3f} ± {back[1]:.3f} and PSNR {level[0]:.2f} ± {level[1]:.2f} dB; those of samples are"
+                " against slices that they have nothing to do with."
             )
     return " ".join(sentences)

@@ -102,17 +102,18 @@ def memorisation(
     report: dict[str, Any] = {"samples": n, "seed": seed, "steps": steps, "training_slices": len(train)}
     asked = _ask_for_slices(pipeline, train, n, seed, steps)
     rows = [images]
+    held = torch.cat(unseen)
+    sets = {"samples": images, "unseen": held} | ({} if asked is None else {"asked": asked})
     for name, vae in (("pixels", None), ("latents", pipeline.vae)):
-        found = nearest(images, train, vae, progress)
-        held = nearest(torch.cat(unseen), train, vae, progress)
-        report[name] = {who: _quantiles(d) for who, d in (("samples", found.distance), ("unseen", held.distance))}
+        # all at once: the training slices are encoded for all of them
+        found = nearest(torch.cat(list(sets.values())), train, vae, progress)
+        distance = dict(zip(sets, found.distance.split([len(of) for of in sets.values()]), strict=True))
         # a sample nearer than all but one in a hundred of the unseen slices is worth a look
-        limit = float(held.distance.quantile(0.01))
-        report[name]["samples_nearer_than_unseen_p1"] = int((found.distance < limit).sum())
-        if asked is not None:
-            near = nearest(asked, train, vae, progress).distance
-            report[name] |= {"asked": _quantiles(near), "asked_nearer_than_unseen_p1": int((near < limit).sum())}
-        rows.append(train[found.index])
+        limit = float(distance["unseen"].quantile(0.01))
+        report[name] = {who: _quantiles(distance[who]) for who in sets}
+        for who in (w for w in sets if w != "unseen"):
+            report[name][f"{who}_nearer_than_unseen_p1"] = int((distance[who] < limit).sum())
+        rows.append(train[found.index[:n]])
     with whole_folder(out) as folder:
         write_json(folder / REPORT, report)
         small = [torch.nn.functional.interpolate(r.float(), size=(TILE, TILE), mode="area") for r in rows]

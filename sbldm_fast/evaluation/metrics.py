@@ -21,7 +21,7 @@ from ..errors import MissingExtra, NotFinite, UserError
 RANGE = 2.0
 MS_SSIM_WINDOW, MS_SSIM_LEAST = 7, 97  # pixels; five scales of a window of 11 need 161
 FFT_SIZE = 60 / 256  # of 002's metric, a part of the side
-PAIRS = 400  # of a set, that diversity is told by
+PAIRS = 200  # of a set, that diversity is told by
 PRESERVED, SMOOTH = 0.12, 0.06  # of the largest gradient: Li & Bovik's thresholds
 
 

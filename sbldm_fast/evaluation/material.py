@@ -1,0 +1,130 @@
+"""What the parts of an evaluation look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbldm_fast.data import Slices
+from sbldm_fast.files import whole_file
+from sbldm_fast.models.weights import read_tensors, write_tensors
+from sbldm_fast.sampling.pipeline import Pipeline
+from sbldm_fast.training.conditions import values_of
+
+from ..errors import UserError
+from .features import DEFAULT
+
+LEAST = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the figures are of: `n` samples of `seed` in DDIM `steps`, told apart by the features of `extractor` (from a
+    file `weights`, if it needs one); `log` is the training's, for its curves."""
+
+    n: int = 200
+    seed: int = 0
+    steps: int = 50
+    extractor: str = DEFAULT
+    weights: str | None = None
+    log: str | None = None
+
+
+class Material:
+    """What the parts look at, each made when the first asks for it.
+
+    Raises:
+        ValueError: no unseen slices, or fewer than samples.
+    """
+
+    def __init__(self, pipeline: Pipeline, data: str | Path, out: Path, settings: Settings, stamp: str) -> None:
+        if settings.n < LEAST:
+            raise UserError(f"n: got {settings.n}, allowed is {LEAST} or more: fewer have no distribution")
+        self.pipeline, self.data, self.out, self.settings, self.stamp = pipeline, Path(data), out, settings, stamp
+        self.train = Slices(data, "train")
+        self.unseen_rows, self.unseen = self._draw_unseen()
+
+    def _draw_unseen(self) -> tuple[list[dict[str, Any]], Tensor]:
+        """As many validation and test slices as samples, drawn without replacement."""
+        rows: list[dict[str, Any]] = []
+        found = []
+        for split in ("val", "test"):
+            try:
+                held = Slices(self.data, split)
+            except UserError as error:
+                if "is empty" not in str(error):
+                    raise
+                continue
+            rows += held.rows
+            found.append((held, len(rows) - len(held)))
+        if not found:
+            raise UserError(f"{self.data} has neither validation nor test slices: nothing to compare with")
+        n = self.settings.n
+        if len(rows) < n:
+            raise UserError(f"n: got {n}, allowed are as many as unseen slices in {self.data}, {len(rows)}")
+        some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.settings.seed))[:n].sort().values
+        images = [held[some[(some >= at) & (some < at + len(held))] - at] for held, at in found]
+        return [rows[i] for i in some.tolist()], torch.cat(images)
+
+    @cached_property
+    def cond(self) -> dict[str, Any] | None:
+        """The conditions of the unseen slices; None of a pipeline that cannot be asked."""
+        covariates = self.pipeline.unet.config.covariates
+        told = values_of(self.unseen_rows, covariates)
+        if not covariates:
+            return None
+        # held-out people may lie outside the trained range by a little: they are asked for as they are
+        return {c.name: [None if v.isnan() else v for v in told[:, k]] for k, c in enumerate(covariates)}
+
+    @cached_property
+    def samples(self) -> Tensor:
+        """n images, kept in the folder."""
+        path = self.out / f"samples-{self.stamp}.safetensors"
+        if not path.exists():
+            s = self.settings
+            made = self.pipeline.sample(
+                s.n,
+                seed=s.seed,
+                steps=s.steps,
+                mode="eager",
+                cond=self.cond,
+                extrapolate=self.cond is not None,
+                batch_size=25,
+            )
+            with whole_file(path) as aside:
+                write_tensors({"images": made.contiguous()}, aside)
+        return read_tensors(path)["images"]
+
+    @cached_property
+    def real_train(self) -> Tensor:
+        """n training slices: what is as near to unseen ones as samples could be."""
+        generator = torch.Generator().manual_seed(self.settings.seed + 1)
+        return self.train[torch.randperm(len(self.train), generator=generator)[: self.settings.n].sort().values]
+
+    @cached_property
+    def posterior(self) -> tuple[Tensor, Tensor]:
+        """Mean and logvar of the unseen slices, unscaled."""
+        device = next(self.pipeline.vae.parameters()).device
+        with torch.no_grad():
+            found = [self.pipeline.vae.encode(x.to(device)) for x in self.unseen.split(50)]
+        return torch.cat([q.mean.cpu() for q in found]), torch.cat([q.logvar.cpu() for q in found])
+
+    @cached_property
+    def reconstructions(self) -> Tensor:
+        """What the autoencoder makes of the unseen slices."""
+        device = next(self.pipeline.vae.parameters()).device
+        with torch.no_grad():
+            return torch.cat([self.pipeline.vae.decode(z.to(device)).cpu() for z in self.posterior[0].split(50)])
+
+    def note(self, what: str) -> str:
+        """What stands below a figure."""
+        return f"{what}; seed {self.settings.seed}"
+
+
+Part = Callable[[Material], dict[str, Any]]

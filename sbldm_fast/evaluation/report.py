@@ -1,0 +1,147 @@
+"""How good is a pipeline? Numbers, the figures of 001 and a page, part by part.
+
+A part is done when its JSON file is there: the same command goes on where it was cut off. All parts look at the same
+samples, under the conditions of the unseen slices that they are compared with where the pipeline can be asked.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sbldm_fast.files import read_json, whole_file, write_json
+from sbldm_fast.images import NOTICE
+from sbldm_fast.models.weights import digest_weights
+from sbldm_fast.sampling.content import fingerprint
+from sbldm_fast.sampling.pipeline import Pipeline
+
+from ..errors import MissingExtra, UserError
+from .material import Material, Settings
+from .parts import PARTS, TITLES
+
+FORMAT = 1
+
+
+def evaluate_pipeline(
+    pipeline: Pipeline,
+    data: str | Path,
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    only: Sequence[str] = (),
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Make the missing parts in the folder `out`, each `PART.json` with its figures; then `evaluation.json` of all that
+    are there, `evaluation.md` and `evaluation.html`; return the content of the first.
+
+    Raises:
+        ValueError: an unknown part; data without unseen slices, or fewer than n; a folder that holds something else, or
+            an evaluation of another pipeline, other data or other settings.
+        ImportError: a package of the extra eval is missing.
+    """
+    settings, out = settings or Settings(), Path(out)
+    if unknown := [name for name in only if name not in PARTS]:
+        raise UserError(f"only: got {unknown[0]!r}, allowed are {', '.join(PARTS)}")
+    stamp = _stamp(pipeline, data, settings)
+    _check_folder(out, stamp)
+    material = Material(pipeline, data, out, settings, stamp)
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = [name for name in PARTS if not only or name in only]
+    for name in (bar := tqdm(wanted, "evaluate", unit="part", disable=not progress)):
+        path = out / f"{name}.json"
+        if not path.exists():
+            bar.set_postfix_str(name)
+            write_json(path, {"stamp": stamp, **PARTS[name](material)})
+    parts = {name: read_json(out / f"{name}.json") for name in PARTS if (out / f"{name}.json").exists()}
+    report = {
+        "notice": NOTICE,
+        "stamp": stamp,
+        "settings": asdict(settings),
+        "training_slices": len(material.train),
+        "unseen_slices": len(material.unseen),
+        "asked": None if material.cond is None else sorted(material.cond),
+        "parts": {name: {k: v for k, v in part.items() if k != "stamp"} for name, part in parts.items()},
+    }
+    write_json(out / "evaluation.json", report)
+    with whole_file(out / "evaluation.md") as aside:
+        aside.write_text(render_markdown(report))
+    with whole_file(out / "evaluation.html") as aside:
+        aside.write_text(_render_page(report, out))
+    return report
+
+
+def _stamp(pipeline: Pipeline, data: str | Path, settings: Settings) -> str:
+    """What an evaluation is of, as 16 letters."""
+    path = Path(data) / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; sbldm-fast prepare makes it")
+    of = [FORMAT, digest_weights(pipeline.vae), digest_weights(pipeline.unet), pipeline.unet.config.to_dict()]
+    of += [
+        repr(fingerprint(pipeline.scheduler.config)),
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+        asdict(settings),
+    ]
+    return hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _check_folder(out: Path, stamp: str) -> None:
+    """Nothing there, or an evaluation of the same stamp."""
+    own = {f"{name}.json" for name in PARTS}
+    there = sorted(p.name for p in out.glob("*"))
+    stamps = {read_json(out / name).get("stamp") for name in there if name in own}
+    if stamps - {stamp}:
+        raise UserError(
+            f"{out} holds an evaluation of another pipeline, other data or other settings; allowed is another folder"
+        )
+    if there and not stamps and not any(name.startswith("samples-") for name in there):
+        raise UserError(f"{out} holds {there[0]}; allowed is a new folder or one that evaluate wrote")
+
+
+def render_markdown(report: dict[str, Any]) -> str:
+    """A table of all single numbers, part by part."""
+    lines = [f"{report['settings']['n']} samples, {NOTICE}.", "", "| part | figure | value |", "|---|---|---|"]
+    for name, part in report["parts"].items():
+        if "skipped" in part:
+            lines.append(f"| {name} | not made | {part['skipped']} |")
+        lines += [f"| {name} | {key} | {value} |" for key, value in rows_of(part)]
+    said = [f"- {text}" for part in report["parts"].values() for text in part.get("sentences", [])]
+    return "\n".join([*lines, "", *said]) + "\n"
+
+
+def rows_of(part: dict[str, Any]) -> list[tuple[str, str]]:
+    """The numbers of a part as text, with their errors where they have one."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return f"{text(value['mean'])} ± {text(value['std'])} (n = {value['n']})"
+        if isinstance(value, float):
+            return "-" if math.isnan(value) else f"{value:.4g}"
+        return str(value)
+
+    return [(key, text(value)) for key, value in part.get("figures", {}).items()]
+
+
+def _render_page(report: dict[str, Any], out: Path) -> str:
+    """One HTML page, the pictures inside it."""
+    try:
+        import jinja2
+    except ImportError:
+        raise MissingExtra("the page", "jinja2", "eval") from None
+
+    def inline(name: str) -> str:
+        kind = "svg+xml" if name.endswith(".svg") else "png"
+        return f"data:image/{kind};base64,{base64.b64encode((out / name).read_bytes()).decode()}"
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("report.html.jinja").render(
+        report=report, titles=TITLES, inline=inline, rows_of=rows_of
+    )
