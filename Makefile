@@ -1,7 +1,7 @@
 # make demo and make test set up everything they need in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS ?= onnx,bench,data,train,dev
+EXTRAS ?= onnx,bench,data,train,eval,dev
 
 # A machine whose Python already has a CUDA torch keeps it; elsewhere the tested set is installed.
 CUDA_SITE := $(shell $(PYTHON) -c "import pathlib, torch; assert torch.cuda.is_available(); print(pathlib.Path(torch.__file__).parents[1])" 2>/dev/null)
@@ -45,7 +45,7 @@ gpu: build/tree
 results: .venv/installed
 	test -f "$(ROWS)" || { echo "make results needs ROWS=file with the rows, such as gpu/rows.jsonl" >&2; exit 2; }
 	$(BIN)/python -m sbldm_fast.benchmarks.rows "$(ROWS)" benchmarks/results
-	$(BIN)/python -m sbldm_fast.benchmarks.pages README.md docs/benchmarks.md docs/rows.md benchmarks/GPU.md
+	$(BIN)/python -m sbldm_fast.benchmarks.pages README.md docs/benchmarks.md docs/rows.md docs/ablations.md benchmarks/GPU.md
 
 # The bundled weights again, from the folders ms/ and dicom_t1_axial/ in SCANS; about two hours on two cores. Cut off, it goes on.
 PROCESSES ?= 2

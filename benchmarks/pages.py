@@ -1,10 +1,11 @@
 """Pages whose figures are rendered from the rows and never typed.
 
-python -m sbldm_fast.benchmarks.pages README.md docs/benchmarks.md docs/rows.md benchmarks/GPU.md
+python -m sbldm_fast.benchmarks.pages README.md docs/benchmarks.md docs/rows.md docs/ablations.md benchmarks/GPU.md
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from itertools import product
 from pathlib import Path
 
 from sbldm_fast.errors import UserError
+from sbldm_fast.evaluation.ablation_tables import render_tables
 from sbldm_fast.files import whole_file
 
 from .rows import Row, latest, read_rows
@@ -26,7 +28,7 @@ def render(readme: str | Path) -> str:
     """The text of `readme`, each block `<!-- SUITE: FILE -->` ... `<!-- end SUITE -->` rendered from FILE beside it.
 
     Beside the suites there are `headline`, a sentence, `latency`, a table of several files, and of a folder `gpus`, a
-    line per GPU, and `gpu`, a section per GPU; `schema` is the keys of a row.
+    line per GPU, and `gpu`, a section per GPU; `schema` is the keys of a row, `ablation` the tables of an ablation.
 
     Raises:
         ValueError: a file with a line that is not a row.
@@ -37,6 +39,8 @@ def render(readme: str | Path) -> str:
         kind, file = match.groups()
         if kind == "schema":
             made = schema_table().markdown()
+        elif kind == "ablation":
+            made = render_tables([json.loads(line) for line in (readme.parent / file).read_text().splitlines()])
         elif kind == "latency":
             made = latency_table([readme.parent / name for name in file.split()]).markdown()
         elif kind == "gpus":
@@ -48,7 +52,7 @@ def render(readme: str | Path) -> str:
             made = headline(chosen) if kind == "headline" else TABLES[kind](chosen).markdown()
         return f"<!-- {kind}: {file} -->\n{made}\n<!-- end {kind} -->"
 
-    kinds = "|".join([*TABLES, "headline", "latency", "gpu", "gpus", "schema"])
+    kinds = "|".join([*TABLES, "headline", "latency", "gpu", "gpus", "schema", "ablation"])
     return re.sub(rf"<!-- ({kinds}): (\S+(?: \S+)*) -->.*?<!-- end \1 -->", block, readme.read_text(), flags=re.DOTALL)
 
 

@@ -116,12 +116,17 @@ def memorisation(
         rows.append(train[found.index[:n]])
     with whole_folder(out) as folder:
         write_json(folder / REPORT, report)
-        small = [torch.nn.functional.interpolate(r.float(), size=(TILE, TILE), mode="area") for r in rows]
-        # whole rows, so that the last samples too have their slices below them
-        small = [torch.nn.functional.pad(r, (0, 0, 0, 0, 0, 0, 0, -len(r) % COLUMNS), value=-1.0) for r in small]
-        tiles = [part for group in zip(*(r.split(COLUMNS) for r in small), strict=True) for part in group]
-        save_grid(to_uint8(torch.cat(tiles)), folder / PICTURE, NOTICE_BESIDE, COLUMNS)
+        _draw_rows(rows, folder / PICTURE)
     return report
+
+
+def _draw_rows(rows: list[Tensor], path: Path) -> None:
+    """A row of samples, below it the nearest slices by pixels and by latents, then the next samples."""
+    small = [torch.nn.functional.interpolate(r.float(), size=(TILE, TILE), mode="area") for r in rows]
+    # whole rows, so that the last samples too have their slices below them
+    small = [torch.nn.functional.pad(r, (0, 0, 0, 0, 0, 0, 0, -len(r) % COLUMNS), value=-1.0) for r in small]
+    tiles = [part for group in zip(*(r.split(COLUMNS) for r in small), strict=True) for part in group]
+    save_grid(to_uint8(torch.cat(tiles)), path, NOTICE_BESIDE, COLUMNS)
 
 
 def _ask_for_slices(pipeline: Pipeline, train: Slices, n: int, seed: int, steps: int) -> Tensor | None:

@@ -61,7 +61,8 @@ def _skimage(name: str) -> Any:
 
 def _of_each(metric: Callable[[np.ndarray, np.ndarray], Any], images: Tensor, originals: Tensor) -> Tensor:
     a, b = (x[:, 0].double().numpy() for x in _check_pair(images, originals))
-    return torch.tensor([float(metric(original, image)) for image, original in zip(a, b, strict=True)]).double()
+    found = [float(metric(original, image)) for image, original in zip(a, b, strict=True)]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def ssim(images: Tensor, originals: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from sbldm_fast import AutoencoderKL, Pipeline, UNet2D, preset
-from sbldm_fast.cli_train import evaluate
+from sbldm_fast.cli_evaluate import evaluate
 from sbldm_fast.data import Slices, prepare
 from sbldm_fast.data.dataset import read_manifest
 from sbldm_fast.evaluation import nearest
@@ -91,15 +91,16 @@ def test_a_folder_with_other_files_is_refused_and_kept(data: Path, fresh_demo: P
 def test_the_command_says_whether_samples_look_like_copies(
     data: Path, fresh_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate(str(fresh_demo), data, tmp_path / "noise", n=2, steps=1)
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("0 by pixels and ")
-    assert "of 2 samples lie nearer to one of " in said
+    only = {"only": ["memorisation"], "steps": 1, "n": 8}
+    evaluate(str(fresh_demo), data, tmp_path / "noise", **only)
+    said = capsys.readouterr().out
+    assert "- 0 by pixels and " in said
+    assert "of 8 samples lie nearer to one of " in said
     assert "training slices than 99 of 100 unseen slices do: " in said
-    monkeypatch.setattr(Pipeline, "sample", lambda *_, **__: Slices(data)[torch.arange(2)])
-    evaluate(str(fresh_demo), data, tmp_path / "copies", n=2)
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("2 by pixels and 2 by latents of 2 samples ")
+    monkeypatch.setattr(Pipeline, "sample", lambda *_, **__: Slices(data)[torch.arange(8)])
+    evaluate(str(fresh_demo), data, tmp_path / "copies", **only)
+    said = capsys.readouterr().out
+    assert "- 8 by pixels and 8 by latents of 8 samples " in said
     assert "look at these for copies" in said
 
 
