@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ ATOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 )
+CHROMIUM = shutil.which("chromium")
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -137,3 +140,31 @@ def _interpreter_rounds_to_bfloat16() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[..., str]:
+    """Open a page in a real browser, with its flags; what it prints."""
+    if CHROMIUM is None:
+        pytest.skip("Debian's chromium is not installed")
+
+    def run(url: str, *flags: str) -> str:
+        quiet = [
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+        ]
+        quiet += [
+            "--disable-sync",
+            "--hide-scrollbars",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=4000",
+        ]
+        done = subprocess.run(
+            [CHROMIUM, "--headless", *quiet, *flags, url], capture_output=True, text=True, timeout=120, check=True
+        )
+        return done.stdout
+
+    return run

@@ -32,6 +32,28 @@ INCEPTION = "6726825d"
 Extractor = Callable[[Tensor], Tensor]
 
 
+def find_extractor(
+    extractor: str, vae: AutoencoderKL | None = None, weights: str | Path | None = None
+) -> tuple[str, Extractor]:
+    """The full name of an extractor, and what gives the features of images `[N, 1, H, W]` in [-1, 1].
+
+    Raises:
+        ValueError: an unknown one, one without what it needs, or weights with another hash.
+        ImportError: a package that is not installed.
+    """
+    if weights is not None and extractor != "inception":
+        raise UserError(f"weights: got a file, allowed with extractor inception alone, not {extractor}")
+    if extractor == "vae":
+        return _autoencoder(vae)
+    if extractor == "inception":
+        return "inception", _inception(weights)
+    if extractor == DEFAULT:
+        return f"{DEFAULT} at {SIDE} pixels", _lite0()
+    if re.fullmatch(r"[\w.]+:\w+", extractor):
+        return extractor, _imported(extractor)
+    raise UserError(f"extractor: got {extractor!r}, allowed are {DEFAULT}, vae, inception or package.module:name")
+
+
 @torch.no_grad()
 def extract(
     extractor: str, images: Tensor, *, vae: AutoencoderKL | None = None, weights: str | Path | None = None
@@ -39,23 +61,11 @@ def extract(
     """The features of images `[N, 1, H, W]` in [-1, 1].
 
     Raises:
-        ValueError: an unknown extractor, one without what it needs, weights with another hash, or images or features
-            that `check_images` or `Features` refuses.
+        ValueError: as `find_extractor`, or images or features that `check_images` or `Features` refuses.
         ImportError: a package that is not installed.
     """
     images = check_images("images", images)
-    if weights is not None and extractor != "inception":
-        raise UserError(f"weights: got a file, allowed with extractor inception alone, not {extractor}")
-    if extractor == "vae":
-        name, run = _autoencoder(vae)
-    elif extractor == "inception":
-        name, run = "inception", _inception(weights)
-    elif extractor == DEFAULT:
-        name, run = f"{DEFAULT} at {SIDE} pixels", _lite0()
-    elif re.fullmatch(r"[\w.]+:\w+", extractor):
-        name, run = extractor, _imported(extractor)
-    else:
-        raise UserError(f"extractor: got {extractor!r}, allowed are {DEFAULT}, vae, inception or package.module:name")
+    name, run = find_extractor(extractor, vae, weights)
     found = [run(chunk) for chunk in images.split(BATCH)]
     if any(not isinstance(f, Tensor) or f.ndim != 2 for f in found):
         raise UserError(f"extractor: {extractor} gave no tensors [N, d], which is what is allowed")

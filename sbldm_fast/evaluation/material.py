@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,6 +126,23 @@ class Material:
     def note(self, what: str) -> str:
         """What stands below a figure."""
         return f"{what}; seed {self.settings.seed}"
+
+
+def read_stages(log: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a training log by stage.
+
+    Raises:
+        ValueError: no file of such rows, or a stage without a loss.
+    """
+    try:
+        rows = [json.loads(line) for line in Path(log).read_text().splitlines()]
+        stages = {name: [r for r in rows if r["stage"] == name] for name in dict.fromkeys(r["stage"] for r in rows)}
+        lacking = [name for name, of in stages.items() if not any("loss" in r for r in of)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{log} is no training log: {error}") from None
+    if lacking or not stages:
+        raise UserError(f"{log} is no training log: it has no loss{f' of {lacking[0]}' if lacking else ''}")
+    return stages
 
 
 Part = Callable[[Material], dict[str, Any]]

@@ -4,7 +4,6 @@ folder) and `sentences` (what the numbers are worth).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ from sbldm_fast.kernels import diffuse
 from sbldm_fast.kernels.spectral_mse import spectral_mse_reference
 from sbldm_fast.sampling.noise import draw
 
-from ..errors import UserError
 from . import figures, metrics
 from .distribution import compare
 from .features import extract
-from .material import Material, Part
+from .material import Material, Part, read_stages
 from .memorisation import memorisation
 from .metrics import mean_and_std
 
@@ -47,16 +45,8 @@ def curves(m: Material) -> dict[str, Any]:
     """Figure 1."""
     if m.settings.log is None:
         return {"skipped": "no training log beside the pipeline; --log names one"}
-    path = Path(m.settings.log)
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        stages = {name: [r for r in rows if r["stage"] == name] for name in dict.fromkeys(r["stage"] for r in rows)}
-        lacking = [name for name, of in stages.items() if not any("loss" in r for r in of)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no training log: {error}") from None
-    if lacking or not stages:
-        raise UserError(f"{path} is no training log: it has no loss{f' of {lacking[0]}' if lacking else ''}")
-    figures.save_figure(figures.draw_curves(stages), m.out, "curves", f"losses of {path.name}")
+    stages = read_stages(m.settings.log)
+    figures.save_figure(figures.draw_curves(stages), m.out, "curves", f"losses of {Path(m.settings.log).name}")
     best = {
         f"{name}: least validation loss": min(r["val"] for r in of if "val" in r)
         for name, of in stages.items()

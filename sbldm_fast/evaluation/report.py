@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from sbldm_fast.sampling.content import fingerprint
 from sbldm_fast.sampling.pipeline import Pipeline
 
 from ..errors import MissingExtra, UserError
-from .material import Material, Settings
+from .features import find_extractor
+from .material import Material, Settings, read_stages
 from .parts import PARTS, TITLES
 
 FORMAT = 1
@@ -47,14 +49,19 @@ def evaluate_pipeline(
             an evaluation of another pipeline, other data or other settings.
         ImportError: a package of the extra eval is missing.
     """
+    _check_extra()
     settings, out = settings or Settings(), Path(out)
     if unknown := [name for name in only if name not in PARTS]:
         raise UserError(f"only: got {unknown[0]!r}, allowed are {', '.join(PARTS)}")
+    wanted = [name for name in PARTS if not only or name in only]
+    if "distribution" in wanted:  # now, and not after other parts
+        find_extractor(settings.extractor, pipeline.vae, settings.weights)
+    if settings.log is not None:
+        read_stages(settings.log)
     stamp = _stamp(pipeline, data, settings)
     _check_folder(out, stamp)
     material = Material(pipeline, data, out, settings, stamp)
     out.mkdir(parents=True, exist_ok=True)
-    wanted = [name for name in PARTS if not only or name in only]
     for name in (bar := tqdm(wanted, "evaluate", unit="part", disable=not progress)):
         path = out / f"{name}.json"
         if not path.exists():
@@ -76,6 +83,18 @@ def evaluate_pipeline(
     with whole_file(out / "evaluation.html") as aside:
         aside.write_text(_render_page(report, out))
     return report
+
+
+def _check_extra() -> None:
+    """Refuse a part of the extra that is not there before anything is made."""
+    for module, package in (
+        ("skimage", "scikit-image"),
+        ("torchmetrics", "torchmetrics"),
+        ("matplotlib", "matplotlib"),
+        ("jinja2", "jinja2"),
+    ):
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtra("evaluate", package, "eval")
 
 
 def _stamp(pipeline: Pipeline, data: str | Path, settings: Settings) -> str:
@@ -131,10 +150,7 @@ def rows_of(part: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _render_page(report: dict[str, Any], out: Path) -> str:
     """One HTML page, the pictures inside it."""
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingExtra("the page", "jinja2", "eval") from None
+    import jinja2
 
     def inline(name: str) -> str:
         kind = "svg+xml" if name.endswith(".svg") else "png"

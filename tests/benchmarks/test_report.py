@@ -5,8 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from sbldm_fast.benchmarks.rows import append, head
 from sbldm_fast.kernels import preflight
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
@@ -27,33 +24,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     """The page of the committed results."""
     out = tmp_path_factory.mktemp("report") / "report.html"
     return out, write_report([ROOT / "benchmarks" / "results"], out)
-
-
-@pytest.fixture
-def browse(tmp_path: Path) -> Callable[..., str]:
-    if CHROMIUM is None:
-        pytest.skip("Debian's chromium is not installed")
-
-    def run(url: str, *flags: str) -> str:
-        quiet = [
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-        ]
-        quiet += [
-            "--disable-sync",
-            "--hide-scrollbars",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=4000",
-        ]
-        done = subprocess.run(
-            [CHROMIUM, "--headless", *quiet, *flags, url], capture_output=True, text=True, timeout=120, check=True
-        )
-        return done.stdout
-
-    return run
 
 
 def test_it_needs_nothing_else(page: tuple[Path, dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ def gaussian(n: int, mean: Tensor, cov: Tensor) -> Tensor:
 
 
 def test_frechet_distance_of_two_gaussians_is_its_closed_form() -> None:
-    """Covariances that commute: `|m|^2 + sum (sqrt a - sqrt b)^2`; and that do not, by the eigenvalues of their product."""
+    """Covariances that commute: `|m|^2 + sum (sqrt a - sqrt b)^2`; others, by the eigenvalues of their product."""
     a, b = torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64), torch.tensor([4.0, 1.0, 0.25], dtype=torch.float64)
     mean = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     x, y = gaussian(50, mean, a.diag()), gaussian(40, torch.zeros(3).double(), b.diag())

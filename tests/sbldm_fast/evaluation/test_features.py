@@ -77,7 +77,9 @@ def test_what_cannot_be_extracted_is_named(arguments: dict[str, object], said: s
 def test_weights_with_another_hash_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"has sha256 \w{8}\.\.\., allowed is the file whose sha256 starts with 6726825d"):
+    with pytest.raises(
+        ValueError, match=r"has sha256 \w{8}\.\.\., allowed is the file whose sha256 starts with 6726825d"
+    ):
         extract("inception", images(), weights=path)
 
 

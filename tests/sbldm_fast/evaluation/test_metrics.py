@@ -76,8 +76,8 @@ def test_r_star_of_gradients_does_not_see_contrast() -> None:
 
 
 def test_r_star_of_flat_windows() -> None:
-    """1 where both are flat, 0 where one is: a flat image beside a ramp whose gradient is flat, too, and beside one with
-    an edge."""
+    """1 where both are flat, 0 where one is: a flat image beside a ramp, whose gradient is flat, too, and beside an
+    edge."""
     flat = torch.zeros(1, 1, 32, 32)
     ramp = torch.linspace(-0.5, 0.5, 32).expand(1, 1, 32, 32).contiguous()
     structure = m._structure(m._gradient(flat.double())[..., 8:-8], m._gradient(ramp.double())[..., 8:-8])
@@ -143,7 +143,9 @@ def test_a_wave_has_its_power_at_its_radius() -> None:
 
 def test_pairs_are_different_and_drawn_once() -> None:
     first, second = m.pairs_of(5)
-    assert sorted(zip(first.tolist(), second.tolist(), strict=True)) == [(i, j) for i in range(5) for j in range(i + 1, 5)]
+    assert sorted(zip(first.tolist(), second.tolist(), strict=True)) == [
+        (i, j) for i in range(5) for j in range(i + 1, 5)
+    ]
     first, second = m.pairs_of(100, most=50)
     assert len({*zip(first.tolist(), second.tolist(), strict=True)}) == 50
     assert bool((first < second).all())

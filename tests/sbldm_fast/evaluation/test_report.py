@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Callable
@@ -76,6 +77,30 @@ def test_the_page_holds_every_number_and_picture_and_asks_for_nothing(made: Path
             assert key.replace("_", " ") in page
 
 
+def test_a_browser_shows_it_on_a_screen_and_on_a_phone(made: Path, browse: Callable[..., str], tmp_path: Path) -> None:
+    page = made / "evaluation.html"
+    shots = {}
+    for name, flags in (("light", ()), ("dark", ("--force-dark-mode", "--blink-settings=preferredColorScheme=0"))):
+        browse(page.as_uri(), f"--screenshot={tmp_path / name}.png", "--window-size=1000,500", *flags)
+        with Image.open(tmp_path / f"{name}.png") as image:
+            shots[name] = np.asarray(image.convert("L"), np.float32)
+    assert shots["light"].mean() > 200 > 80 > shots["dark"].mean()
+    frame = tmp_path / "frame.html"
+    script = (
+        "onload=()=>{let d=document.querySelector('iframe').contentDocument.documentElement,"
+        " shown=[...d.querySelectorAll('img')].filter(i=>i.complete&&i.naturalWidth>0).length;"
+        " document.title=[d.scrollWidth,d.clientWidth,shown]}"
+    )
+    frame.write_text(
+        f'<iframe width="390" height="800" srcdoc="{html.escape(page.read_text())}"></iframe><script>{script}</script>'
+    )
+    title = re.search(r"<title>(\d+),(\d+),(\d+)</title>", browse(frame.as_uri(), "--dump-dom"))
+    assert title is not None
+    scroll, client, shown = map(int, title.groups())
+    assert scroll <= client <= 390, "no page that has to be moved sideways"
+    assert shown == 11, "every picture is drawn"
+
+
 def test_numbers_are_those_of_the_formulas(made: Path, data: Path, fresh_demo: Path) -> None:
     found = json.loads((made / "evaluation.json").read_text())["parts"]
     material = Material(Pipeline.from_pretrained(fresh_demo), data, made, SETTINGS, "none")
@@ -114,11 +139,14 @@ def test_it_goes_on_where_it_was_cut_off(
     def cut_off(material: Material) -> dict[str, Any]:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    def run() -> dict[str, Any]:
+        return evaluate_pipeline(pipeline, data, tmp_path / "e", SETTINGS, only=["samples", "spectra"], progress=False)
+
+    with monkeypatch.context() as patch:
         patch.setitem(parts.PARTS, "spectra", cut_off)
-        evaluate_pipeline(pipeline, data, tmp_path / "e", SETTINGS, only=["samples", "spectra"], progress=False)
+        pytest.raises(KeyboardInterrupt, run)
     before = (tmp_path / "e" / "samples.json").stat().st_mtime_ns
-    report = evaluate_pipeline(pipeline, data, tmp_path / "e", SETTINGS, only=["samples", "spectra"], progress=False)
+    report = run()
     assert list(report["parts"]) == ["samples", "spectra"]
     assert (tmp_path / "e" / "samples.json").stat().st_mtime_ns == before
     assert asked == [8], "samples are made once"
