@@ -144,7 +144,8 @@ def test_it_goes_on_where_it_was_cut_off(
 
     with monkeypatch.context() as patch:
         patch.setitem(parts.PARTS, "spectra", cut_off)
-        pytest.raises(KeyboardInterrupt, run)
+        with pytest.raises(KeyboardInterrupt):
+            run()
     before = (tmp_path / "e" / "samples.json").stat().st_mtime_ns
     report = run()
     assert list(report["parts"]) == ["samples", "spectra"]
