@@ -23,7 +23,7 @@ lint: .venv/installed build/tree
 	PYTHONSAFEPATH=1 MYPYPATH=build/tree $(BIN)/mypy -p sbldm_fast
 
 # The API reference of the public names, from their docstrings, to build/docs/index.html.
-PUBLIC := sbldm_fast sbldm_fast.kernels sbldm_fast.data sbldm_fast.training sbldm_fast.export sbldm_fast.images sbldm_fast.errors
+PUBLIC := sbldm_fast sbldm_fast.kernels sbldm_fast.data sbldm_fast.training sbldm_fast.evaluation sbldm_fast.export sbldm_fast.images sbldm_fast.errors
 docs: .venv/installed build/tree
 	cd build && PYTHONSAFEPATH=1 PYTHONPATH=tree $(abspath $(BIN))/pdoc --docformat google --no-search -t ../docs/reference -o docs $(PUBLIC)
 

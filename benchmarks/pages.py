@@ -13,7 +13,6 @@ from itertools import product
 from pathlib import Path
 
 from sbldm_fast.errors import UserError
-from sbldm_fast.evaluation.ablation_tables import render_tables
 from sbldm_fast.files import whole_file
 
 from .rows import Row, latest, read_rows
@@ -40,6 +39,8 @@ def render(readme: str | Path) -> str:
         if kind == "schema":
             made = schema_table().markdown()
         elif kind == "ablation":
+            from sbldm_fast.evaluation.ablation_tables import render_tables
+
             made = render_tables([json.loads(line) for line in (readme.parent / file).read_text().splitlines()])
         elif kind == "latency":
             made = latency_table([readme.parent / name for name in file.split()]).markdown()
