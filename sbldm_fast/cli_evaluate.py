@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import Json, OutFolder, PipelineFolder, Seed, Steps, place, say
+from .cli_options import Json, OutFolder, PipelineFolder, Prediction, Seed, Steps, place, say
 
 Recovery = Annotated[int | None, typer.Option(min=4, help="Ask for this many brains and measure what comes, instead.")]
 Guidance = Annotated[float | None, typer.Option(help="Of --recovery: how strongly the condition is followed.")]
@@ -113,6 +113,7 @@ def ablate(
     vae_steps: Annotated[int, typer.Option(min=1, help="Of each autoencoder.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=2, help="Slices or latents a step.")] = 32,
     n: Annotated[int, typer.Option("-n", min=8, help="Samples of each run, and unseen slices beside them.")] = 200,
+    prediction_type: Annotated[Prediction, typer.Option(help="What the networks predict.")] = Prediction.v_prediction,
     as_json: Json = False,
 ) -> None:
     """Fill the tables of document 000: settings times seeds. Example: sbldm-fast ablate ablation --data data
@@ -125,7 +126,7 @@ def ablate(
     from sbldm_fast.evaluation.settings import TABLES, Budget
     from sbldm_fast.training import Stopped
 
-    budget = Budget(size, narrow, vae_steps, steps, batch_size, n, preset)
+    budget = Budget(size, narrow, vae_steps, steps, batch_size, n, prediction_type.value, preset)
     try:
         rows = run(find(preset), data, out, budget, tables=table or tuple(TABLES), seeds=seeds, progress=not as_json)
     except (Stopped, KeyboardInterrupt):

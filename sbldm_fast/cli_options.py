@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 Scheduler = StrEnum("Scheduler", ["ddim", "ddpm", "dpm", "unipc"])
+Prediction = StrEnum("Prediction", ["epsilon", "sample", "v_prediction"])
 
 
 def place(path: Path | None) -> Path | None:

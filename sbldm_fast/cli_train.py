@@ -12,11 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import Json, count, place, say
+from .cli_options import Json, Prediction, count, place, say
 
 Split = StrEnum("Split", ["subject", "slice"])
 Amp = StrEnum("Amp", ["auto", "off", "fp16", "bf16"])
-Prediction = StrEnum("Prediction", ["epsilon", "sample", "v_prediction"])
 Recon = StrEnum("Recon", ["mse", "l1", "l1_edges"])
 
 

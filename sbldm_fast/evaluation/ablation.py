@@ -24,6 +24,7 @@ from tqdm import tqdm
 from sbldm_fast.data import Slices
 from sbldm_fast.diffusion import DDIMScheduler, SchedulerConfig
 from sbldm_fast.files import read_json, whole_file, write_json
+from sbldm_fast.images import save_grid, to_uint8
 from sbldm_fast.machine import default_device, environment, native_half, torchrun_number
 from sbldm_fast.models import AutoencoderKL, UNet2D
 from sbldm_fast.models.presets import Preset
@@ -41,6 +42,7 @@ from .gan import train_gan
 from .metrics import mean_and_std, pairs_of, psnr, ssim
 from .settings import BOTH, LEAST_SEEDS, STEPS, TABLES, Budget, Setting
 
+SHOWN = 24  # samples of a row that are kept as a picture
 TRIED = 8  # steps that a method's pace is measured by
 
 
@@ -79,15 +81,14 @@ def ablate(
         raise UserError("preset: got a conditional one, allowed are unconditional ones: 000 conditions on nothing")
     digest = hashlib.sha256((Path(data) / "manifest.json").read_bytes()).hexdigest()[:12]
     budget = replace(budget, data=digest)
-    rows_folder = Path(out) / "rows"
-    for path in sorted(rows_folder.glob("*.json")):
-        if (there := read_json(path)["budget"]) != asdict(budget):
-            name = next(k for k, v in asdict(budget).items() if there.get(k) != v)
-            raise UserError(
-                f"{out}: its rows have {name} {there.get(name)!r}, got {asdict(budget)[name]!r}; allowed is another"
-                " folder"
-            )
+    rows_folder, kept = Path(out) / "rows", Path(out) / "budget.json"
+    if kept.exists() and (there := read_json(kept)) != asdict(budget):
+        name = next(k for k, v in asdict(budget).items() if there.get(k) != v)
+        raise UserError(
+            f"{out} was made with {name} {there.get(name)!r}, got {asdict(budget)[name]!r}; allowed is another folder"
+        )
     bench = _Bench(preset, data, Path(out), budget)
+    write_json(kept, asdict(budget))
     # ours before the methods that get its seconds
     wanted = list(dict.fromkeys([BOTH, *(s for t in tables for s in TABLES[t].values())]))
     size = torchrun_number("WORLD_SIZE", 1, 1, 4096)
@@ -121,7 +122,9 @@ class _Bench:
         self.real = unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[: budget.samples]]
         self.features = extract(DEFAULT, self.real)
         some = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1))[: budget.samples]
-        self.floor = compare(extract(DEFAULT, self.train[some]), self.features)
+        near = compare(extract(DEFAULT, self.train[some]), self.features)
+        keys = ("samples", "kid", "frechet_distance", "precision", "recall")
+        self.floor = {k: near[k] for k in keys} | self._unpaired(self.train[some], 0)
         vae = replace(preset.vae, sample_size=budget.side)
         shrink = preset.vae.latent_size // vae.latent_size
         sides = tuple(max(1, r // shrink) for r in preset.unet.attention_resolutions)
@@ -169,25 +172,34 @@ class _Bench:
         images, told = make(setting, seed, folder)
         shutil.rmtree(folder, ignore_errors=True)
         found = compare(extract(DEFAULT, images), self.features)
-        first, second = pairs_of(len(images), seed)
+        save_grid(to_uint8(images[:SHOWN]), self.out / "samples" / f"{_name(setting)}-{seed}.png", columns=8)
         return {
             "setting": asdict(setting),
             "seed": seed,
             **told,
             **found,
-            "floor": {k: self.floor[k] for k in ("kid", "frechet_distance", "precision", "recall")},
-            # samples have no originals: this is what 001 and 000 print, each beside some unseen slice
-            "ssim_unpaired": mean_and_std(ssim(images, self.real))["mean"],
-            "psnr_unpaired": mean_and_std(psnr(images, self.real))["mean"],
-            "rms_between_samples": float((images[first] - images[second]).square().mean((1, 2, 3)).sqrt().mean()),
+            **self._unpaired(images, seed),
+            "floor": self.floor,
             "budget": asdict(self.budget),
             "machine": environment()["cpu"],
             "threads": torch.get_num_threads(),
             "arithmetic": str(native_half(self.device) or torch.float32).removeprefix("torch."),
         }
 
+    def _unpaired(self, images: Tensor, seed: int) -> dict[str, float]:
+        """What 001 and 000 print of samples, which have no originals: each beside some unseen slice."""
+        first, second = pairs_of(len(images), seed)
+        real = self.real[: len(images)]
+        return {
+            "ssim_unpaired": mean_and_std(ssim(images, real))["mean"],
+            "psnr_unpaired": mean_and_std(psnr(images, real))["mean"],
+            "rms_between_samples": float((images[first] - images[second]).square().mean((1, 2, 3)).sqrt().mean()),
+        }
+
     def _scheduler(self, setting: Setting) -> SchedulerConfig:
-        return SchedulerConfig(beta_schedule=setting.beta_schedule, gamma=setting.gamma, clip_sample=False)
+        of: dict[str, Any] = {"beta_schedule": setting.beta_schedule, "gamma": setting.gamma}
+        clip = setting.method == "pixels"  # pixels are in [-1, 1], latents are not
+        return SchedulerConfig(**of, clip_sample=clip, prediction_type=self.budget.prediction_type)
 
     def _train(self, unet: UNet2D, z: Tensor, setting: Setting, seed: int, steps: int, folder: Path) -> UNet2D:
         config = TrainConfig(
@@ -251,7 +263,8 @@ class _Bench:
         return images, told | {"training_seconds": made.seconds}
 
     def _pixels(self, setting: Setting, seed: int, folder: Path) -> tuple[Tensor, dict[str, Any]]:
-        """A UNet as deep, narrower where it is wide, on pixels, for the seconds of ours."""
+        """The UNet with two levels more and one layer a block, without attention but in the middle, on pixels, for the
+        seconds of ours."""
         side = self.budget.side
         narrow = self.preset.unet.block_out_channels[0]
         unet_config = replace(
@@ -269,10 +282,16 @@ class _Bench:
             torch.manual_seed(seed)
             return UNet2D(unet_config).to(self.device)
 
-        begun = self.clock()
-        self._train(start(), images, setting, seed, TRIED, folder / "tried")
-        pace = (self.clock() - begun) / TRIED
-        steps = max(TRIED, int(self._seconds(seed) / pace))
+        planned = self.out / f"pixels-{seed}.json"  # kept: a run that goes on has the steps that it began with
+        if not planned.exists():
+            spent = []
+            for tried in (TRIED, 3 * TRIED):  # their difference leaves out what a run begins and ends with
+                begun = self.clock()
+                self._train(start(), images, setting, seed, tried, folder / f"tried-{tried}")
+                spent.append(self.clock() - begun)
+            pace = (spent[1] - spent[0]) / (2 * TRIED)
+            write_json(planned, {"steps": max(TRIED, int(self._seconds(seed) / pace))})
+        steps = int(read_json(planned)["steps"])
         unet, begun = start(), self.clock()
         unet = self._train(unet, images, setting, seed, steps, folder / "run")
         seconds = self.clock() - begun

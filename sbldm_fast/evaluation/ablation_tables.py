@@ -77,7 +77,8 @@ def _about(rows: Rows) -> str:
         [
             f"Slices of {budget['side']} x {budget['side']} pixels, preset `{budget['preset']}` with its widths over"
             f" {budget['narrow']}, {len(seeds)} seeds, each with an autoencoder of its own; {budget['vae_steps']} steps"
-            f" of the autoencoder and {budget['steps']} of the UNet in batches of {budget['batch_size']}.",
+            f" of the autoencoder and {budget['steps']} of the UNet, which predicts {budget['prediction_type']}, in"
+            f" batches of {budget['batch_size']}.",
             f"{budget['samples']} samples in {STEPS} DDIM steps against {first['real']} unseen slices, by features of"
             f" {first['extractor']}; of {first['dimensions']} dimensions, so the Fréchet distance is mostly bias.",
             f"As many training slices, as near as a sample could come, have KID ×1000 of {1e3 * floor['kid']:.1f}, a"

@@ -47,8 +47,8 @@ TABLES: dict[str, dict[str, Setting]] = {
 @dataclass(frozen=True)
 class Budget:
     """What every run of an ablation has: `side` pixels, the preset's UNet with its widths divided by `narrow`,
-    `vae_steps` and `steps` of batches of `batch_size`, `samples` compared with as many unseen slices, the names of the
-    `preset` and of the data."""
+    `vae_steps` and `steps` of batches of `batch_size`, `samples` compared with as many unseen slices, what the networks
+    predict, the names of the `preset` and of the data."""
 
     side: int = 64
     narrow: int = 1
@@ -56,5 +56,6 @@ class Budget:
     steps: int = 2000
     batch_size: int = 32
     samples: int = 200
+    prediction_type: str = "v_prediction"
     preset: str = "demo"
     data: str = ""

@@ -164,7 +164,7 @@ def test_bad_input_is_named(data: Path, out: Path, tmp_path: Path) -> None:
         run(budget=replace(BUDGET, side=48))
     with pytest.raises(ValueError, match=r"samples: got 5000, allowed are as many as unseen slices, \d+"):
         run(budget=replace(BUDGET, samples=5000))
-    with pytest.raises(ValueError, match="its rows have steps 8, got 9; allowed is another folder"):
+    with pytest.raises(ValueError, match="was made with steps 8, got 9; allowed is another folder"):
         run(to=out, budget=replace(BUDGET, steps=9))
     prepare(["synthetic:1"], tmp_path / "one", every=30, progress=False)
     with pytest.raises(ValueError, match="has neither validation nor test slices"):
