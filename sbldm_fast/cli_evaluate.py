@@ -73,11 +73,16 @@ def evaluate(
     With --recovery whether they show what was asked: sbldm-fast evaluate demo --data data -o recovery --recovery 300
     """
     from sbldm_fast import Pipeline
+    from sbldm_fast.evaluation.features import DEFAULT
     from sbldm_fast.evaluation.material import Settings
     from sbldm_fast.evaluation.report import evaluate_pipeline, render_markdown
     from sbldm_fast.sampling.pipeline import find_folder
 
     if recovery is not None:
+        if only or weights or log or extractor != DEFAULT:
+            raise typer.BadParameter(
+                "got a value, allowed without --only, --extractor, --weights and --log", param_hint="--recovery"
+            )
         _recover(Pipeline.from_pretrained(pipeline), data, out, recovery, seed, guidance, as_json)
         return
     if guidance is not None:
@@ -95,7 +100,7 @@ def evaluate(
     print(f"{', '.join(report['parts'])}: see {out / 'evaluation.html'}")
 
 
-Size = Annotated[int, typer.Option(min=16, help="Pixels a side: 128 or a part of it, a multiple of 16.")]
+Size = Annotated[int, typer.Option(min=16, help="Pixels a side: 128, 64 or 32.")]
 Narrow = Annotated[int, typer.Option(min=1, help="Divide the widths of the preset's UNet by this.")]
 
 

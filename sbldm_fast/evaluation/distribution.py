@@ -21,7 +21,8 @@ PARTS = 10  # of the jackknife
 
 @dataclass(frozen=True)
 class Features:
-    """`values` float `[N, d]` of N images, and the name of the `extractor` that they are from.
+    """`values` float `[N, d]` of N images, the name of the `extractor` that they are from, and int64 `groups` `[N]` of
+    images that belong together, as those of one subject do; None: each stands alone.
 
     Raises:
         ValueError: another shape, fewer than 8 images, NaN or infinity.
@@ -29,6 +30,7 @@ class Features:
 
     values: Tensor
     extractor: str
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2:
@@ -37,6 +39,14 @@ class Features:
             raise UserError(f"values: got {len(self.values)} images, allowed is {LEAST} or more")
         if not self.values.isfinite().all():
             raise NotFinite(f"values: NaN or infinity in features of {self.extractor}, allowed are numbers")
+        if self.groups is not None and self.groups.shape != self.values.shape[:1]:
+            raise UserError(f"groups: got shape {list(self.groups.shape)}, allowed is [{len(self.values)}]")
+
+    @property
+    def parts(self) -> Tensor:
+        """The part of the jackknife that each image is in, `[N]`: groups stay whole."""
+        of = torch.arange(len(self.values)) if self.groups is None else self.groups.unique(return_inverse=True)[1]
+        return of % min(PARTS, int(of.max()) + 1)
 
 
 def _check(a: Features, b: Features) -> tuple[Tensor, Tensor]:
@@ -70,7 +80,8 @@ def kid(a: Features, b: Features) -> tuple[float, float]:
     """The kernel distance and its standard error: the unbiased estimate of `E k(a, a') + E k(b, b') - 2 E k(a, b)` with
     `k(x, y) = (x y / d + 1)^3`, over all images; about 0 of one distribution, and below it by chance.
 
-    The error is a jackknife's that leaves out tenths of both sets. Source: Bińkowski et al. 2018, arXiv:1801.01401.
+    The error is a jackknife's that leaves out tenths of both sets, of whole `groups`. Source: Bińkowski et al. 2018,
+    arXiv:1801.01401.
     """
     x, y = _check(a, b)
     d = x.shape[1]
@@ -82,8 +93,9 @@ def kid(a: Features, b: Features) -> tuple[float, float]:
         return float(alike - 2 * between[i][:, j].mean())
 
     i, j = torch.arange(len(x)), torch.arange(len(y))
-    left = torch.tensor([estimate(i[i % PARTS != p], j[j % PARTS != p]) for p in range(min(PARTS, len(x), len(y)))])
-    error = ((len(left) - 1) * left.double().var(correction=0)) ** 0.5
+    number = 1 + max(int(a.parts.max()), int(b.parts.max()))
+    left = torch.tensor([estimate(i[a.parts != p], j[b.parts != p]) for p in range(number)], dtype=torch.float64)
+    error = ((number - 1) * left.var(correction=0)) ** 0.5
     return estimate(i, j), float(error)
 
 

@@ -56,9 +56,14 @@ def find_extractor(
 
 @torch.no_grad()
 def extract(
-    extractor: str, images: Tensor, *, vae: AutoencoderKL | None = None, weights: str | Path | None = None
+    extractor: str,
+    images: Tensor,
+    *,
+    vae: AutoencoderKL | None = None,
+    weights: str | Path | None = None,
+    groups: Tensor | None = None,
 ) -> Features:
-    """The features of images `[N, 1, H, W]` in [-1, 1].
+    """The features of images `[N, 1, H, W]` in [-1, 1], with the `groups` of `Features`.
 
     Raises:
         ValueError: as `find_extractor`, or images or features that `check_images` or `Features` refuses.
@@ -66,10 +71,11 @@ def extract(
     """
     images = check_images("images", images)
     name, run = find_extractor(extractor, vae, weights)
-    found = [run(chunk) for chunk in images.split(BATCH)]
-    if any(not isinstance(f, Tensor) or f.ndim != 2 for f in found):
-        raise UserError(f"extractor: {extractor} gave no tensors [N, d], which is what is allowed")
-    return Features(torch.cat(found).cpu().double(), name)
+    chunks = images.split(BATCH)
+    found = [run(chunk) for chunk in chunks]
+    if any(not isinstance(f, Tensor) or f.ndim != 2 or len(f) != len(c) for f, c in zip(found, chunks, strict=True)):
+        raise UserError(f"extractor: {extractor} gave no tensors [N, d] for N images, which is what is allowed")
+    return Features(torch.cat(found).cpu().double(), name, groups)
 
 
 def _colours(x: Tensor, side: int) -> Tensor:

@@ -59,10 +59,10 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 
 @_styled
-def save_figure(figure: Any, folder: Path, name: str, note: str) -> None:
+def save_figure(figure: Any, folder: Path, name: str, note: str, notice: str = NOTICE) -> None:
     """Write `NAME.svg` and `NAME.png` with the note below the picture."""
-    figure.supxlabel(f"{note}; {NOTICE}", fontsize=7, color="#6b7484", x=0.01, ha="left")
-    said = {"Description": NOTICE}
+    figure.supxlabel(f"{note}; {notice}", fontsize=7, color="#6b7484", x=0.01, ha="left")
+    said = {"Description": notice}
     ways: dict[str, dict[str, Any]] = {
         "svg": {"metadata": said | {"Date": None}},
         "png": {"dpi": 130, "metadata": said},

@@ -36,13 +36,14 @@ class TrainedGAN:
     def sample(self, n: int, seed: int) -> Tensor:
         """n images in [-1, 1]."""
         z = torch.randn(n, NOISE, generator=torch.Generator().manual_seed(seed))
-        return torch.cat([self.generator(part).tanh() for part in z.split(50)])
+        device = next(self.generator.parameters()).device
+        return torch.cat([self.generator(part.to(device)).tanh().cpu() for part in z.split(50)])
 
 
 def train_gan(
-    data: Slices, side: int, seconds: float, batch_size: int, seed: int, clock: Callable[[], float]
+    data: Slices, seconds: float, batch_size: int, seed: int, clock: Callable[[], float], device: torch.device
 ) -> TrainedGAN:
-    """Train for so many seconds of `clock`, on a CPU, on slices of `side` pixels, a multiple of 8.
+    """Train for so many seconds of `clock` on square slices, their side a multiple of 8.
 
     Raises:
         ImportError: MONAI is not installed.
@@ -53,17 +54,18 @@ def train_gan(
         raise MissingExtra("the GAN of table 4.5", "monai", "bench") from None
     torch.manual_seed(seed)
     batch: Any = ("batch", {"affine": True})
+    side = data.array.shape[-1]
     small = side // 2 ** len(WIDTHS)
     widths = (*WIDTHS[1:], 1)
-    generator = Generator((NOISE,), (WIDTHS[0], small, small), widths, (2, 2, 2), 5, 0, "RELU", batch)
+    generator = Generator((NOISE,), (WIDTHS[0], small, small), widths, (2, 2, 2), 5, 0, "RELU", batch).to(device)
     leaky: Any = ("leakyrelu", {"negative_slope": 0.2})
-    critic = Discriminator((1, side, side), WIDTHS[::-1], (2, 2, 2), 5, 0, leaky, batch, None, last_act=None)
+    critic = Discriminator((1, side, side), WIDTHS[::-1], (2, 2, 2), 5, 0, leaky, batch, None, last_act=None).to(device)
     optimizers = [torch.optim.Adam(m.parameters(), 2e-4, (0.5, 0.999)) for m in (critic, generator)]
     draw = torch.Generator().manual_seed(seed)
     start, steps = clock(), 0
     while clock() - start < seconds:
-        x = data[torch.randint(len(data), (batch_size,), generator=draw)]
-        made = generator(torch.randn(batch_size, NOISE, generator=draw)).tanh()
+        x = data[torch.randint(len(data), (batch_size,), generator=draw)].to(device)
+        made = generator(torch.randn(batch_size, NOISE, generator=draw).to(device)).tanh()
         loss = F.softplus(-critic(x)).mean() + F.softplus(critic(made.detach())).mean()
         _descend(loss, optimizers[0])
         _descend(F.softplus(-critic(made)).mean(), optimizers[1])

@@ -41,15 +41,20 @@ class Material:
     """What the parts look at, each made when the first asks for it.
 
     Raises:
-        ValueError: no unseen slices, or fewer than samples.
+        ValueError: no unseen slices, or fewer than samples; slices of another size than the pipeline's.
     """
 
-    def __init__(self, pipeline: Pipeline, data: str | Path, out: Path, settings: Settings, stamp: str) -> None:
+    def __init__(self, pipeline: Pipeline, data: str | Path, out: Path, settings: Settings) -> None:
         if settings.n < LEAST:
             raise UserError(f"n: got {settings.n}, allowed is {LEAST} or more: fewer have no distribution")
-        self.pipeline, self.data, self.out, self.settings, self.stamp = pipeline, Path(data), out, settings, stamp
+        self.pipeline, self.data, self.out, self.settings = pipeline, Path(data), out, settings
         self.train = Slices(data, "train")
         self.unseen_rows, self.unseen = self._draw_unseen()
+        if len(self.train) < settings.n:
+            raise UserError(f"n: got {settings.n}, allowed are as many as training slices in {data}, {len(self.train)}")
+        side, own = self.unseen.shape[-1], pipeline.vae.config.sample_size
+        if side != own:
+            raise UserError(f"data: got slices of {side} pixels, allowed with this pipeline are {own}")
 
     def _draw_unseen(self) -> tuple[list[dict[str, Any]], Tensor]:
         """As many validation and test slices as samples, drawn without replacement."""
@@ -74,19 +79,23 @@ class Material:
         return [rows[i] for i in some.tolist()], torch.cat(images)
 
     @cached_property
-    def cond(self) -> dict[str, Any] | None:
-        """The conditions of the unseen slices; None of a pipeline that cannot be asked."""
+    def values(self) -> Tensor | None:
+        """What is known of the unseen slices, `[n, K]`, NaN where unknown; None of a pipeline that cannot be asked."""
         covariates = self.pipeline.unet.config.covariates
-        told = values_of(self.unseen_rows, covariates)
-        if not covariates:
+        return values_of(self.unseen_rows, covariates) if covariates else None
+
+    @cached_property
+    def cond(self) -> dict[str, Any] | None:
+        """The same by name, as a sampler takes it; held-out people may lie outside the trained range by a little."""
+        if self.values is None:
             return None
-        # held-out people may lie outside the trained range by a little: they are asked for as they are
-        return {c.name: [None if v.isnan() else v for v in told[:, k]] for k, c in enumerate(covariates)}
+        names = [c.name for c in self.pipeline.unet.config.covariates]
+        return {k: [None if v.isnan() else v for v in self.values[:, i]] for i, k in enumerate(names)}
 
     @cached_property
     def samples(self) -> Tensor:
         """n images, kept in the folder."""
-        path = self.out / f"samples-{self.stamp}.safetensors"
+        path = self.out / "samples.safetensors"
         if not path.exists():
             s = self.settings
             made = self.pipeline.sample(
@@ -103,10 +112,32 @@ class Material:
         return read_tensors(path)["images"]
 
     @cached_property
-    def real_train(self) -> Tensor:
-        """n training slices: what is as near to unseen ones as samples could be."""
+    def places(self) -> Tensor:
+        """The numbers of n training slices, which are as near to unseen ones as samples could be: any, or beside a
+        pipeline that is asked for what the unseen ones are, for each one of its contrast and about its height."""
         generator = torch.Generator().manual_seed(self.settings.seed + 1)
-        return self.train[torch.randperm(len(self.train), generator=generator)[: self.settings.n].sort().values]
+        order = torch.randperm(len(self.train), generator=generator).tolist()
+        if self.cond is None:
+            return torch.tensor(order[: self.settings.n])
+        left, found = dict.fromkeys(order), []
+        for wanted in self.unseen_rows:
+            alike = [i for i in left if self.train.rows[i].get("modality") == wanted.get("modality")] or list(left)
+            found.append(min(alike, key=lambda i: abs(_height(self.train.rows[i]) - _height(wanted))))
+            del left[found[-1]]
+        return torch.tensor(found)
+
+    @cached_property
+    def real_train(self) -> Tensor:
+        """The training slices of `places`."""
+        return self.train[self.places]
+
+    def groups(self, who: str) -> Tensor | None:
+        """By subject, of the images that are of subjects or were asked for as these are."""
+        if who == "samples" and self.cond is None:
+            return None
+        rows = [self.train.rows[i] for i in self.places.tolist()] if who == "training" else self.unseen_rows
+        subjects = [row["subject"] for row in rows]
+        return torch.tensor([subjects.index(s) for s in subjects])
 
     @cached_property
     def posterior(self) -> tuple[Tensor, Tensor]:
@@ -128,6 +159,12 @@ class Material:
         return f"{what}; seed {self.settings.seed}"
 
 
+def _height(row: dict[str, Any]) -> float:
+    """Of a slice in mm; 0 where it is unknown."""
+    found = row.get("covariates", {}).get("position", 0.0)
+    return float(found) if isinstance(found, (int, float)) else 0.0
+
+
 def read_stages(log: str | Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of a training log by stage.
 
@@ -136,9 +173,11 @@ def read_stages(log: str | Path) -> dict[str, list[dict[str, Any]]]:
     """
     try:
         rows = [json.loads(line) for line in Path(log).read_text().splitlines()]
+        # of a value that was not finite the log has null
+        rows = [{k: v for k, v in row.items() if v is not None} for row in rows if row["step"] is not None]
         stages = {name: [r for r in rows if r["stage"] == name] for name in dict.fromkeys(r["stage"] for r in rows)}
         lacking = [name for name, of in stages.items() if not any("loss" in r for r in of)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{log} is no training log: {error}") from None
     if lacking or not stages:
         raise UserError(f"{log} is no training log: it has no loss{f' of {lacking[0]}' if lacking else ''}")

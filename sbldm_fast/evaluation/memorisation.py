@@ -137,7 +137,7 @@ def _ask_for_slices(pipeline: Pipeline, train: Slices, n: int, seed: int, steps:
     some = torch.linspace(0, len(train) - 1, n).long().tolist()
     told = values_of([train.rows[i] for i in some], covariates)
     cond = {c.name: [None if v.isnan() else v for v in told[:, k]] for k, c in enumerate(covariates)}
-    return pipeline.sample(n, seed=seed, steps=steps, cond=cond).cpu()
+    return pipeline.sample(n, seed=seed, steps=steps, cond=cond, extrapolate=True).cpu()
 
 
 def _quantiles(distance: Tensor) -> dict[str, float]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import MissingExtra, NotFinite, UserError
 
 RANGE = 2.0
-MS_SSIM_WINDOW, MS_SSIM_LEAST = 7, 97  # pixels; five scales of a window of 11 need 161
+MS_SSIM_WINDOW, MS_SSIM_LEAST = 7, 112  # pixels; five scales of a window of 11 need 176
 FFT_SIZE = 60 / 256  # of 002's metric, a part of the side
 PAIRS = 200  # of a set, that diversity is told by
 PRESERVED, SMOOTH = 0.12, 0.06  # of the largest gradient: Li & Bovik's thresholds
@@ -106,7 +106,7 @@ def ms_ssim(images: Tensor, originals: Tensor) -> Tensor:
     Source: Wang et al. 2003, doi:10.1109/ACSSC.2003.1292216.
 
     Raises:
-        ValueError: as all metrics of pairs, or a side below 97 pixels.
+        ValueError: as all metrics of pairs, or a side below 112 pixels.
     """
     a, b = _check_pair(images, originals)
     if min(a.shape[2:]) < MS_SSIM_LEAST:

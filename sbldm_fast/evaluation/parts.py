@@ -27,6 +27,7 @@ SHOWN = 10  # images beside one another
 TIMES = (1000, 800, 600, 400, 200, 100, 50, 0)  # 001's figure 4
 MEMORISED = 64  # samples whose neighbours are looked for
 FOLLOWED, PREDICTED = 32, 64  # samples whose way is followed, latents that predictions are made of
+BESIDE = "real slices and what a network made of them; not for diagnosis"
 THRESHOLD = 0.05  # 001's, of adaptive stopping
 PAIRED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ssim": metrics.ssim,
@@ -60,7 +61,7 @@ def samples(m: Material) -> dict[str, Any]:
     some = torch.linspace(0, len(m.unseen) - 1, SHOWN).long()
     name = "samples, asked alike" if m.cond else "samples"
     rows = {"unseen slices": m.unseen[some], "reconstructed": m.reconstructions[some], name: m.samples[some]}
-    figures.save_figure(figures.draw_grid(rows), m.out, "samples", m.note(f"{SHOWN} of {len(m.unseen)} slices"))
+    figures.save_figure(figures.draw_grid(rows), m.out, "samples", m.note(f"{SHOWN} of {len(m.unseen)} slices"), BESIDE)
     return _part({}, ["samples.svg"])
 
 
@@ -72,7 +73,7 @@ def reconstruction(m: Material) -> dict[str, Any]:
     by = found["ssim"].argsort()[torch.linspace(0, len(error) - 1, 7).long()]
     drawn = figures.draw_reconstructions(m.unseen[by], m.reconstructions[by], found["ssim"][by])
     note = m.note(f"7 of {len(error)} unseen slices, from the least SSIM to the most")
-    figures.save_figure(drawn, m.out, "reconstruction", note)
+    figures.save_figure(drawn, m.out, "reconstruction", note, BESIDE)
     return _part(
         numbers,
         ["reconstruction.svg"],
@@ -81,22 +82,22 @@ def reconstruction(m: Material) -> dict[str, Any]:
 
 
 def _way(m: Material, n: int) -> tuple[Tensor, list[int]]:
-    """x of n samples from noise to the end, `[steps + 1, n, C, h, w]`, and the t of each."""
+    """x of n samples from noise to the end, `[steps + 1, n, C, h, w]`, and the t that each is at."""
     sampler = m.pipeline.sampler(m.settings.steps, "eager")
     cond = None if m.cond is None else {name: values[:n] for name, values in m.cond.items()}
     extra = {} if cond is None else {"cond": cond, "extrapolate": True}
     path = sampler.trajectory(n, seed=m.settings.seed, **extra).cpu()
     pairs = torch.tensor([[m.settings.seed, i] for i in range(n)])
     start = draw(pairs, tuple(path.shape[2:]), torch.device("cpu"))
-    times = [int(m.pipeline.scheduler.config.num_train_timesteps), *(int(t) for t in sampler.timesteps[1:]), 0]
-    return torch.cat([start[None], path]), times
+    return torch.cat([start[None], path]), [*(int(t) for t in sampler.timesteps), 0]
 
 
 def trajectory(m: Material) -> dict[str, Any]:
     """Figure 4."""
     x, times = _way(m, 1)
-    T = times[0]
-    at = [min(range(len(times)), key=lambda i, t=t: abs(times[i] - t * T / 1000)) for t in TIMES]  # type: ignore[misc]
+    T = int(m.pipeline.scheduler.config.num_train_timesteps)
+    nearest = [min(range(len(times)), key=lambda i, t=t: abs(times[i] - t * T / 1000)) for t in TIMES]  # type: ignore[misc]
+    at = list(dict.fromkeys(nearest))  # few steps come near to fewer times
     device = next(m.pipeline.vae.parameters()).device
     with torch.no_grad():
         images = m.pipeline.decode(x[at, 0].to(device)).cpu()
@@ -159,11 +160,13 @@ def distribution(m: Material) -> dict[str, Any]:
     how: dict[str, Any] = {"weights": m.settings.weights}
     if m.settings.extractor == "vae":
         how["vae"] = m.pipeline.vae
-    real = extract(m.settings.extractor, m.unseen, **how)
+    real = extract(m.settings.extractor, m.unseen, groups=m.groups("unseen"), **how)
     sets = {"samples": m.samples, "reconstructions": m.reconstructions, "training": m.real_train}
-    found = {name: compare(extract(m.settings.extractor, x, **how), real) for name, x in sets.items()}
+    found = {
+        name: compare(extract(m.settings.extractor, x, groups=m.groups(name), **how), real) for name, x in sets.items()
+    }
     keys = ("kid", "kid_standard_error", "frechet_distance", "precision", "recall")
-    numbers = {f"{key} of {name}": of[key] for key in keys for name, of in found.items()}
+    numbers = {f"{key} of {name}": of[key] for name, of in found.items() for key in keys}
     alone = {name: metrics.ssim(sets[name], m.unseen) for name in ("samples", "training")}
     level = {name: metrics.psnr(sets[name], m.unseen) for name in ("samples", "training")}
     numbers |= {f"unpaired ssim of {name}": mean_and_std(v) for name, v in alone.items()}
@@ -173,8 +176,9 @@ def distribution(m: Material) -> dict[str, Any]:
     return _part(
         about | numbers,
         [],
-        f"All distances are to {one['real']} unseen slices, by {one['extractor']}; those of as many training slices are"
-        " what samples could reach, those of reconstructions what the autoencoder alone costs.",
+        f"All distances are to {one['real']} unseen slices, by {one['extractor']}. Training slices"
+        f"{' of the same contrasts and heights' if m.cond else ''} are as near to them as samples could come; the"
+        " distance of reconstructions is what the autoencoder alone costs.",
         f"Beside unseen slices that are not their originals, samples have SSIM {float(alone['samples'].mean()):.3f} and"
         f" real training slices {float(alone['training'].mean()):.3f}: such figures, 001's among them, are no quality.",
         *one["warnings"],
@@ -188,10 +192,12 @@ def sharpness(m: Material) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
     for name, of in (("laplacian_variance", metrics.laplacian_variance), ("fft_sharpness", metrics.fft_sharpness)):
         numbers |= {f"{name} of {who}": mean_and_std(of(x)) for who, x in sets.items()}
-    fooled = numbers["laplacian_variance of real, 4 x 4 blocks"]["mean"] > numbers["laplacian_variance of real"]["mean"]
-    said = "are called sharper than the original" if fooled else "lose less of it than of anything that is seen"
+    real, fooled = (numbers[f"laplacian_variance of {who}"]["mean"] for who in ("real", "real, 4 x 4 blocks"))
     return _part(
-        numbers, [], f"Sharpness is no quality: slices in blocks of 4 x 4 pixels {said} by Laplacian variance."
+        numbers,
+        [],
+        f"Sharpness is no quality: real slices have a Laplacian variance of {real:.0f}, the same in blocks of 4 x 4"
+        f" pixels, a sixteenth of the information, {fooled:.0f}.",
     )
 
 
@@ -210,12 +216,14 @@ def neighbours(m: Material) -> dict[str, Any]:
     kinds = [who for who in ("samples", "asked") if who in found["pixels"]]
     near = {by: sum(found[by][f"{who}_nearer_than_unseen_p1"] for who in kinds) for by in ("pixels", "latents")}
     numbers |= {"samples": len(kinds) * n} | {f"nearer than 99 of 100 unseen, by {by}": v for by, v in near.items()}
-    verdict = "look at these for copies" if any(near.values()) else "none looks like a copy"
+    chance = len(kinds) * n / 100
+    many = max(near.values()) > chance + 3 * chance**0.5
     return _part(
         numbers,
         ["neighbours/neighbours.png"],
         f"{near['pixels']} by pixels and {near['latents']} by latents of {len(kinds) * n} samples lie nearer to one of"
-        f" {found['training_slices']} training slices than 99 of 100 unseen slices do: {verdict}.",
+        f" {found['training_slices']} training slices than 99 of 100 unseen slices do; by chance it were about"
+        f" {chance:.1f}: {'look at these for copies' if many else 'nothing speaks for copies'}.",
     )
 
 
@@ -245,11 +253,12 @@ def findings(m: Material) -> dict[str, Any]:
             error = epsilon_of(x, unet(x, at), alphas[at], kind) - noise
             zero = torch.zeros_like(error)
             points.append((float(error.square().mean()), float(spectral_mse_reference(error, zero))))
-        path, times = _way(m, FOLLOWED)
+        path, times = _way(m, min(FOLLOWED, len(m.unseen)))
+        asked = () if m.values is None else (m.values[: path.shape[1]].to(device),)
         rms = []
         for x, t in zip(path[:-1].to(device), times[:-1], strict=True):
-            at = torch.full((len(x),), min(t, len(alphas) - 1), device=device)
-            rms.append(epsilon_of(x, unet(x, at), alphas[at], kind).square().mean((1, 2, 3)).sqrt().cpu())
+            at = torch.full((len(x),), t, device=device)
+            rms.append(epsilon_of(x, unet(x, at, *asked), alphas[at], kind).square().mean((1, 2, 3)).sqrt().cpu())
     side = z.shape[-1]
     ratio = [y / x / side**2 for x, y in points]
     way = torch.stack(rms)

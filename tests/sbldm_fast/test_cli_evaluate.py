@@ -70,6 +70,16 @@ def test_ablate_prints_its_tables(data: Path, tmp_path: Path, run: Any, monkeypa
 
 BAD = [
     (("evaluate", "{p}", "--data", "{d}", "-o", "{out}", "--guidance", "2"), "allowed with --recovery"),
+    (
+        ("evaluate", "{p}", "--data", "{d}", "-o", "{out}", "--recovery", "9", "--only", "curves"),
+        "allowed without --only",
+    ),
+    (
+        ("evaluate", "{p}", "--data", "{d}", "-o", "{d}/manifest.json", "-n", "8"),
+        "manifest.json is a file, allowed is a",
+    ),
+    (("evaluate", "{p}", "--data", "{d}", "-o", "{out}", "-n", "8", "--steps", "0"), "steps: got 0"),
+    (("ablate", "{out}", "--data", "{d}", "--narrow", "8"), "narrow: got 8, allowed is what leaves of the widths"),
     (("evaluate", "{p}", "--data", "{d}", "-o", "{out}", "--only", "fid"), "only: got 'fid', allowed are curves"),
     (
         ("evaluate", "{p}", "--data", "{d}", "-o", "{out}", "-n", "7"),
@@ -78,7 +88,7 @@ BAD = [
     (("evaluate", "{p}", "--data", "{p}", "-o", "{out}"), "manifest.json does not exist"),
     (("evaluate", "{p}", "--data", "{d}", "-o", "{out}", "-n", "8", "--log", "{out}/no"), "is no training log"),
     (("evaluate", "{p}", "--data", "{d}", "-o", "{out}", "-n", "8", "--extractor", "../x"), "extractor: got '../x'"),
-    (("ablate", "{out}", "--data", "nowhere"), "nowhere/manifest.json"),
+    (("ablate", "{out}", "--data", "{out}/nowhere"), "nowhere/manifest.json does not exist"),
     (("ablate", "{out}", "--data", "{d}", "--table", "5"), "tables: got '5', allowed are 4.4.1"),
     (("ablate", "{out}", "--data", "{d}", "--preset", "covariates"), "preset: got a conditional one"),
 ]

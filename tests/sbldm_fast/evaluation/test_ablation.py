@@ -182,7 +182,7 @@ def test_a_gan_learns_something(data: Path) -> None:
     mean = slices[torch.arange(len(slices))].mean(0)
 
     def error(seconds: float) -> float:
-        made = train_gan(slices, 16, seconds, 8, 0, lambda: 0.1 * next(ticks))
+        made = train_gan(slices, seconds, 8, 0, lambda: 0.1 * next(ticks), torch.device("cpu"))
         return float((made.sample(32, 1).mean(0) - mean).square().mean())
 
     before = error(0.05)

@@ -71,6 +71,22 @@ def test_the_standard_error_of_kid_is_that_of_repetitions() -> None:
     assert abs(float(values.mean())) < 3 * float(values.std()) / 60**0.5, "unbiased"
 
 
+def test_groups_are_left_out_whole() -> None:
+    """Ten subjects of six equal slices each: the error of single slices is far too small, that of subjects is not."""
+    generator = torch.Generator().manual_seed(5)
+    of = torch.arange(10).repeat_interleave(6)
+    found = []
+    for _ in range(40):
+        x, y = (torch.randn(10, 4, generator=generator).repeat_interleave(6, 0) for _ in range(2))
+        grouped = kid(Features(x, "e", of), Features(y, "e", of))
+        found.append((grouped[0], grouped[1], kid(features(x), features(y))[1]))
+    values, whole, single = (torch.tensor(v) for v in zip(*found, strict=True))
+    assert 0.5 < float(whole.mean() / values.std()) < 2
+    assert float(single.mean()) < 0.7 * float(whole.mean())
+    with pytest.raises(ValueError, match=r"groups: got shape \[3\], allowed is \[10\]"):
+        Features(torch.randn(10, 2), "e", of[:3])
+
+
 def test_precision_and_recall_of_sets_that_are_known() -> None:
     """Samples that are real ones, samples far away, and samples at half of the real places."""
     real = torch.arange(16.0)[:, None] * torch.tensor([[1.0, 0.0]])

@@ -52,7 +52,7 @@ def test_a_callable_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_callable_of_an_installed_module() -> None:
     """`torch:flatten` is one: [N, 1, H, W] to a vector, which is refused; `_to_255` keeps four dimensions."""
     for name in ("torch:flatten", f"{_to_255.__module__}:_to_255"):
-        with pytest.raises(ValueError, match=r"gave no tensors \[N, d\]"):
+        with pytest.raises(ValueError, match=r"gave no tensors \[N, d\] for N images"):
             extract(name, images())
 
 

@@ -56,6 +56,10 @@ def test_ms_ssim_is_torchmetrics() -> None:
         gaussian_kernel=False, kernel_size=7, data_range=2.0, normalize="relu"
     )
     assert float(m.ms_ssim(y, x).mean()) == pytest.approx(float(of(y, x)), abs=1e-6)
+    least = images(1, 112)
+    assert float(m.ms_ssim(least, least)) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="got 111 x 111 pixels, allowed is 112 or more a side"):
+        m.ms_ssim(images(1, 111), images(1, 111))
 
 
 @pytest.mark.parametrize("metric", PAIRED)
@@ -188,7 +192,7 @@ def test_bad_pairs_are_named() -> None:
         m.ssim(images(2), images(3))
     with pytest.raises(ValueError, match="originals: image 0 has one value"):
         m.nrmse(images(1), torch.zeros(1, 1, 128, 128))
-    with pytest.raises(ValueError, match="got 64 x 64 pixels, allowed is 97 or more a side"):
+    with pytest.raises(ValueError, match="got 64 x 64 pixels, allowed is 112 or more a side"):
         m.ms_ssim(images(1, 64), images(1, 64))
     with pytest.raises(ValueError, match="got 32 x 16 pixels, allowed are squares"):
         m.radial_spectrum(torch.zeros(1, 1, 32, 16))

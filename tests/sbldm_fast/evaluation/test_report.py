@@ -73,7 +73,7 @@ def test_the_page_holds_every_number_and_picture_and_asks_for_nothing(made: Path
     table = (made / "evaluation.md").read_text()
     for name, part in report["parts"].items():
         for key in part["figures"]:
-            assert f"| {name} | {key} |" in table
+            assert f"| {name} | {key}" in table
             assert key.replace("_", " ") in page
 
 
@@ -103,7 +103,7 @@ def test_a_browser_shows_it_on_a_screen_and_on_a_phone(made: Path, browse: Calla
 
 def test_numbers_are_those_of_the_formulas(made: Path, data: Path, fresh_demo: Path) -> None:
     found = json.loads((made / "evaluation.json").read_text())["parts"]
-    material = Material(Pipeline.from_pretrained(fresh_demo), data, made, SETTINGS, "none")
+    material = Material(Pipeline.from_pretrained(fresh_demo), data, made, SETTINGS)
     error = (material.reconstructions - material.unseen).abs().mean()
     assert found["reconstruction"]["figures"]["l1"]["mean"] == pytest.approx(float(error), rel=1e-5)
     q = material.pipeline.vae.encode(material.unseen)
@@ -116,7 +116,7 @@ def test_numbers_are_those_of_the_formulas(made: Path, data: Path, fresh_demo: P
 
 
 def test_unseen_slices_are_unseen(data: Path, fresh_demo: Path, tmp_path: Path) -> None:
-    material = Material(Pipeline.from_pretrained(fresh_demo), data, tmp_path, SETTINGS, "none")
+    material = Material(Pipeline.from_pretrained(fresh_demo), data, tmp_path, SETTINGS)
     assert {row["split"] for row in material.unseen_rows} <= {"val", "test"}
     training = Slices(data)[torch.arange(len(Slices(data)))]
     apart = torch.cdist(material.unseen.flatten(1), training.flatten(1))
@@ -153,22 +153,69 @@ def test_it_goes_on_where_it_was_cut_off(
     assert asked == [8], "samples are made once"
 
 
-def test_a_conditional_pipeline_is_asked_for_what_unseen_slices_are(data: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def conditional(data: Path) -> Pipeline:
+    """Of random weights; it can be asked for age and position."""
     p = preset("demo")
     told = replace(p.unet, covariates=find_covariates(read_manifest(data), ["age", "position"]))
-    pipeline = Pipeline(AutoencoderKL(p.vae), UNet2D(told), p.scheduler)
+    return Pipeline(AutoencoderKL(p.vae), UNet2D(told), replace(p.scheduler, prediction_type="v_prediction"))
+
+
+def test_a_conditional_pipeline_is_asked_for_what_unseen_slices_are(
+    data: Path, conditional: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
 
-    def sample(n: int, *, cond: Any = None, **_: Any) -> Tensor:
+    def sample(self: Any, n: int, *, cond: Any = None, **_: Any) -> Tensor:
         asked.append(cond)
         return torch.zeros(n, 1, 128, 128)
 
-    pipeline.sample = sample  # type: ignore[method-assign,assignment]
-    report = evaluate_pipeline(pipeline, data, tmp_path / "e", SETTINGS, only=["sharpness"], progress=False)
+    monkeypatch.setattr(Pipeline, "sample", sample)
+    report = evaluate_pipeline(conditional, data, tmp_path / "e", SETTINGS, only=["sharpness"], progress=False)
     assert report["asked"] == ["age", "position"]
-    material = Material(pipeline, data, tmp_path / "e", SETTINGS, report["stamp"])
+    material = Material(conditional, data, tmp_path / "e", SETTINGS)
     wanted = [row["covariates"]["age"] for row in material.unseen_rows]
     assert [float(v) for v in asked[0]["age"]] == pytest.approx(wanted)
+
+
+def test_all_parts_of_a_conditional_pipeline(data: Path, conditional: Pipeline, tmp_path: Path) -> None:
+    """Fewer samples than are followed on their way; people outside the trained range."""
+    only = [name for name in parts.PARTS if name not in ("diversity", "latents", "spectra")]
+    report = evaluate_pipeline(conditional, data, tmp_path / "e", SETTINGS, only=only, progress=False)
+    assert list(report["parts"]) == only
+    assert "of 8 that fall below 0.05" in " ".join(report["parts"]["findings"]["figures"])
+
+
+def test_training_slices_beside_asked_samples_are_of_the_same_contrast_and_height(
+    data: Path, conditional: Pipeline, tmp_path: Path
+) -> None:
+    material = Material(conditional, data, tmp_path, SETTINGS)
+    places = material.places.tolist()
+    assert len(set(places)) == 8
+    for place, wanted in zip(places, material.unseen_rows, strict=True):
+        row = material.train.rows[place]
+        assert row["modality"] == wanted["modality"]
+        assert abs(row["covariates"]["position"] - wanted["covariates"]["position"]) < 25  # every eighth slice
+
+
+def test_what_a_part_is_of_decides_whether_it_is_made_again(
+    data: Path, fresh_demo: Path, log: Path, tmp_path: Path
+) -> None:
+    pipeline, of = Pipeline.from_pretrained(fresh_demo), ["curves", "distribution"]
+
+    def run(**settings: Any) -> dict[str, Any]:
+        return evaluate_pipeline(
+            pipeline, data, tmp_path / "e", replace(SETTINGS, **settings), only=of, progress=False
+        )["parts"]
+
+    assert "skipped" in run()["curves"]
+    (tmp_path / "log").write_text(log.read_text())
+    assert run(log=str(tmp_path / "log"))["curves"]["figures"] == {"unet: least validation loss": 0.25}
+    (tmp_path / "log").write_text(log.read_text().replace("0.25", "0.125"))
+    found = run(log=str(tmp_path / "log"), extractor="sbldm_fast.evaluation.metrics:radial_spectrum")
+    assert found["curves"]["figures"] == {"unet: least validation loss": 0.125}
+    assert found["distribution"]["figures"]["extractor"] == "sbldm_fast.evaluation.metrics:radial_spectrum"
+    assert str(tmp_path) not in (tmp_path / "e" / "evaluation.json").read_text(), "no path of a machine"
 
 
 def test_without_a_log_the_curves_say_why(data: Path, fresh_demo: Path, tmp_path: Path) -> None:
@@ -178,7 +225,10 @@ def test_without_a_log_the_curves_say_why(data: Path, fresh_demo: Path, tmp_path
     assert "Not made: no training log" in (tmp_path / "e" / "evaluation.html").read_text()
 
 
-@pytest.mark.parametrize("text", ["", "no json", '{"step": 1}\n', '{"stage": "vae", "step": 1}\n', "[]\n"])
+NO_LOGS = ["", "no json", '{"step": 1}\n', '{"stage": "vae", "step": 1}\n', '{"stage": "vae", "loss": 1}\n', "[]\n"]
+
+
+@pytest.mark.parametrize("text", NO_LOGS)
 def test_what_is_no_log_is_named(data: Path, fresh_demo: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "log").write_text(text)
     settings = replace(SETTINGS, log=str(tmp_path / "log"))
@@ -212,6 +262,8 @@ def test_bad_input_is_named_and_nothing_is_written(data: Path, fresh_demo: Path,
     refuse(lambda: run(n=7), "n: got 7, allowed is 8 or more")
     refuse(lambda: run(n=10_000), r"n: got 10000, allowed are as many as unseen slices in .*, \d+")
     refuse(lambda: run(of=tmp_path / "nowhere"), "manifest.json does not exist")
+    refuse(lambda: run(steps=0), "steps: got 0, allowed is")
+    refuse(lambda: run(only=("distribution",), extractor="zzz"), "extractor: got 'zzz'")
     prepare(["synthetic:1"], tmp_path / "one", every=30, progress=False)
     refuse(lambda: run(of=tmp_path / "one"), "has neither validation nor test slices: nothing to compare with")
     assert not out.exists()
