@@ -79,7 +79,10 @@ BAD = [
         "manifest.json is a file, allowed is a",
     ),
     (("evaluate", "{p}", "--data", "{d}", "-o", "{out}", "-n", "8", "--steps", "0"), "steps: got 0"),
-    (("ablate", "{out}", "--data", "{d}", "--narrow", "8"), "narrow: got 8, allowed is what leaves of the widths"),
+    (
+        ("ablate", "{out}", "--data", "{d}", "--narrow", "8", "-n", "8"),
+        "narrow: got 8, allowed is what leaves of the widths",
+    ),
     (("evaluate", "{p}", "--data", "{d}", "-o", "{out}", "--only", "fid"), "only: got 'fid', allowed are curves"),
     (
         ("evaluate", "{p}", "--data", "{d}", "-o", "{out}", "-n", "7"),
