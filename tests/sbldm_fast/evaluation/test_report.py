@@ -205,6 +205,36 @@ def test_training_slices_beside_asked_samples_are_of_the_same_contrast_and_heigh
             assert row["modality"] == wanted["modality"] or not left
 
 
+def test_what_a_part_is_of_decides_whether_it_is_made_again(
+    data: Path, fresh_demo: Path, log: Path, tmp_path: Path
+) -> None:
+    pipeline, of = Pipeline.from_pretrained(fresh_demo), ["curves", "distribution"]
+
+    def run(**settings: Any) -> dict[str, Any]:
+        return evaluate_pipeline(
+            pipeline, data, tmp_path / "e", replace(SETTINGS, **settings), only=of, progress=False
+        )["parts"]
+
+    assert "skipped" in run()["curves"]
+    (tmp_path / "log").write_text(log.read_text())
+    assert run(log=str(tmp_path / "log"))["curves"]["figures"] == {"unet: least validation loss": 0.25}
+    (tmp_path / "log").write_text(log.read_text().replace("0.25", "0.125"))
+    found = run(log=str(tmp_path / "log"), extractor="sbldm_fast.evaluation.metrics:radial_spectrum")
+    assert found["curves"]["figures"] == {"unet: least validation loss": 0.125}
+    assert found["distribution"]["figures"]["extractor"] == "sbldm_fast.evaluation.metrics:radial_spectrum"
+    assert str(tmp_path) not in (tmp_path / "e" / "evaluation.json").read_text(), "no path of a machine"
+
+
+def test_without_a_log_the_curves_say_why(data: Path, fresh_demo: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline.from_pretrained(fresh_demo)
+    report = evaluate_pipeline(pipeline, data, tmp_path / "e", SETTINGS, only=["curves"], progress=False)
+    assert report["parts"]["curves"] == {"skipped": "no training log beside the pipeline; --log names one"}
+    assert "Not made: no training log" in (tmp_path / "e" / "evaluation.html").read_text()
+
+
+NO_LOGS = ["", "no json", '{"step": 1}\n', '{"stage": "vae", "step": 1}\n', '{"stage": "vae", "loss": 1}\n', "[]\n"]
+
+
 @pytest.mark.parametrize("text", NO_LOGS)
 def test_what_is_no_log_is_named(data: Path, fresh_demo: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "log").write_text(text)
