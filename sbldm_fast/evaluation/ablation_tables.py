@@ -1,6 +1,7 @@
 """The tables of 000 from measured rows: mean ± standard deviation over seeds, and what the differences are worth.
 
-A line says `-` where no row holds a value; nothing is typed.
+A line says `-` where no row holds a value; nothing is typed. Settings of one seed share an autoencoder, so they are
+compared seed by seed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import asdict
 from statistics import mean, stdev
 from typing import Any
 
-from .settings import LEAST_SEEDS, STEPS, TABLES, Setting
+from .settings import BANDS, BOTH, GAMMA, LEAST_SEEDS, SIMPLE, STEPS, TABLES, Setting
 
 Rows = Sequence[Mapping[str, Any]]
 TITLES = {
@@ -71,8 +72,9 @@ def render_tables(rows: Rows) -> str:
 
 def _about(rows: Rows) -> str:
     budget, first = rows[0]["budget"], rows[0]
-    floor, seeds = first["floor"], {int(row["seed"]) for row in rows}
+    seeds = {int(row["seed"]) for row in rows}
     machines = sorted({f"{row['machine']}, {row['arithmetic']}, threads: {row['threads']}" for row in rows})
+    biased = first["real"] < first["dimensions"]
     return " ".join(
         [
             f"Slices of {budget['side']} x {budget['side']} pixels, preset `{budget['preset']}` with its widths over"
@@ -80,10 +82,8 @@ def _about(rows: Rows) -> str:
             f" of the autoencoder and {budget['steps']} of the UNet, which predicts {budget['prediction_type']}, in"
             f" batches of {budget['batch_size']}.",
             f"{budget['samples']} samples in {STEPS} DDIM steps against {first['real']} unseen slices, by features of"
-            f" {first['extractor']}; of {first['dimensions']} dimensions, so the Fréchet distance is mostly bias.",
-            f"As many training slices, as near as a sample could come, have KID ×1000 of {1e3 * floor['kid']:.1f}, a"
-            f" Fréchet distance of {floor['frechet_distance']:.1f}, precision {floor['precision']:.3f} and recall"
-            f" {floor['recall']:.3f}.",
+            f" {first['extractor']}{'; of so few images the Fréchet distance is mostly bias' if biased else ''}.",
+            f"The first line is of {first['floor']['samples']} training slices: as near as a sample could come.",
             f"{'; '.join(machines)}. Synthetic, not for diagnosis.",
         ]
     )
@@ -92,6 +92,9 @@ def _about(rows: Rows) -> str:
 def _table(name: str, settings: Mapping[str, Setting], rows: Rows) -> str:
     columns = (*COLUMNS, *EXTRA.get(name, ()))
     lines = ["| | " + " | ".join(c[0] for c in columns) + " |", "|---|" + "---|" * len(columns)]
+    floor = rows[0]["floor"]
+    real = [f"{floor[key] * factor:.{digits}f}" if key in floor else "" for _, key, digits, factor in columns]
+    lines.append("| *training slices* | " + " | ".join(real) + " |")
     for label, setting in settings.items():
         cells = []
         for _, key, digits, factor in columns:
@@ -108,27 +111,40 @@ def _worth(name: str, settings: Mapping[str, Setting], rows: Rows) -> str:
         groups.setdefault(label.split(" ")[0] if name == "B" else "", {})[label] = setting
     sentences = []
     for key, group in groups.items():
-        found = {label: s for label, setting in group.items() if (s := spread(rows_of(rows, setting), "kid"))}
-        if len(found) < 2:
-            continue
-        best, worst = min(found, key=lambda k: found[k][0]), max(found, key=lambda k: found[k][0])
-        noise = (found[best][1] ** 2 + found[worst][1] ** 2) ** 0.5
-        apart = (found[worst][0] - found[best][0]) / noise if noise else float("inf")
-        verdict = (
-            "a difference that other seeds would keep" if apart > 3 else "no more than other seeds make of one setting"
-        )
+        usual = [BOTH] if name == "4.5" else [SIMPLE, GAMMA, BANDS] if name != "B" else [GAMMA, BANDS]
+        base = next(label for label, setting in group.items() if setting in usual)
+        found = [
+            f"{label} {1e3 * d[0]:+.1f} ± {1e3 * d[1]:.1f} ({'told apart' if d[2] else 'not told apart'})"
+            for label, setting in group.items()
+            if label != base and (d := paired(rows_of(rows, setting), rows_of(rows, group[base])))
+        ]
         about = f"{PARAMETERS[key][0]}, tested {PARAMETERS[key][1]}: " if key else ""
+        if found:
+            sentences.append(f"{about}KID ×1000 above that of {base}, seed by seed: {', '.join(found)}.")
+    if sentences:
         sentences.append(
-            f"{about}KID is least with {best} and most with {worst}, {apart:.1f} standard deviations of their"
-            f" difference apart: {verdict}."
+            "Told apart is a paired t-test at 5 % of each line; what these seeds cannot tell apart may differ."
         )
-    if name == "4.5":
-        alone = rows_of(rows, settings["VAE only"])
-        back, level = spread(alone, "ssim_reconstruction"), spread(alone, "psnr_reconstruction")
-        if back and level:
-            sentences.append(
-                "The GAN and the DDPM were trained for as long as ours. The autoencoder gives unseen slices back with"
-                f" SSIM {back[0]:.3f} ± {back[1]:.3f} and PSNR {level[0]:.2f} ± {level[1]:.2f} dB; those of samples are"
-                " against slices that they have nothing to do with."
-            )
+    alone = rows_of(rows, settings["VAE only"]) if name == "4.5" else []
+    back, level = (
+        spread([r for r in alone if key in r], key) for key in ("ssim_reconstruction", "psnr_reconstruction")
+    )
+    if back and level:
+        sentences.append(
+            f"The autoencoder gives unseen slices back with SSIM {back[0]:.3f} ± {back[1]:.3f} and PSNR {level[0]:.2f}"
+            f" ± {level[1]:.2f} dB; those of samples are against slices that they have nothing to do with."
+        )
     return " ".join(sentences)
+
+
+def paired(of: Rows, base: Rows) -> tuple[float, float, bool] | None:
+    """Mean and standard deviation over seeds of how much more KID the first have, and whether a paired t-test tells
+    them apart at 5 %; None below 3 seeds."""
+    from scipy.stats import t
+
+    there = {int(row["seed"]): float(row["kid"]) for row in base}
+    more = [float(row["kid"]) - there[int(row["seed"])] for row in of if int(row["seed"]) in there]
+    if (n := len(more)) < LEAST_SEEDS:
+        return None
+    middle, apart = mean(more), stdev(more)
+    return middle, apart, bool(abs(middle) > t.ppf(0.975, n - 1) * apart / n**0.5)

@@ -115,7 +115,7 @@ def fake(setting: Any, seed: int, kid: float, **more: Any) -> dict[str, Any]:
         "extractor": "e",
         "dimensions": 2,
         "real": 8,
-        "floor": {"kid": 0.001, "frechet_distance": 1.0, "precision": 1.0, "recall": 1.0},
+        "floor": {"samples": 8, "kid": 0.001, "frechet_distance": 1.0, "precision": 1.0, "recall": 1.0},
         "budget": asdict(BUDGET) | {"data": "d"},
         "machine": "m",
         "threads": 1,
@@ -125,15 +125,19 @@ def fake(setting: Any, seed: int, kid: float, **more: Any) -> dict[str, Any]:
 
 
 def test_a_table_says_what_its_differences_are_worth() -> None:
+    """By hand: differences of 10, 20, 30 have a t of 20 / (10 / sqrt 3) = 3.46, below 4.30 of two degrees of freedom;
+    of 10, 12, 14 one of 10.4."""
     bands = TABLES["4.4.2"]["two bands, 1 and 0.5"]
-    close = [fake(s, i, 0.1 + 0.01 * i + d) for s, d in ((SIMPLE, 0.0), (bands, 0.001)) for i in range(3)]
-    assert "no more than other seeds make of one setting" in render_tables(close)
-    far = [fake(s, i, 0.1 + 0.01 * i + d) for s, d in ((SIMPLE, 0.0), (bands, 0.3)) for i in range(3)]
-    text = render_tables(far)
-    assert "KID is least with simple (L2) and most with two bands, 1 and 0.5, 21.2 standard deviations" in text
-    assert "a difference that other seeds would keep" in text
-    assert "| simple (L2) | 110.0 ± 10.0 |" in text
-    assert "| two bands, 1 and 0.5 | 410.0 ± 10.0 |" in text
+    for more, said in (
+        ((10, 20, 30), "two bands, 1 and 0.5 +20.0 ± 10.0 (not told apart)"),
+        ((10, 12, 14), "two bands, 1 and 0.5 +12.0 ± 2.0 (told apart)"),
+    ):
+        rows = [fake(SIMPLE, i, 0.1 + 0.1 * i) for i in range(3)]
+        rows += [fake(bands, i, 0.1 + 0.1 * i + d / 1e3) for i, d in enumerate(more)]
+        text = render_tables(rows)
+        assert f"KID ×1000 above that of simple (L2), seed by seed: {said}." in text
+        assert "| simple (L2) | 200.0 ± 100.0 |" in text
+        assert "| *training slices* | 1.0 | 1.0 | 1.000 |" in text
 
 
 def test_a_line_without_three_seeds_has_no_value() -> None:
