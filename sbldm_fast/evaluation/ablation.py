@@ -1,8 +1,8 @@
 """The ablations that 000 leaves blank: settings times seeds, each trained, sampled and compared with unseen slices.
 
 Within a table all have the same budget: the schedules and losses the same steps on the same latents, the methods of
-section 4.5 the seconds that ours took. A row is written when its run ends; run again, what is missing is made, and
-torchrun gives each process seeds of its own.
+section 4.5 the seconds that ours took. A row is written when its run ends; the same command makes the missing rows, and
+begins anew with the one that was cut off. torchrun gives each process seeds of its own.
 """
 
 from __future__ import annotations
@@ -165,7 +165,11 @@ class _Bench:
     def autoencoder(self, seed: int) -> tuple[AutoencoderKL, Tensor, float]:
         """The trained autoencoder of a seed, its scaled latents and the seconds that both took."""
         if seed not in self.vaes:
-            folder, start = self.out / f"vae-{seed}", self.clock()
+            folder = self.out / f"vae-{seed}"
+            spent = folder / "seconds.json"
+            if not spent.exists():  # one that was cut off would have the seconds of its last part
+                shutil.rmtree(folder, ignore_errors=True)
+            start = self.clock()
             torch.manual_seed(seed)
             vae = AutoencoderKL(self.preset.vae).to(self.device)
             config = TrainConfig(self.budget.vae_steps, self.budget.batch_size, 1e-3, warmup=50, seed=seed)
@@ -173,7 +177,6 @@ class _Bench:
             latents, _ = encode(vae, self.train, 1, seed, progress=False)
             factor = float(1 / latents.std())
             vae.config = replace(vae.config, scaling_factor=factor)
-            spent = folder / "seconds.json"
             if not spent.exists():
                 write_json(spent, {"seconds": self.clock() - start})
             self.vaes = {seed: (vae, (latents * factor).contiguous(), read_json(spent)["seconds"])}
@@ -182,6 +185,7 @@ class _Bench:
     def run(self, setting: Setting, seed: int) -> dict[str, Any]:
         """Train, sample, compare: a row."""
         folder = self.out / f"run-{_name(setting)}-{seed}"
+        shutil.rmtree(folder, ignore_errors=True)  # cut off, it begins again, so that its seconds are all of them
         make = {"ours": self._latent, "vae": self._prior, "gan": self._gan, "pixels": self._pixels}[setting.method]
         images, told = make(setting, seed, folder)
         shutil.rmtree(folder, ignore_errors=True)
@@ -296,16 +300,12 @@ class _Bench:
             torch.manual_seed(seed)
             return UNet2D(unet_config).to(self.device)
 
-        planned = self.out / f"pixels-{seed}.json"  # kept: a run that goes on has the steps that it began with
-        if not planned.exists():
-            spent = []
-            for tried in (TRIED, 3 * TRIED):  # their difference leaves out what a run begins and ends with
-                begun = self.clock()
-                self._train(start(), images, setting, seed, tried, folder / f"tried-{tried}")
-                spent.append(self.clock() - begun)
-            pace = (spent[1] - spent[0]) / (2 * TRIED)
-            write_json(planned, {"steps": max(TRIED, int(self._seconds(seed) / pace))})
-        steps = int(read_json(planned)["steps"])
+        spent = []
+        for tried in (TRIED, 3 * TRIED):  # their difference leaves out what a run begins and ends with
+            begun = self.clock()
+            self._train(start(), images, setting, seed, tried, folder / f"tried-{tried}")
+            spent.append(self.clock() - begun)
+        steps = max(TRIED, int(self._seconds(seed) * 2 * TRIED / (spent[1] - spent[0])))
         unet, begun = start(), self.clock()
         unet = self._train(unet, images, setting, seed, steps, folder / "run")
         seconds = self.clock() - begun
