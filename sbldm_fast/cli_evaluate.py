@@ -123,8 +123,9 @@ def ablate(
 ) -> None:
     """Fill the tables of document 000: settings times seeds. Example: sbldm-fast ablate ablation --data data
 
-    Cut off, the same command makes the missing runs. Seeds at a time: torchrun --nproc-per-node=3 -m sbldm_fast ablate ablation --data
-    data
+    Cut off, the same command makes the missing runs.
+
+    Seeds at a time: torchrun --nproc-per-node=3 -m sbldm_fast ablate ablation --data data
     """
     from sbldm_fast import preset as find
     from sbldm_fast.evaluation.ablation import ablate as run
