@@ -79,11 +79,12 @@ def _about(rows: Rows) -> str:
         [
             f"Slices of {budget['side']} x {budget['side']} pixels, preset `{budget['preset']}` with its widths over"
             f" {budget['narrow']}, {len(seeds)} seeds, each with an autoencoder of its own; {budget['vae_steps']} steps"
-            f" of the autoencoder and {budget['steps']} of the UNet, which predicts {budget['prediction_type']}, in"
-            f" batches of {budget['batch_size']}.",
+            f" of the autoencoder and {budget['steps']} of the UNet (`{budget['prediction_type']}`) in batches"
+            f" of {budget['batch_size']}.",
             f"{budget['samples']} samples in {STEPS} DDIM steps against {first['real']} unseen slices, by features of"
             f" {first['extractor']}{'; of so few images the Fréchet distance is mostly bias' if biased else ''}.",
-            f"The first line is of {first['floor']['samples']} training slices: as near as a sample could come.",
+            f"The first line is of {first['floor']['samples']} training slices: as near as a sample could come. The least KID"
+            f" ×1000 of a run is {1e3 * min(row['kid'] for row in rows):.0f}.",
             f"{'; '.join(machines)}. Synthetic, not for diagnosis.",
         ]
     )
@@ -114,13 +115,13 @@ def _worth(name: str, settings: Mapping[str, Setting], rows: Rows) -> str:
         usual = [BOTH] if name == "4.5" else [SIMPLE, GAMMA, BANDS] if name != "B" else [GAMMA, BANDS]
         base = next(label for label, setting in group.items() if setting in usual)
         found = [
-            f"{label} {1e3 * d[0]:+.1f} ± {1e3 * d[1]:.1f} ({'told apart' if d[2] else 'not told apart'})"
+            f"{label}: {1e3 * d[0]:+.1f} ± {1e3 * d[1]:.1f} ({'told apart' if d[2] else 'not told apart'})"
             for label, setting in group.items()
             if label != base and (d := paired(rows_of(rows, setting), rows_of(rows, group[base])))
         ]
         about = f"{PARAMETERS[key][0]}, tested {PARAMETERS[key][1]}: " if key else ""
         if found:
-            sentences.append(f"{about}KID ×1000 above that of {base}, seed by seed: {', '.join(found)}.")
+            sentences.append(f"{about}KID ×1000 above that of {base}, seed by seed: {'; '.join(found)}.")
     if sentences:
         sentences.append(
             "Told apart is a paired t-test at 5 % of each line; what these seeds cannot tell apart may differ."

@@ -129,8 +129,8 @@ def test_a_table_says_what_its_differences_are_worth() -> None:
     of 10, 12, 14 one of 10.4."""
     bands = TABLES["4.4.2"]["two bands, 1 and 0.5"]
     for more, said in (
-        ((10, 20, 30), "two bands, 1 and 0.5 +20.0 ± 10.0 (not told apart)"),
-        ((10, 12, 14), "two bands, 1 and 0.5 +12.0 ± 2.0 (told apart)"),
+        ((10, 20, 30), "two bands, 1 and 0.5: +20.0 ± 10.0 (not told apart)"),
+        ((10, 12, 14), "two bands, 1 and 0.5: +12.0 ± 2.0 (told apart)"),
     ):
         rows = [fake(SIMPLE, i, 0.1 + 0.1 * i) for i in range(3)]
         rows += [fake(bands, i, 0.1 + 0.1 * i + d / 1e3) for i, d in enumerate(more)]
