@@ -83,8 +83,8 @@ def _about(rows: Rows) -> str:
             f" of {budget['batch_size']}.",
             f"{budget['samples']} samples in {STEPS} DDIM steps against {first['real']} unseen slices, by features of"
             f" {first['extractor']}{'; of so few images the Fréchet distance is mostly bias' if biased else ''}.",
-            f"The first line is of {first['floor']['samples']} training slices: as near as a sample could come. The least"
-            f" KID ×1000 of a run is {1e3 * min(row['kid'] for row in rows):.0f}.",
+            f"The first line is of {first['floor']['samples']} training slices: as near as a sample could come. The"
+            f" least KID ×1000 of a run is {1e3 * min(row['kid'] for row in rows):.0f}.",
             f"{'; '.join(machines)}. Synthetic, not for diagnosis.",
         ]
     )
