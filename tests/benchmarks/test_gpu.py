@@ -118,7 +118,7 @@ def test_a_part_that_takes_too_long_writes_what_it_has(
     """An interrupt comes first: rounds end, the rows of the problem are written and say so, and the part is run again
     the next time."""
     endless = "bench sampling --preset demo --steps 5 --batch 1,2 --rounds 100000 --short --no-compile --dtype float32"
-    long = gpu.Part("headline", endless, 25)
+    long = gpu.Part("headline", endless, 60)  # enough for three rounds beside another worker of the tests
     monkeypatch.setattr(gpu, "plan", lambda *_: [long])
     assert gpu.run(tmp_path, "cpu", env, time.monotonic() + 300) == 1
     rows = read_rows(tmp_path / "rows.jsonl")[0]
