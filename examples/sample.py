@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ages", type=float, nargs="+", default=[30, 55, 80], help="years")
     parser.add_argument("--positions", type=float, nargs="+", default=[-40, -20, 0, 14, 30, 50], help="heights, mm")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=50, help="solver steps")
+    parser.add_argument("--steps", type=int, help="solver steps (default: 12 of UniPC)")
     parser.add_argument("--mode", default="auto", help="auto, eager, compile, step-graph or loop-graph")
     parser.add_argument("-o", "--out", type=Path, default=Path("samples.png"))
     options = parser.parse_args(arguments)

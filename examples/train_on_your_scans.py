@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     print(f"trained on {result['slices']} slices")
-    images = Pipeline.from_pretrained(run / "pipeline").sample(options.n, seed=0, steps=50)
+    images = Pipeline.from_pretrained(run / "pipeline").sample(options.n, seed=0)
     save_grid(to_uint8(images), options.out / "samples.png")
     print(options.out / "samples.png")
 

@@ -94,8 +94,8 @@ def export(
     target: str = "ort",
     dtype: str = "fp32",
     batch: int | str = "dynamic",
-    scheduler: Any = "ddim",
-    steps: int = 50,
+    scheduler: Any = None,
+    steps: int | None = None,
     eta: float = 0.0,
     shape: tuple[int, int, int] | None = None,
     cond: Cond = None,
@@ -118,9 +118,9 @@ def export(
             of `unet` and `step` on a CPU, for `ort`, calibrated on what the model meets while it samples.
         batch: of `step`, whose shapes are fixed, and for `tensorrt` of every graph; `"dynamic"`: 1 in `step`, free
             elsewhere.
-        scheduler: a name of `Pipeline.sampler`, a scheduler object or a `SolverTable`.
-        steps, eta: of the table in the manifest; a `SolverTable` has its own. `step` has as many rows; `sampler` takes
-            any number.
+        scheduler: a name of `Pipeline.sampler`, a scheduler object or a `SolverTable`; None: a pipeline's own.
+        steps, eta: of the table in the manifest, None: as of `Pipeline.sampler`; a `SolverTable` has its own. `step`
+            has as many rows; `sampler` takes any number.
         shape: of one sample, `(C, H, W)`; a pipeline knows its own.
         cond: an example of the conditioning, `[n, ...]` or a mapping of such; the graphs then take `cond`, `uncond`,
             `guidance_scale`. A model with covariates needs none; its graphs take `cond_NAME` for each, float32 `[N]`,
@@ -225,14 +225,14 @@ def _versions() -> dict[str, str]:
 def _copy_to_cpu(source: Pipeline | nn.Module) -> Pipeline | nn.Module:
     """A copy, so that the caller's stays where it is."""
     if isinstance(source, Pipeline):
-        return Pipeline(copy.deepcopy(source.vae), copy.deepcopy(source.unet), source.scheduler.config).to("cpu")
+        return copy.deepcopy(source).to("cpu")
     if isinstance(source, nn.Module):
         return nn.Module.to(copy.deepcopy(source), "cpu").eval()
     raise UserError(f"source: got {type(source).__name__}, allowed is a Pipeline or a torch.nn.Module")
 
 
 def _resolve(
-    source: Pipeline | nn.Module, shape: tuple[int, int, int] | None, scheduler: Any, steps: int, eta: float
+    source: Pipeline | nn.Module, shape: tuple[int, int, int] | None, scheduler: Any, steps: int | None, eta: float
 ) -> tuple[nn.Module, tuple[int, int, int], SolverTable]:
     """The model, the shape of a sample, the table."""
     if isinstance(source, Pipeline):
@@ -240,11 +240,11 @@ def _resolve(
             raise UserError(f"shape: got {shape}, allowed with a pipeline is None: it has its own")
         sampler = source.sampler(steps, "eager", scheduler=scheduler, eta=eta)
         return source.unet, source.latent_shape, sampler.table
-    if shape is None or len(shape) != 3 or isinstance(scheduler, str):
+    if shape is None or len(shape) != 3 or isinstance(scheduler, str | None):
         allowed = "(C, H, W) and a scheduler object or SolverTable"
         raise UserError(f"shape, scheduler: got {shape}, {scheduler!r}, allowed with a model alone are {allowed}")
     if not isinstance(scheduler, SolverTable):
-        scheduler = SolverTable.from_scheduler(scheduler, steps, eta=eta)
+        scheduler = SolverTable.from_scheduler(scheduler, steps or 50, eta=eta)
     return source, shape, scheduler
 
 

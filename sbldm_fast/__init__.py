@@ -1,7 +1,7 @@
 """Fast slice-by-slice latent diffusion for brain MRI: measure, drop in, export.
 
     from sbldm_fast import Pipeline
-    images = Pipeline.from_pretrained("demo").sample(16, seed=0, steps=50)   # [16, 1, 128, 128] in [-1, 1]
+    images = Pipeline.from_pretrained("demo").sample(16, seed=0)   # [16, 1, 128, 128] in [-1, 1]
 
 Images are synthetic, not for diagnosis.
 

@@ -21,8 +21,8 @@ from .cli_ask import Asking, ask
 from .cli_bench import bench, report
 from .cli_evaluate import ablate, evaluate
 from .cli_export import export
-from .cli_options import Eta, Json, OutFolder, PipelineFolder, Scheduler, Seed, Steps, count, place, say
-from .cli_train import prepare, train
+from .cli_options import Eta, Json, OutFolder, PipelineFolder, Seed, Solver, Steps, count, place, say
+from .cli_train import distill, prepare, train
 from .errors import MissingExtra, UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
@@ -107,8 +107,8 @@ def sample(
     ],
     n: Count = None,
     seed: Seed = 0,
-    steps: Steps = 50,
-    scheduler: Annotated[Scheduler, typer.Option(help="dpm and unipc need diffusers.")] = Scheduler.ddim,
+    steps: Steps = None,
+    scheduler: Solver = None,
     mode: Annotated[
         str, typer.Option(help="auto, eager, compile, step-graph, loop-graph, a torch.compile mode, or graph+mode.")
     ] = "auto",
@@ -136,7 +136,9 @@ def sample(
 
     asked, n = ask(pipeline, context.args, table, n, 16, extrapolate=extrapolate)
     precision = None if dtype is None else getattr(torch, dtype.value)
-    settings = Settings(seed, steps, scheduler.value, mode, eta, precision, batch_size, format.value, asked)
+    settings = Settings(
+        seed, steps, scheduler and scheduler.value, mode, eta, precision, batch_size, format.value, asked
+    )
     settings = replace(settings, guidance_scale=guidance, guidance_interval=guidance_interval, extrapolate=extrapolate)
     _run(pipeline, out, n, settings, as_json)
 
@@ -147,8 +149,8 @@ def population(
     out: Annotated[Path, typer.Option("-o", "--out", callback=place, help="Folder for the cohort, as BIDS has it.")],
     n: Count = None,
     seed: Seed = 0,
-    steps: Steps = 10,
-    scheduler: Annotated[Scheduler, typer.Option(help="dpm and unipc need diffusers.")] = Scheduler.unipc,
+    steps: Steps = None,
+    scheduler: Solver = None,
     batch_size: Processed = 16,
     table: Table = None,
     guidance: Guidance = None,
@@ -163,7 +165,7 @@ def population(
     from sbldm_fast.sampling.job import Settings
 
     asked, n = ask(pipeline, context.args, table, n, 100, drawn=None if table else seed, extrapolate=extrapolate)
-    settings = Settings(seed, steps, scheduler.value, batch_size=batch_size, format="bids", asked=asked)
+    settings = Settings(seed, steps, scheduler and scheduler.value, batch_size=batch_size, format="bids", asked=asked)
     _run(pipeline, out, n, replace(settings, guidance_scale=guidance, extrapolate=extrapolate), as_json)
 
 
@@ -250,7 +252,7 @@ demo {"finished" if ok else "FAILED"} in {time.monotonic() - start:.0f} s""")
 
 
 # in the order of --help
-for command in (doctor, prepare, train, sample, population, evaluate, ablate, export, bench, report, demo):
+for command in (doctor, prepare, train, distill, sample, population, evaluate, ablate, export, bench, report, demo):
     app.command(**(ASKING if command in (sample, population) else {}))(command)
 
 

@@ -54,7 +54,7 @@ def evaluate(
     out: OutFolder,
     n: Annotated[int, typer.Option("-n", min=8, help="Samples, and unseen slices that they are compared with.")] = 200,
     seed: Seed = 0,
-    steps: Steps = 50,
+    steps: Steps = None,
     only: Only = None,
     extractor: Annotated[
         str, typer.Option(help="Features: efficientnet-lite0, vae, inception or package.module:name.")

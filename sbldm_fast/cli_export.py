@@ -29,8 +29,10 @@ def export(
     batch: Annotated[
         str, typer.Option(help="Of step, and for tensorrt of all graphs: a number or dynamic.")
     ] = "dynamic",
-    scheduler: Annotated[Scheduler | None, typer.Option(help="Default: ddim, or that of a diffusers folder.")] = None,
-    steps: Steps = 50,
+    scheduler: Annotated[
+        Scheduler | None, typer.Option(help="Default: the pipeline's own, or that of a diffusers folder.")
+    ] = None,
+    steps: Steps = None,
     eta: Eta = 0.0,
     guidance: Annotated[
         bool, typer.Option("--guidance", help="Graphs with the second pass of guidance, twice the work at any scale.")
@@ -61,7 +63,7 @@ def export(
         raise typer.BadParameter(
             f"got {scheduler}, allowed with a diffusers folder is none: it has its own", param_hint="--scheduler"
         )
-    own.setdefault("scheduler", "ddim" if scheduler is None else scheduler.value)
+    own.setdefault("scheduler", scheduler and scheduler.value)
     own |= {"license": license} if license is not None else {}
     options: dict[str, Any] = {
         "target": target.value,

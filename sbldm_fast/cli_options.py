@@ -23,7 +23,13 @@ def place(path: Path | None) -> Path | None:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 OutFolder = Annotated[Path, typer.Option("-o", "--out", callback=place, help="Folder to write.")]
 PipelineFolder = Annotated[str, typer.Argument(help="A pipeline folder, or demo for the bundled weights.")]
-Steps = Annotated[int, typer.Option(help="Solver steps, 1 to 1000.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=1000, help="Solver steps (default: 12 of UniPC, 50 of others, a distilled pipeline's own)."
+    ),
+]
+Solver = Annotated[Scheduler | None, typer.Option(help="Default: the pipeline's own, UniPC. dpm needs diffusers.")]
 Eta = Annotated[float, typer.Option(help="0 is DDIM, 1 has the noise of DDPM.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the noise.")]
 

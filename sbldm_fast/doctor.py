@@ -21,6 +21,7 @@ from sbldm_fast.kernels import (
 from sbldm_fast.kernels._backend import obstacle, resolve
 from sbldm_fast.machine import default_device, environment, native_half
 from sbldm_fast.sampling.modes import choose
+from sbldm_fast.sampling.pipeline import FEW
 
 TOLERANCE = 1e-5
 
@@ -38,7 +39,7 @@ def doctor() -> dict[str, Any]:
         "triton": obstacle(device) or "runs here",
         "parity": checks,
         "auto": [
-            dict(zip(("images", "steps", "mode", "reason"), (n, 50, *choose(device, n, 50)), strict=True))
+            dict(zip(("images", "steps", "mode", "reason"), (n, FEW, *choose(device, n, FEW)), strict=True))
             for n in (16, 1000)
         ],
         "ok": all(check["ok"] for check in checks.values()),

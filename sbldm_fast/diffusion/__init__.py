@@ -2,8 +2,9 @@
 
 from .config import SchedulerConfig
 from .schedule import NoiseSchedule
-from .schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from .schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from .table import NotLinear, SolverTable
+from .unipc import UniPCMultistepScheduler
 
 __all__ = [
     "DDIMScheduler",

@@ -17,7 +17,7 @@ class SchedulerConfig(Config):
 
     Beyond diffusers: the schedules `cosine_ramp`, `cosine` and `gamma` with `gamma` and `normalise` (see
     `NoiseSchedule`); `prev`, the timestep that a step of DDIM leads to (see `previous_timestep`); `compat="monai"`,
-    MONAI's timesteps.
+    MONAI's timesteps. `solver_order` is of UniPC.
     """
 
     BETA_SCHEDULES: ClassVar = ("linear", "scaled_linear", "squaredcos_cap_v2", "cosine_ramp", "cosine", "gamma")
@@ -40,11 +40,13 @@ class SchedulerConfig(Config):
     rescale_betas_zero_snr: bool = False
     prev: str = "stride"
     compat: str = "diffusers"
+    solver_order: int = 2
 
     LIKE: ClassVar = {"trained_betas": (1e-4,)}
     BOUNDS: ClassVar = {
         "num_train_timesteps": (1, 100_000),
         "steps_offset": (0, 100_000),
+        "solver_order": (1, 3),
         "clip_sample_range": (1e-6, 1e6),
         "gamma": (1e-3, 1e3),
     }

@@ -285,15 +285,6 @@ class DPMSolverMultistepScheduler(_DiffusersFactory):
     """
 
 
-class UniPCMultistepScheduler(_DiffusersFactory):
-    """Makes diffusers' UniPC: calling it returns a `diffusers.UniPCMultistepScheduler` on our betas.
-
-    A predictor like DPM-Solver++'s and a corrector that uses each model output a second time.
-    Keyword arguments are diffusers', and the schedules, `gamma` and `normalise` of `SchedulerConfig`.
-    Source: Zhao et al. 2023, arXiv:2302.04867; diffusers does the arithmetic.
-    """
-
-
 def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     # drawn where the generator lives, then moved, as diffusers does
     device = generator.device if generator is not None else x.device

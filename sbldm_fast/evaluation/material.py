@@ -26,12 +26,12 @@ LEAST = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """What the figures are of: `n` samples of `seed` in DDIM `steps`, told apart by the features of `extractor` (from a
-    file `weights`, if it needs one); `log` is the training's, for its curves."""
+    """What the figures are of: `n` samples of `seed` in `steps` (None: the pipeline's own), told apart by the features
+    of `extractor` (from a file `weights`, if it needs one); `log` is the training's, for its curves."""
 
     n: int = 200
     seed: int = 0
-    steps: int = 50
+    steps: int | None = None
     extractor: str = DEFAULT
     weights: str | None = None
     log: str | None = None

@@ -68,7 +68,7 @@ def memorisation(
     *,
     n: int = 64,
     seed: int = 0,
-    steps: int = 50,
+    steps: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compare `n` samples with the training split; write `neighbours.png` and `memorisation.json` to the folder `out`;
@@ -99,7 +99,12 @@ def memorisation(
     if not unseen:
         raise UserError(f"{data} has neither validation nor test slices: nothing tells how near is near")
     images = pipeline.sample(n, seed=seed, steps=steps).cpu()
-    report: dict[str, Any] = {"samples": n, "seed": seed, "steps": steps, "training_slices": len(train)}
+    report: dict[str, Any] = {
+        "samples": n,
+        "seed": seed,
+        "steps": steps or pipeline.default_steps(),
+        "training_slices": len(train),
+    }
     asked = _ask_for_slices(pipeline, train, n, seed, steps)
     rows = [images]
     held = torch.cat(unseen)
@@ -129,7 +134,7 @@ def _draw_rows(rows: list[Tensor], path: Path) -> None:
     save_grid(to_uint8(torch.cat(tiles)), path, NOTICE_BESIDE, COLUMNS)
 
 
-def _ask_for_slices(pipeline: Pipeline, train: Slices, n: int, seed: int, steps: int) -> Tensor | None:
+def _ask_for_slices(pipeline: Pipeline, train: Slices, n: int, seed: int, steps: int | None) -> Tensor | None:
     """Samples under the conditions of n training slices; None of a pipeline that cannot be asked."""
     covariates = pipeline.unet.config.covariates
     if not covariates:

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def evaluate_pipeline(
         ImportError: a package of the extra eval is missing.
     """
     settings, out = settings or Settings(), Path(out)
+    settings = replace(settings, steps=settings.steps or pipeline.default_steps())
     if unknown := [name for name in only if name not in PARTS]:
         raise UserError(f"only: got {unknown[0]!r}, allowed are {', '.join(PARTS)}")
     wanted = [name for name in PARTS if not only or name in only]
@@ -77,6 +78,7 @@ def evaluate_pipeline(
         "stamp": stamp,
         "settings": {k: v for k, v in asdict(settings).items() if k not in ("log", "weights")},
         "training_slices": len(material.train),
+        "scheduler": type(pipeline.scheduler).__name__,
         "unseen_slices": len(material.unseen),
         "unseen_subjects": len({row["subject"] for row in material.unseen_rows}),
         "asked": None if material.cond is None else sorted(material.cond),

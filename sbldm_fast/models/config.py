@@ -77,6 +77,9 @@ class UNetConfig(Config):
     of time; `"cross_attention"`, as a learned token each, at the attention resolutions; `"context"`, as one token of
     their values in 0 to 1; `"concat"`, as planes of these values beside x. Document 003's brains have the last two
     (Pinaya et al. 2022, arXiv:2209.07162). `concat_channels` counts maps that are concatenated to x as they are given.
+
+    `distilled_steps` are the model calls that a distilled network knows, 0 of another; `distilled_guidance` is the
+    guidance scale that was folded into it.
     """
 
     sample_size: int = 16
@@ -93,8 +96,10 @@ class UNetConfig(Config):
     covariates: tuple[Covariate, ...] = ()
     conditioning: tuple[str, ...] = ("adaln",)
     concat_channels: int = 0
+    distilled_steps: int = 0
+    distilled_guidance: float = 1.0
 
-    BOUNDS = SHAPE_BOUNDS
+    BOUNDS = SHAPE_BOUNDS | {"distilled_steps": (0, 1000), "distilled_guidance": (-100.0, 100.0)}
     LIKE: ClassVar[dict[str, Any]] = {"covariates": (Covariate(),)}
 
     @classmethod
@@ -108,7 +113,13 @@ class UNetConfig(Config):
     def to_dict(self) -> dict[str, Any]:
         """As every configuration's; of a model without conditions as it was before there were any."""
         content = super().to_dict()
-        for name, absent in (("covariates", ()), ("conditioning", ("adaln",)), ("concat_channels", 0)):
+        for name, absent in (
+            ("covariates", ()),
+            ("conditioning", ("adaln",)),
+            ("concat_channels", 0),
+            ("distilled_steps", 0),
+            ("distilled_guidance", 1.0),
+        ):
             if content[name] == absent:
                 del content[name]
         return content

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
@@ -60,8 +60,8 @@ class Settings:
     """
 
     seed: int = 0
-    steps: int = 50
-    scheduler: str = "ddim"
+    steps: int | None = None
+    scheduler: str | None = None
     mode: str = "auto"
     eta: float = 0.0
     dtype: torch.dtype | None = None
@@ -111,11 +111,13 @@ def sample_to_folder(pipeline: str, out: Path, n: int, settings: Settings, *, pr
     rank, local = (torchrun_number(name, 0, 0, world - 1) for name in ("RANK", "LOCAL_RANK"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     pipe = Pipeline.from_pretrained(pipeline).to(device)
+    steps = settings.steps or pipe.default_steps(settings.scheduler)
+    settings = replace(settings, steps=steps)
     size = even_batch(n, min(settings.batch_size, math.ceil(n / world)))  # no rank without work
     mode, reason = settings.mode, ""
     if mode == "auto":  # settled by the whole job: a rank must not choose otherwise than one process would
-        mode, reason = choose(device, n, settings.steps)
-    sampler = pipe.sampler(settings.steps, mode, scheduler=settings.scheduler, eta=settings.eta, dtype=settings.dtype)
+        mode, reason = choose(device, n, steps)
+    sampler = pipe.sampler(steps, mode, scheduler=settings.scheduler, eta=settings.eta, dtype=settings.dtype)
     with warnings.catch_warnings():  # what is refused leaves no folder; what is warned of is when it is made
         warnings.simplefilter("ignore")
         request = SampleRequest(pipe.latent_shape, device, model=pipe.unet, **settings.arguments(range(n), size))
@@ -155,7 +157,7 @@ def _record_of(pipe: Pipeline, settings: Settings, dtype: torch.dtype) -> dict[s
         "pipeline": _identity(pipe),
         "seed": settings.seed,
         "steps": settings.steps,
-        "scheduler": settings.scheduler,
+        "scheduler": settings.scheduler or type(pipe.scheduler).__name__,
         "eta": settings.eta,
         "dtype": str(dtype)[6:],
         "batch": settings.batch_size,

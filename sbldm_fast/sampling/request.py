@@ -108,6 +108,11 @@ class SampleRequest:
                 " samples, in both alike"
             )
         if guidance_scale is not None:
+            if (folded := getattr(getattr(model, "config", None), "distilled_guidance", 1.0)) != 1:
+                raise UserError(
+                    f"guidance_scale: got {guidance_scale}, allowed is None: this network was distilled with guidance"
+                    f" {folded:g} folded in"
+                )
             if cond is None:
                 raise UserError("guidance_scale: got a value without cond, allowed is None")
             self.guidance = self._guidance(guidance_scale)

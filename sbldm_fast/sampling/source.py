@@ -17,6 +17,7 @@ from sbldm_fast.diffusion.probe import copy_with_timesteps
 
 from ..errors import UserError
 from .content import addresses, digest, fingerprint, parts_of, survey
+from .model import ours
 from .modes import Mode, parse_mode
 from .plan import Network, Options, Plan, first_parameter, time_rows
 
@@ -147,6 +148,7 @@ class Source:
         try:
             table = self._table_from(0)
             self.timesteps: list[float] = table.timesteps.tolist()
+            _check_distilled(self.network.model, self.timesteps)
         except NotLinear as why:
             name = type(self.scheduler).__name__
             warnings.warn(f"{name} is stepped as it is, without a table: {why}", stacklevel=5)
@@ -190,6 +192,15 @@ class Source:
                 mine.copy_(fresh)
             for plan in self._plans.values():
                 plan.time_rows.copy_(time_rows(self.network, plan.table, self.options.tf32))
+
+
+def _check_distilled(model: Any, timesteps: list[float]) -> None:
+    """Refuse, as `UserError`, timesteps that a distilled network does not know."""
+    steps = getattr(model.config, "distilled_steps", 0) if ours(model) else 0
+    if steps and len(timesteps) != steps:
+        raise UserError(
+            f"steps: got {len(timesteps)} model calls, allowed for this network is {steps}, which it was distilled for"
+        )
 
 
 def _check_network(model: Any) -> None:

@@ -192,22 +192,15 @@ def train_pipeline(
     folder, ranks = Path(folder), Ranks.of_torchrun()
     for config in (vae, unet):
         ranks.check_batch_size(config.batch_size)
-    found = checkpoint.checkpoints(folder)
-    if found and not resume:
-        raise UserError(
-            f"{folder} holds a run ({found[-1].name}); allowed is a new folder, or --resume to go on with it"
-        )
-    manifest = read_manifest(data)
-    rows = manifest["slices"]
+    refuse_a_run(folder, resume)
     if condition:
-        found_covariates = conditions.find_covariates(manifest, condition)
+        found_covariates = conditions.find_covariates(read_manifest(data), condition)
         preset = preset._replace(unet=replace(preset.unet, covariates=found_covariates))
-    slices = {s: Slices(data, s) for s in ("train", "val") if s == "train" or any(row["split"] == s for row in rows)}
+    slices = find_splits(data)
     if preset.unet.covariates:  # now, and not after the first stage
         conditions.refuse_mixtures((objective or Objective()).cutmix_prob)
         conditions.refuse_unknown(preset.unet.covariates, slices["train"].rows)
-    data_digest = hashlib.sha256((Path(data) / "manifest.json").read_bytes()).hexdigest()
-    context = Context(folder, ranks, {"data": data_digest}, progress)
+    context = Context(folder, ranks, {"data": digest_data(data)}, progress)
     with checkpoint.name_last_checkpoint(folder):
         torch.manual_seed(vae.seed)
         autoencoder = AutoencoderKL(preset.vae).to(device)
@@ -215,7 +208,7 @@ def train_pipeline(
         train_vae(autoencoder, slices["train"], vae, context, recon=recon, held_out=slices.get("val"))
         latents = encode_splits(autoencoder, slices, views, vae.seed, context)
         factor = float(1 / latents["train"].std())
-        values = _condition_values(preset.unet.covariates, slices, latents)
+        values = condition_values(preset.unet.covariates, slices, latents)
         autoencoder.config = replace(preset.vae, scaling_factor=factor)
         ema = train_unet(
             network,
@@ -238,7 +231,27 @@ def train_pipeline(
     }
 
 
-def _condition_values(
+def refuse_a_run(folder: Path, resume: bool) -> None:
+    """Refuse, as `UserError`, a folder that holds a run, unless it is gone on with."""
+    found = checkpoint.checkpoints(folder)
+    if found and not resume:
+        raise UserError(
+            f"{folder} holds a run ({found[-1].name}); allowed is a new folder, or --resume to go on with it"
+        )
+
+
+def find_splits(data: str | Path) -> dict[str, Slices]:
+    """The training split of a prepared folder, and the validation split where there is one."""
+    there = {row["split"] for row in read_manifest(data)["slices"]}
+    return {split: Slices(data, split) for split in ("train", "val") if split == "train" or split in there}
+
+
+def digest_data(data: str | Path) -> str:
+    """What tells a prepared folder from another."""
+    return hashlib.sha256((Path(data) / "manifest.json").read_bytes()).hexdigest()
+
+
+def condition_values(
     covariates: Sequence[Covariate], slices: dict[str, Slices], latents: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The covariates of the latents of each split, `[views * N, K]`; nothing where there are none to tell."""

@@ -33,7 +33,6 @@ def make(pipeline: Path, out: Path, n: int = 5, **changes: Any) -> dict[str, Any
     settings: dict[str, Any] = {
         "seed": 1,
         "steps": 2,
-        "scheduler": "ddim",
         "mode": "auto",
         "eta": 0.0,
         "dtype": None,
