@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import Json, Prediction, count, place, say
+from .cli_options import Json, PipelineFolder, Prediction, count, place, say
 
 Split = StrEnum("Split", ["subject", "slice"])
 Amp = StrEnum("Amp", ["auto", "off", "fp16", "bf16"])
@@ -221,3 +221,67 @@ def _train(preset: Any, data: Path, out: Path, *, progress: bool, **options: Any
         f"{result['training_seconds']} s of training in all: {result['pipeline']}"
     )
     print(text if progress else json.dumps(result))
+
+
+def distill(
+    pipeline: PipelineFolder,
+    data: PreparedFolder,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", callback=place, help="Run folder: log, checkpoints and, at the end, pipeline/."),
+    ],
+    steps: Annotated[int, typer.Option(min=1, help="Model calls that the student samples in.")] = 4,
+    guidance: Annotated[
+        float | None, typer.Option(help="Fold the teacher's guidance in: the student samples by one pass.")
+    ] = None,
+    resume: Resume = False,
+    train_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 6000,
+    batch_size: UNetBatch = 32,
+    lr: UNetRate = 5e-4,
+    warmup: Warmup = 50,
+    ema_decay: EMADecay = 0.999,
+    views: Views = 4,
+    amp: AmpName = Amp.auto,
+    save_every: SaveEvery = 500,
+    keep: Keep = 3,
+    seed: TrainSeed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a student of few calls. Example: sbldm-fast distill demo --data data --steps 4 -o student
+
+    Its teacher takes four steps for each of its own; one that is a student takes its own, so that 8 become 4, then 2.
+    """
+    import torch
+
+    from sbldm_fast import Pipeline
+    from sbldm_fast.training import Stopped, TrainConfig, torchrun
+    from sbldm_fast.training import distill as run
+
+    config = TrainConfig(
+        train_steps,
+        batch_size,
+        lr,
+        warmup=min(warmup, train_steps // 10),
+        weight_decay=0.0,
+        ema_decay=ema_decay,
+        save_every=save_every,
+        keep=keep,
+        seed=seed,
+        amp=amp.value,
+    )
+    with torchrun() as device:
+        teacher = Pipeline.from_pretrained(pipeline).to(device)
+        options: dict[str, Any] = {"guidance_scale": guidance, "views": views, "resume": resume}
+        try:
+            result = run(teacher, data, out, steps, config, progress=not as_json, **options)
+        except Stopped as stopped:
+            say(f"sbldm-fast: {stopped}; the same command with --resume continues")
+            raise typer.Exit(130) from None
+        if torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return
+    unipc = result["unipc_rms"]
+    if unipc is not None and result["rms"] >= unipc:
+        say(f"warning: UniPC by {steps} calls of the teacher is nearer to its converged images: train longer")
+    beside = "" if unipc is None else f", UniPC by as many {unipc:.4f}"
+    text = f"{count(steps, 'call')}: {result['rms']:.4f} RMS from the teacher's converged latents{beside}"
+    print(json.dumps(result | {"pipeline": str(out / "pipeline")}) if as_json else f"{text}: {out / 'pipeline'}")

@@ -1,9 +1,10 @@
 """Training of the autoencoder and of the UNet."""
 
 from .config import TrainConfig
+from .distill import distill
 from .objective import Objective
 from .ranks import torchrun
 from .run import Stopped
 from .stages import train_pipeline
 
-__all__ = ["Objective", "Stopped", "TrainConfig", "torchrun", "train_pipeline"]
+__all__ = ["Objective", "Stopped", "TrainConfig", "distill", "torchrun", "train_pipeline"]
