@@ -32,7 +32,7 @@ from sbldm_fast.sampling.loop import Buffers, make_step
 from sbldm_fast.sampling.model import merge_biases, predictor, replace_upsampling
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")  # and a flow's, which only `diffuse` takes
 ALIGNED = 16  # elements: of any dtype they are a multiple of 16 bytes
 
 
@@ -162,6 +162,7 @@ def _run_noise(p: Preset, batch: int) -> None:
     for kind in PREDICTION_TYPES:
         for eta in (0.0, 1.0):
             ddim_step(z, z, alphas[1, 0], alphas[1, 1], eta=eta, noise=z, prediction_type=kind)
+    for kind in (*PREDICTION_TYPES, "flow_prediction"):
         for cutmix_prob in (0.0, 0.25):
             diffuse(z, t, alphas[:, 0].contiguous(), 0, prediction_type=kind, cutmix_prob=cutmix_prob)
 

@@ -4,12 +4,17 @@ r"""One training pair of a diffusion model in one pass: noise drawn inside, late
     z_t = sqrt(a_t) z0 + sqrt(1 - a_t) e,   a = alphas_cumprod
     target = e (epsilon),   z0 (sample),   sqrt(a_t) e - sqrt(1 - a_t) z0 (v_prediction)
 
+or, of a rectified flow, on the straight line from z0 to e:
+
+    z_t = a_t z0 + (1 - a_t) e,   target = e - z0 (flow_prediction)
+
 CutMix: with probability p a box of sample n is that of sample n + 1 (of the first, for the last), in z0 and e alike;
 t_n holds for the whole sample, so that z_t and target stay a pair. Four words of Philox, counter (0, sample, stream,
 1), decide: whether, the box's area as a uniform fraction of the image, and its centre, clipped at the border.
 
-Layout: contiguous. Sources: Ho et al. 2020, arXiv:2006.11239, equation 4; Salimans & Ho 2022, arXiv:2202.00512 (v); Yun
-et al. 2019, arXiv:1905.04899 (CutMix); 001 section III.B mixes z_t, which leaves the target undefined.
+Layout: contiguous. Sources: Ho et al. 2020, arXiv:2006.11239, equation 4; Salimans & Ho 2022, arXiv:2202.00512 (v); Liu
+et al. 2022, arXiv:2209.03003 (flow); Yun et al. 2019, arXiv:1905.04899 (CutMix); 001 section III.B mixes z_t, which
+leaves the target undefined.
 """
 
 from __future__ import annotations
@@ -21,9 +26,10 @@ from sbldm_fast.errors import UserError
 
 from ._arguments import check_contiguous, check_count, check_float, check_no_grad, check_shape
 from ._backend import resolve, tl, triton
-from .ddim_step import PREDICTION_TYPES
+from .ddim_step import PREDICTION_TYPES as OF_DDIM
 from .philox_normal import _32, normals, normals_reference, philox_reference, uniform
 
+PREDICTION_TYPES = (*OF_DDIM, "flow_prediction")
 BLOCK_BYTES = 2048  # of a program: 16 bytes a thread
 
 
@@ -56,7 +62,10 @@ def diffuse_reference(
     e, z = (torch.where(inside[:, None], t.roll(-1, 0), t) for t in (e, z))
     t_max = alphas_cumprod.shape[0]
     a = torch.where((timesteps >= 0) & (timesteps < t_max), alphas_cumprod[timesteps.clamp(0, t_max - 1)], torch.nan)
-    root_a, root_b = a.sqrt()[:, None, None, None], (1 - a).sqrt()[:, None, None, None]
+    a, b = a[:, None, None, None], (1 - a)[:, None, None, None]
+    if prediction_type == "flow_prediction":
+        return (a * z + b * e).to(z0.dtype), (e - z).to(z0.dtype)
+    root_a, root_b = a.sqrt(), b.sqrt()
     target = e if prediction_type == "epsilon" else z if prediction_type == "sample" else root_a * e - root_b * z
     return (root_a * z + root_b * e).to(z0.dtype), target.to(z0.dtype)
 
@@ -107,12 +116,17 @@ def _diffuse_kernel(
             z = tl.where(box, tl.load(z0 + other.to(tl.int64) * numel + i, mask=mask, other=0.0).to(tl.float32), z)
     t = tl.load(timesteps + n)
     a = tl.load(alphas_cumprod + t, mask=(t >= 0) & (t < t_max), other=float("nan"))
-    root_a, root_b = tl.sqrt(a), tl.sqrt(1.0 - a)
+    if PREDICTION == "flow_prediction":
+        root_a, root_b = a, 1.0 - a
+    else:
+        root_a, root_b = tl.sqrt(a), tl.sqrt(1.0 - a)
     tl.store(z_t + at, (root_a * z + root_b * e).to(z_t.dtype.element_ty), mask=mask)
     if PREDICTION == "epsilon":
         out = e
     elif PREDICTION == "sample":
         out = z
+    elif PREDICTION == "flow_prediction":
+        out = e - z
     else:
         out = root_a * e - root_b * z
     tl.store(target + at, out.to(target.dtype.element_ty), mask=mask)
@@ -178,17 +192,18 @@ def diffuse(
     prediction_type: str = "epsilon",
     cutmix_prob: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Noised latents `z_t = sqrt(a_t) z0 + sqrt(1 - a_t) e` and what a model is trained to make of them.
+    """Noised latents `z_t = sqrt(a_t) z0 + sqrt(1 - a_t) e` and what a model is trained to make of them; of a flow
+    `z_t = a_t z0 + (1 - a_t) e`.
 
     Args:
         z0: scaled latents `[N, C, H, W]`, contiguous.
         timesteps: int64 `[N]`, 0 to T - 1; another one gives NaN.
-        alphas_cumprod: float32 `[T]`, on the device of `z0`.
+        alphas_cumprod: float32 `[T]`, on the device of `z0`; of a flow the share of z0, `a_t = 1 - s_t`.
         seed, stream: of the noise, as in `philox_normal`; in training, the step is the stream. A tensor of one int64 on
             the device of `z0` can change under a captured graph.
         first_index: the number of the first sample, so that a shard draws its part of a larger batch; CutMix stays
             within the shard.
-        prediction_type: the target: `"epsilon"`, `"sample"` (z0) or `"v_prediction"`.
+        prediction_type: the target: `"epsilon"`, `"sample"` (z0), `"v_prediction"` or `"flow_prediction"` (e - z0).
         cutmix_prob: the probability that a box of a sample is its neighbour's.
 
     Returns:
@@ -197,7 +212,8 @@ def diffuse(
     Raises:
         ValueError: naming the argument, what came and what is allowed.
 
-    Source: Ho et al. 2020, arXiv:2006.11239, equation 4; Yun et al. 2019, arXiv:1905.04899.
+    Source: Ho et al. 2020, arXiv:2006.11239, equation 4; Liu et al. 2022, arXiv:2209.03003 (flow); Yun et al. 2019,
+    arXiv:1905.04899.
     """
     check_float("z0", z0, "[N, C, H, W]")
     check_no_grad(z0=z0)

@@ -12,7 +12,7 @@ from sbldm_fast.kernels import backend, diffuse, philox_normal
 from torch import Tensor
 
 BOTH = pytest.mark.parametrize("name", ["torch", "triton"])
-KINDS = ("epsilon", "sample", "v_prediction")
+KINDS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 
 def bars() -> Tensor:
@@ -28,9 +28,11 @@ def test_formula(name: str, kind: str) -> None:
         z_t, target = diffuse(z0, t, bars(), 5, first_index=2, stream=9, prediction_type=kind)
         e = philox_normal(z0.shape, 5, first_index=2, stream=9).double()
     a = bars()[t].double()[:, None, None, None]
-    torch.testing.assert_close(z_t.double(), a.sqrt() * z0 + (1 - a).sqrt() * e, rtol=0, atol=1e-6)
-    expected = {"epsilon": e, "sample": z0.double(), "v_prediction": a.sqrt() * e - (1 - a).sqrt() * z0}[kind]
-    torch.testing.assert_close(target.double(), expected, rtol=0, atol=1e-6)
+    flow = kind == "flow_prediction"
+    noised = a * z0 + (1 - a) * e if flow else a.sqrt() * z0 + (1 - a).sqrt() * e
+    torch.testing.assert_close(z_t.double(), noised, rtol=0, atol=1e-6)
+    expected = {"epsilon": e, "sample": z0.double(), "v_prediction": a.sqrt() * e - (1 - a).sqrt() * z0}
+    torch.testing.assert_close(target.double(), e - z0 if flow else expected[kind], rtol=0, atol=1e-6)
 
 
 @pytest.mark.usefixtures("on_device")
@@ -102,6 +104,22 @@ def test_noise_moves_with_the_box(name: str) -> None:
     own, others = e == plain, e == plain.roll(-1, 0)
     assert (own | others).all()
     assert not own.all()
+
+
+@BOTH
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_a_flow_is_a_straight_line(name: str, p: float) -> None:
+    """Along its target every z_t leads back to z0 and on to the noise, cut and mixed or not."""
+    z0, t, share = torch.randn(6, 2, 5, 4), torch.arange(6), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.125, 0.0])
+    with backend(name):
+        z_t, target = diffuse(z0, t, share, 3, prediction_type="flow_prediction", cutmix_prob=p)
+        begin, _ = diffuse(z0, t, torch.ones(6), 3, prediction_type="flow_prediction", cutmix_prob=p)
+        end, e = diffuse(z0, t, torch.zeros(6), 3, cutmix_prob=p)
+    s = 1 - share[:, None, None, None]
+    torch.testing.assert_close(z_t - s * target, begin, rtol=0, atol=2e-6)
+    torch.testing.assert_close(z_t + (1 - s) * target, e, rtol=0, atol=2e-6)
+    assert torch.equal(end, e)
 
 
 @BOTH
@@ -184,7 +202,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "seed tensor": ({"seed": torch.tensor(1.5)}, "seed: got torch.float32, allowed is torch.int64"),
     "first": ({"first_index": -1}, "first_index: got -1, allowed is an integer from 0"),
     "device": ({"timesteps": TS.to("meta")}, "timesteps: got device meta"),
-    "kind": ({"prediction_type": "score"}, "prediction_type: got 'score', allowed are epsilon, sample, v_prediction"),
+    "kind": ({"prediction_type": "score"}, "prediction_type: got 'score', allowed are .*, flow_prediction"),
     "cutmix": ({"cutmix_prob": 1.5}, "cutmix_prob: got 1.5, allowed is 0 to 1"),
 }
 
