@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-Scheduler = StrEnum("Scheduler", ["ddim", "ddpm", "dpm", "unipc"])
-Prediction = StrEnum("Prediction", ["epsilon", "sample", "v_prediction"])
+Scheduler = StrEnum("Scheduler", ["ddim", "ddpm", "dpm", "unipc", "flow"])
+Prediction = StrEnum("Prediction", ["epsilon", "sample", "v_prediction", "flow_prediction"])
 
 
 def place(path: Path | None) -> Path | None:

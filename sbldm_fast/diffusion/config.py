@@ -17,7 +17,8 @@ class SchedulerConfig(Config):
 
     Beyond diffusers: the schedules `cosine_ramp`, `cosine` and `gamma` with `gamma` and `normalise` (see
     `NoiseSchedule`); `prev`, the timestep that a step of DDIM leads to (see `previous_timestep`); `compat="monai"`,
-    MONAI's timesteps. `solver_order` is of UniPC.
+    MONAI's timesteps; `prediction_type="flow_prediction"`, a rectified flow, which has no betas (see `FlowConfig`).
+    `solver_order` is of UniPC.
     """
 
     BETA_SCHEDULES: ClassVar = ("linear", "scaled_linear", "squaredcos_cap_v2", "cosine_ramp", "cosine", "gamma")
@@ -55,7 +56,7 @@ class SchedulerConfig(Config):
         super().__post_init__()
         for name, allowed in (
             ("beta_schedule", self.BETA_SCHEDULES),
-            ("prediction_type", ("epsilon", "sample", "v_prediction")),
+            ("prediction_type", ("epsilon", "sample", "v_prediction", "flow_prediction")),
             ("timestep_spacing", ("leading", "trailing", "linspace")),
             ("thresholding", (False,)),
             ("variance_type", ("fixed_small",)),
@@ -75,3 +76,55 @@ class SchedulerConfig(Config):
             )
         if self.trained_betas is not None and not all(0 < beta < 1 for beta in self.trained_betas):
             raise UserError("trained_betas: got one that is not between 0 and 1, allowed are betas above 0 and below 1")
+
+
+@dataclass(frozen=True)
+class FlowConfig(SchedulerConfig):
+    """What `FlowMatchEulerDiscreteScheduler` needs: `num_train_timesteps` and `shift`; the other fields change nothing
+    in it."""
+
+    prediction_type: str = "flow_prediction"
+    shift: float = 1.0
+
+    BOUNDS: ClassVar = {**SchedulerConfig.BOUNDS, "shift": (1e-3, 1e3)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prediction_type != "flow_prediction":
+            raise UserError(
+                f"prediction_type: got {self.prediction_type!r}, allowed for FlowMatchEulerDiscreteScheduler is"
+                " flow_prediction; DDIMScheduler takes the others"
+            )
+
+
+@dataclass(frozen=True)
+class RFlowConfig(Config):
+    """What `RFlowScheduler` needs, under MONAI's names and with its defaults.
+
+    Beyond MONAI: `input_img_size_numel`, for callers that give `set_timesteps` the number of steps alone;
+    `compat="monai"`, MONAI's rounding. `prediction_type` keeps other schedulers from reading its files: the model's
+    sign is another than theirs.
+    """
+
+    num_train_timesteps: int = 1000
+    use_discrete_timesteps: bool = True
+    use_timestep_transform: bool = False
+    base_img_size_numel: int = 32 * 32 * 32
+    spatial_dim: int = 3
+    input_img_size_numel: int | None = None
+    compat: str = "exact"
+    prediction_type: str = "rflow"
+
+    LIKE: ClassVar = {"input_img_size_numel": 1}
+    BOUNDS: ClassVar = {
+        "num_train_timesteps": (1, 100_000),
+        "base_img_size_numel": (1, 2**40),
+        "spatial_dim": (1, 3),
+        "input_img_size_numel": (1, 2**40),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (("compat", ("exact", "monai")), ("prediction_type", ("rflow",))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}: got {short(getattr(self, name))}, allowed are {', '.join(allowed)}")

@@ -205,6 +205,7 @@ def _fit_predictions(run: _Run, scheduler: Any, alpha: Tensor, sigma: Tensor) ->
         "epsilon": (1 / alpha, -sigma / alpha),
         "sample": (0 * alpha, 1 + 0 * alpha),
         "v_prediction": (alpha / r**2, -sigma / r),
+        "flow_prediction": (1 + 0 * alpha, -sigma),
     }.get(str(kind), (alpha * torch.nan, alpha * torch.nan))
     c, clipped = list(torch.stack(known, dim=1)), []
     for i, (x0, small) in enumerate(zip(run.x0, run.small_x0, strict=True)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sbldm_fast.files import read_json, write_json
 
+from ..config import Config
 from ..errors import MissingExtra, UserError
 from .config import SchedulerConfig
 from .schedule import NoiseSchedule, rescale_zero_terminal_snr
@@ -31,31 +32,24 @@ class SchedulerOutput(NamedTuple):
     pred_original_sample: Tensor
 
 
-class _Scheduler:
-    """What DDIM and DDPM share: the tables, the timesteps, the forward process and the folder format."""
+class Configured:
+    """What all schedulers of our own share: a configuration and the folder format."""
 
+    Configuration: ClassVar[type[Config]]
+    config: Any
     order = 1
     init_noise_sigma = 1.0
 
-    def __init__(self, **config: Any) -> None:
-        self.config = SchedulerConfig.from_dict(config)
-        c = self.config
-        self.betas, self.alphas_cumprod = _tables(c)
-        one = torch.tensor(1.0)
-        self.final_alpha_cumprod = one if c.set_alpha_to_one else self.alphas_cumprod[0]
-        self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(c.num_train_timesteps - 1, -1, -1)
-
     @classmethod
-    def from_config(cls, config: SchedulerConfig | Mapping[str, Any], **overrides: Any) -> Self:
+    def from_config(cls, config: Config | Mapping[str, Any], **overrides: Any) -> Self:
         """A scheduler from a configuration of ours or of any diffusers scheduler; keys of other schedulers are passed
         over.
 
         Raises:
             ValueError: the configuration asks for something that this scheduler cannot do.
         """
-        given = config.to_dict() if isinstance(config, SchedulerConfig) else dict(config)
-        known = {k: v for k, v in {**given, **overrides}.items() if k in SchedulerConfig.__dataclass_fields__}
+        given = config.to_dict() if isinstance(config, Config) else dict(config)
+        known = {k: v for k, v in {**given, **overrides}.items() if k in cls.Configuration.__dataclass_fields__}
         return cls(**known)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -66,6 +60,27 @@ class _Scheduler:
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read `scheduler_config.json`; errors as `from_config`."""
         return cls.from_config(read_json(Path(folder) / FILE))
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """The sample itself: these schedulers do not scale."""
+        return sample
+
+
+class _Scheduler(Configured):
+    """What DDIM and DDPM share: the tables, the timesteps and the forward process."""
+
+    Configuration = SchedulerConfig
+    config: SchedulerConfig
+
+    def __init__(self, **config: Any) -> None:
+        self.config = SchedulerConfig.from_dict(config)
+        c = self.config
+        _refuse_flow(type(self).__name__, c.prediction_type)
+        self.betas, self.alphas_cumprod = _tables(c)
+        one = torch.tensor(1.0)
+        self.final_alpha_cumprod = one if c.set_alpha_to_one else self.alphas_cumprod[0]
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(c.num_train_timesteps - 1, -1, -1)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Choose the timesteps of a run: int64, descending, in `self.timesteps`.
@@ -115,10 +130,6 @@ class _Scheduler:
         if timestep not in steps:
             raise UserError(f"timestep: got {timestep}, allowed are the {len(steps)} in self.timesteps")
         return int([*steps, -1][steps.index(timestep) + 1])
-
-    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """The sample itself: these schedulers do not scale."""
-        return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """`x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e`, timesteps `[N]`."""
@@ -247,6 +258,8 @@ class _DiffusersFactory:
 
     def __new__(cls, **config: Any) -> diffusers.SchedulerMixin:
         """diffusers' scheduler."""
+        if not config.get("use_flow_sigmas"):  # with these diffusers' solver is one of flows
+            _refuse_flow(cls.__name__, config.get("prediction_type"))
         ours = {k: v for k, v in config.items() if k in SchedulerConfig.__dataclass_fields__}
         betas = {
             k: config.pop(k)
@@ -261,7 +274,7 @@ class _DiffusersFactory:
     def from_config(cls, config: SchedulerConfig | Mapping[str, Any], **overrides: Any) -> diffusers.SchedulerMixin:
         """diffusers' scheduler from a configuration of ours or of any of diffusers'; keys that it does not know are
         passed over."""
-        given = config.to_dict() if isinstance(config, SchedulerConfig) else dict(config)
+        given = config.to_dict() if isinstance(config, Config) else dict(config)
         takes = {*inspect.signature(cls._theirs().__init__).parameters, "gamma", "normalise"}
         return cls(**{k: v for k, v in {**given, **overrides}.items() if k in takes})
 
@@ -283,6 +296,14 @@ class DPMSolverMultistepScheduler(_DiffusersFactory):
     Keyword arguments are diffusers', and the schedules, `gamma` and `normalise` of `SchedulerConfig`.
     Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2; diffusers does the arithmetic.
     """
+
+
+def _refuse_flow(name: str, prediction_type: str | None) -> None:
+    if prediction_type == "flow_prediction":
+        raise UserError(
+            f"prediction_type: got 'flow_prediction', allowed for {name} are epsilon, sample, v_prediction;"
+            " FlowMatchEulerDiscreteScheduler takes it"
+        )
 
 
 def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -81,6 +81,8 @@ def ablate(
         raise UserError(f"seeds: got {seeds}, allowed is {LEAST_SEEDS} or more: fewer have no spread to speak of")
     if preset.unet.covariates:
         raise UserError("preset: got a conditional one, allowed are unconditional ones: 000 conditions on nothing")
+    if budget.prediction_type == "flow_prediction":
+        raise UserError("prediction_type: got flow_prediction, allowed are those with betas, which the tables compare")
     read_manifest(data)
     digest = hashlib.sha256((Path(data) / "manifest.json").read_bytes()).hexdigest()[:12]
     if "4.5" in tables and importlib.util.find_spec("monai") is None:  # now, and not after hours

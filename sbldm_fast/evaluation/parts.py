@@ -240,6 +240,8 @@ def epsilon_of(x: Tensor, output: Tensor, alpha: Tensor, kind: str) -> Tensor:
 
 def findings(m: Material) -> dict[str, Any]:
     """Where the documents contradict themselves, in figures of this model."""
+    if m.pipeline.scheduler.config.prediction_type == "flow_prediction":
+        return {"skipped": "the model is a flow; the documents speak of schedules of betas"}
     unet, c = m.pipeline.unet.eval(), m.pipeline.scheduler.config
     device = next(unet.parameters()).device
     alphas = m.pipeline.scheduler.alphas_cumprod.to(device)

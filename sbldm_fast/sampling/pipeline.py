@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sbldm_fast.diffusion import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from sbldm_fast.diffusion import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from sbldm_fast.diffusion.schedulers import FILE
 from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.models import AutoencoderKL, SchedulerConfig, UNet2D
@@ -27,8 +33,9 @@ SCHEDULERS: dict[str, Any] = {
     "ddpm": DDPMScheduler,
     "dpm": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
+    "flow": FlowMatchEulerDiscreteScheduler,
 }
-OWN: dict[str, Any] = {kind.__name__: kind for kind in (DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler)}
+OWN: dict[str, Any] = {kind.__name__: kind for name, kind in SCHEDULERS.items() if name != "dpm"}
 UNIPC: dict[str, Any] = {"timestep_spacing": "trailing", "solver_order": 3}  # the best of benchmarks/LOG.md 39
 FEW, MANY = 12, 50  # model calls: by 12 UniPC is nearer to the converged image than DDIM by 50 (the same entry)
 BUNDLED = {"demo": Path(__file__).parents[1] / "assets" / "demo"}
@@ -139,9 +146,9 @@ class Pipeline:
     ) -> FastSampler:
         """The sampler from noise to images; kept, so that a second call neither compiles nor captures again.
 
-        `steps`: None is `default_steps`. `scheduler`: `ddim`, `ddpm`, `dpm` or `unipc` on the pipeline's schedule, or
-        any scheduler object; None: the pipeline's own. `dpm` and `unipc` begin at t = T - 1: begun where `leading`
-        begins, more steps are no better.
+        `steps`: None is `default_steps`. `scheduler`: `ddim`, `ddpm`, `dpm` or `unipc` on the pipeline's schedule,
+        `flow` of a model that predicts it, or any scheduler object; None: the pipeline's own. `dpm` and `unipc` begin
+        at t = T - 1: begun where `leading` begins, more steps are no better.
 
         Raises:
             ValueError: an unknown name, and as `FastSampler`.
@@ -227,6 +234,8 @@ class Pipeline:
 
 
 def _default_scheduler(config: SchedulerConfig, unet: UNet2D) -> Any:
+    if config.prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
     if unet.config.distilled_steps:
         return DDIMScheduler.from_config(config, timestep_spacing="trailing", prev="lookup")
     return UniPCMultistepScheduler.from_config(config, **UNIPC)

@@ -22,8 +22,8 @@ class Objective:
         spectral_weight: lambda of 001 equation 4, 0.1 there; by Parseval it rescales the loss by `1 + lambda H W`.
         cutmix_prob: of latent CutMix, 0.25 in 001 section III.B.
         snr_gamma: min-SNR weighting, 5 in its paper: `w_t = min(snr, gamma) / snr` for epsilon, `min(snr, gamma)` for
-            x0, `min(snr, gamma) / (snr + 1)` for v, with `snr = a_t / (1 - a_t)`. None: `w_t = 1`. Source: Hang et al.
-            2023, arXiv:2303.09556.
+            x0, `min(snr, gamma) / (snr + 1)` for v, with `snr = a_t / (1 - a_t)`, and `min(snr, gamma) s_t^2` for a
+            flow, whose snr is `((1 - s_t) / s_t)^2`. None: `w_t = 1`. Source: Hang et al. 2023, arXiv:2303.09556.
 
     Raises:
         ValueError: naming the argument, what came and what is allowed.
@@ -52,13 +52,16 @@ class Objective:
             raise UserError(f"snr_gamma: got {self.snr_gamma}, allowed is above 0, or none")
 
     def weights(self, alphas_cumprod: Tensor, prediction_type: str) -> Tensor:
-        """`w_t`, float32 `[T]`."""
+        """`w_t`, float32 `[T]`; of a flow the table holds `1 - s_t`."""
         a = alphas_cumprod.double()
         if self.snr_gamma is None:
             return torch.ones_like(alphas_cumprod)
-        snr = a / (1 - a)
+        flow = prediction_type == "flow_prediction"
+        snr = (a / (1 - a)).square() if flow else a / (1 - a)
         least = snr.clamp(max=self.snr_gamma)
         # epsilon: 1 where snr is below gamma, also where it is 0
+        if flow:  # the error of x0 is s times that of the target
+            return (least * (1 - a).square()).float()
         by_kind = {"epsilon": (self.snr_gamma / snr).clamp(max=1), "sample": least, "v_prediction": least / (snr + 1)}
         return by_kind[prediction_type].float()
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sbldm_fast.data import Slices
 from sbldm_fast.data.dataset import read_manifest
-from sbldm_fast.diffusion import DDIMScheduler, DDPMScheduler, SchedulerConfig
+from sbldm_fast.diffusion import DDPMScheduler, SchedulerConfig
+from sbldm_fast.diffusion.flow import default_scheduler, flow_alphas
 from sbldm_fast.errors import UserError
 from sbldm_fast.kernels import diffuse
 from sbldm_fast.models import AutoencoderKL, UNet2D
@@ -38,6 +39,14 @@ class Told(NamedTuple):
     values: Tensor | None = None
 
 
+def _noise_levels(scheduler: SchedulerConfig, device: torch.device) -> tuple[Tensor, int]:
+    """The table that `diffuse` is given, `[T]`, and the timestep that its first entry is: 1 for a flow, whose 0 is
+    data."""
+    if scheduler.prediction_type == "flow_prediction":
+        return flow_alphas(scheduler.num_train_timesteps).to(device), 1
+    return DDPMScheduler.from_config(scheduler).alphas_cumprod.to(device), 0
+
+
 def unet_loss(
     latents: Tensor,
     scheduler: SchedulerConfig,
@@ -50,7 +59,7 @@ def unet_loss(
     under the condition `values` `[N, K]`, with some of it dropped."""
     ranks = ranks or Ranks()
     device = latents.device
-    alphas_cumprod = DDPMScheduler.from_config(scheduler).alphas_cumprod.to(device)
+    alphas_cumprod, first = _noise_levels(scheduler, device)
     kind, T = scheduler.prediction_type, scheduler.num_train_timesteps
     weights = objective.weights(alphas_cumprod, kind)
 
@@ -71,7 +80,7 @@ def unet_loss(
             prediction_type=kind,
             cutmix_prob=objective.cutmix_prob,
         )
-        return objective.loss(model(z_t, t, *cond), target, weights[t]), {}
+        return objective.loss(model(z_t, t + first if first else t, *cond), target, weights[t]), {}
 
     return loss_of
 
@@ -84,7 +93,7 @@ def prediction_error(
     noise, under the whole condition `values` `[N, K]`."""
     model.eval()
     device = next(model.parameters()).device
-    alphas_cumprod = DDPMScheduler.from_config(scheduler).alphas_cumprod.to(device)
+    alphas_cumprod, start = _noise_levels(scheduler, device)
     kind = scheduler.prediction_type
     losses = []
     every = max(1, len(latents) // VALIDATION)
@@ -97,7 +106,7 @@ def prediction_error(
         z_t, target = diffuse(
             z0.contiguous(), at, alphas_cumprod, seed, first_index=first, stream=2**31 - 1, prediction_type=kind
         )
-        losses.append((model(z_t, at, *cond).float() - target).square().mean((1, 2, 3)))
+        losses.append((model(z_t, at + start, *cond).float() - target).square().mean((1, 2, 3)))
     return float(torch.cat(losses).mean())
 
 
@@ -267,5 +276,5 @@ def _sample_some(vae: AutoencoderKL, scheduler: SchedulerConfig, unet: nn.Module
     assert isinstance(unet, UNet2D)
     pipeline = Pipeline(vae, unet, scheduler)
     # from pure noise: by default so few steps would begin later
-    ddim = DDIMScheduler.from_config(scheduler, timestep_spacing="trailing")
-    return {"synthetic samples": pipeline.sample(SHOWN, seed=0, steps=20, scheduler=ddim, mode="eager")}
+    solver = default_scheduler(replace(scheduler, timestep_spacing="trailing"))
+    return {"synthetic samples": pipeline.sample(SHOWN, seed=0, steps=20, scheduler=solver, mode="eager")}

@@ -59,6 +59,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
             ("LMSDiscreteScheduler", {}),
             ("KDPM2DiscreteScheduler", {}),
             ("SASolverScheduler", {}),
+            ("FlowMatchEulerDiscreteScheduler", {}),
+            ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+            ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
         )
     ),
     *(
@@ -70,8 +73,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
             ("PNDMScheduler", {}),
             ("PNDMScheduler", {"skip_prk_steps": True}),
             ("RFlowScheduler", {}),
+            ("RFlowScheduler", {"use_discrete_timesteps": False}),
         )
     ),
+    ("sbldm_fast", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ("sbldm_fast", "RFlowScheduler", {"use_discrete_timesteps": False}),
 ]
 WEIGHT = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.2
 

@@ -20,15 +20,16 @@ from sbldm_fast.training.step import Step
 from .test_stages import SMALL, config
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow_prediction"])
 def test_min_snr_weights(kind: str) -> None:
     a = torch.tensor([0.99, 0.5, 0.1, 0.0])
     got = Objective(snr_gamma=5.0).weights(a, kind).tolist()
-    # by hand: snr is 99, 1, 1/9, 0
+    # by hand: snr is 99, 1, 1/9, 0, and that of a flow 99^2, 1, 1/81, 0
     by_hand = {
         "epsilon": [5 / 99, 1, 1, 1],
         "sample": [5, 1, 1 / 9, 0],
         "v_prediction": [5 / 100, 1 / 2, (1 / 9) / (10 / 9), 0],
+        "flow_prediction": [5 * 0.01**2, 0.25, 0.9**2 / 81, 0],
     }
     assert got == pytest.approx(by_hand[kind], rel=1e-5)
     assert Objective().weights(a, kind).tolist() == [1, 1, 1, 1]
