@@ -173,6 +173,8 @@ def test_bad_input_is_named(data: Path, out: Path, tmp_path: Path) -> None:
     prepare(["synthetic:1"], tmp_path / "one", every=30, progress=False)
     with pytest.raises(ValueError, match="has neither validation nor test slices"):
         run(of=tmp_path / "one")
+    with pytest.raises(ValueError, match="prediction_type: got flow_prediction, allowed are those with betas"):
+        run(budget=replace(BUDGET, prediction_type="flow_prediction"))
     p = preset("demo")
     told = p._replace(unet=replace(p.unet, covariates=(Covariate("age", low=0.0, high=1.0),)))
     with pytest.raises(ValueError, match="preset: got a conditional one"):
