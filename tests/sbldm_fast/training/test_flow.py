@@ -57,14 +57,14 @@ def test_a_flow_is_trained_gone_on_with_and_sampled(told: Path, tmp_path: Path) 
 
     pipe = Pipeline.from_pretrained(whole / "pipeline")
     assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
-    images = pipe.sample(2, steps=3, mode="eager")
+    images = pipe.sample(1, steps=2, mode="eager")
     assert images.isfinite().all()
-    assert torch.equal(images, pipe.sample(2, steps=3, mode="eager", scheduler="flow"))
+    assert torch.equal(images, pipe.sample(1, steps=2, mode="eager", scheduler="flow"))
     for name in ("ddim", "ddpm", "dpm", "unipc"):
         with pytest.raises(ValueError, match=r"prediction_type: got 'flow_prediction', allowed for .*; FlowMatch"):
             pipe.sample(1, steps=3, scheduler=name)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe.save(tmp_path / "shifted")
     shifted = Pipeline.from_pretrained(tmp_path / "shifted")
-    assert torch.equal(shifted.sample(2, steps=3, mode="eager"), pipe.sample(2, steps=3, mode="eager"))
-    assert not torch.equal(shifted.sample(2, steps=3, mode="eager"), images)
+    assert torch.equal(shifted.sample(1, steps=2, mode="eager"), pipe.sample(1, steps=2, mode="eager"))
+    assert not torch.equal(shifted.sample(1, steps=2, mode="eager"), images)
