@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from ..errors import UserError
 from .ahead import NotTraceable, Unavailable, compile_ahead, private_caches
 from .content import parts_of, survey
 from .model import Predict, TensorDict, for_cpu, fuse_norms, predictor
-from .modes import OWN_GRAPHS
+from .modes import OWN_GRAPHS, Mode, time_in_turns
 from .plan import Plan
 from .precision import float32_precision
 from .request import Batch
@@ -127,13 +128,19 @@ def make_step(
 class Loop:
     """A plan for one batch size, with conditioning and guidance of one shape: buffers, a step, and its graphs.
 
+    Args:
+        key: under which `auto` keeps what it times; None: the mode was asked for, and nothing is timed.
+
     Attributes:
+        mode: that of the plan, or the one that was faster.
+        found: what was timed, in words; empty: nothing yet.
         remark: what became of the mode that was asked for, if anything did.
     """
 
-    def __init__(self, plan: Plan, batch: Batch, counts: Counter[str]) -> None:
+    def __init__(self, plan: Plan, batch: Batch, counts: Counter[str], key: Any = None) -> None:
         n, cond, guided = len(batch.x), batch.cond, batch.guidance is not None
-        self.plan, self.counts, self.remark = plan, counts, ""
+        self.plan, self.counts, self.remark, self.key = plan, counts, "", key
+        self.mode, self.found = plan.faster.get(key, (plan.mode, ""))
         network, options, compiled = plan.network, plan.options, plan.mode.compiled
         self.x = torch.zeros(n, *options.shape, device=network.device)
         self.buffers = make_buffers(plan, n, guided, batch.interval is not None)
@@ -164,25 +171,51 @@ class Loop:
 
     def run(self, batch: Batch, callback: Callback | None) -> Tensor:
         """From the first x to the last `[N, *shape]`, or to what `decode` makes of it."""
-        plan, device = self.plan, self.plan.network.device
-        whole = plan.mode.graph == "loop-graph" and callback is None and plan.options.stop is None
+        device = self.plan.network.device
         with (
             torch.no_grad(),
-            float32_precision(device, plan.options.tf32),
+            float32_precision(device, self.plan.options.tf32),
             compilation(device) if self.traced else nullcontext(),
         ):
             self.traced = False  # from its second run on there is nothing to compile
-            replay = self._captured(whole) if plan.mode.graph else None
-            self._load(batch)
-            if whole and replay is not None:
-                return replay().clone()
-            x = self._steps(replay, callback)
-            if (frozen := self.buffers.frozen) is not None and self.buffers.x0 is not None:
-                self.counts["stopped"] += int(frozen[: len(batch.places)].sum())
-                x = torch.where(frozen.reshape(-1, *[1] * (x.dim() - 1)), self.buffers.x0, x)
-            x = x.clone()  # out of the memory of a graph, ours or torch.compile's
-            decode = plan.options.decode
-            return x if decode is None else decode(x).clone()  # out of the memory of a decoder that has its own
+            out = self._make(batch, callback, self.mode)
+            if self.key is not None and self.mode.graph and callback is None and not self.found:
+                self._settle(batch)
+            return out
+
+    def _make(self, batch: Batch, callback: Callback | None, mode: Mode) -> Tensor:
+        whole = mode.graph == "loop-graph" and callback is None and self.plan.options.stop is None
+        replay = self._captured(whole) if mode.graph else None
+        self._load(batch)
+        if whole and replay is not None:
+            return replay().clone()
+        x = self._steps(replay, callback)
+        if (frozen := self.buffers.frozen) is not None and self.buffers.x0 is not None:
+            self.counts["stopped"] += int(frozen[: len(batch.places)].sum())
+            x = torch.where(frozen.reshape(-1, *[1] * (x.dim() - 1)), self.buffers.x0, x)
+        x = x.clone()  # out of the memory of a graph, ours or torch.compile's
+        decode = self.plan.options.decode
+        return x if decode is None else decode(x).clone()  # out of the memory of a decoder that has its own
+
+    def _settle(self, batch: Batch) -> None:
+        """Time the graph and the eager loop, and keep the faster; a graph that loses gives its memory back."""
+        graph, eager = self.mode, Mode(None, None)
+        counts, self.counts = self.counts, Counter()  # nobody asked for these samples
+        try:
+            runs = {mode: partial(self._make, batch, None, mode) for mode in (graph, eager)}
+            seconds = time_in_turns(runs, self.plan.network.device)
+            told = ", ".join(f"{mode} {1e3 * t:.1f} ms" for mode, t in seconds.items())
+            self.mode = min(seconds, key=lambda mode: seconds[mode])
+        except torch.OutOfMemoryError:  # of both at once: what ran goes on
+            told = f"{graph}, beside which eager does not fit into memory,"
+        finally:
+            self.counts = counts
+        counts["timed"] += 1
+        self.found = f"{told} for batches of {len(self.x)}"
+        self.plan.faster[self.key] = self.mode, self.found
+        if self.mode == eager:
+            self.graphs.clear()
+            torch.cuda.empty_cache()
 
     def _load(self, batch: Batch) -> None:
         """Put what a batch is made of into the buffers, and the counter at the first step."""
@@ -270,8 +303,9 @@ class Loop:
             return self.x
 
         if name not in self.graphs:
+            pool = plan.pool if self.key is None else None
             try:
-                self.graphs[name] = capture(loop if whole else step, self._rewind, plan.network.device, plan.pool)
+                self.graphs[name] = capture(loop if whole else step, self._rewind, plan.network.device, pool)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

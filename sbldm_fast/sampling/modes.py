@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +15,7 @@ from .ahead import Unavailable, cache_folder, require_compiler
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 GRAPHS = ("step-graph", "loop-graph")
 COMPILE_PAYS = 5_000  # samples times steps of one call on a CPU that win the minute of compiling back
+ENOUGH = 1.0  # seconds of timing after which nothing is timed again
 WHOLE_LOOP = 100  # steps up to which `auto` puts the whole loop into one graph: the graph grows with them
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # torch.compile modes that capture CUDA graphs of their own
 
@@ -28,7 +32,7 @@ class Mode(NamedTuple):
 
 
 def choose(device: torch.device, n: int, steps: int) -> tuple[str, str]:
-    """The mode that `auto` is for n samples, and why."""
+    """The mode that `auto` is for n samples before anything is timed, and why."""
     if device.type == "cuda":
         whole = steps <= WHOLE_LOOP
         why = f"CUDA device, {steps} steps: one launch a {'run' if whole else 'step'}"
@@ -42,6 +46,23 @@ def choose(device: torch.device, n: int, steps: int) -> tuple[str, str]:
         return "compile", f"{n} samples of {steps} steps win the minute of compiling back"
     short = f"{device.type} has no CUDA graphs, and a few images take less than compiling"
     return "eager", f"{short}; mode='compile' is faster after it"
+
+
+def time_in_turns(runs: Mapping[Mode, Callable[[], Any]], device: torch.device) -> dict[Mode, float]:
+    """Seconds that each of some runs takes on a CUDA device: the least of three, of fewer where `ENOUGH` has passed;
+    the first is their warm-up."""
+    seconds = dict.fromkeys(runs, math.inf)
+    began = time.perf_counter()
+    for _ in range(3):
+        for mode, run in runs.items():
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            run()
+            torch.cuda.synchronize(device)
+            seconds[mode] = min(seconds[mode], time.perf_counter() - start)
+        if time.perf_counter() - began > ENOUGH:
+            break
+    return seconds
 
 
 def parse_mode(mode: str, device: torch.device) -> Mode:

@@ -1,9 +1,9 @@
-"""What a run is, on its device: the model made ready, the solver's rows, the rows of time. Nothing of it changes."""
+"""What a run is, on its device: the model made ready, the solver's rows and those of time. Only `faster` changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -109,7 +109,8 @@ class Plan:
         time_rows: `[steps, R]` or `[steps]`, what the model is given of time at each step.
         input_scale: `[steps]` float32, what x is multiplied with for the model; None: 1.
         pool: the memory of the graphs of all batch sizes: replays follow on one another, and outputs are copied out
-            before the next.
+            before the next. Those that `auto` times have each their own, which can be given back.
+        faster: by kind of batch, the mode that `auto` found to be the faster, and in words what it found.
     """
 
     network: Network
@@ -120,6 +121,7 @@ class Plan:
     time_rows: Tensor
     input_scale: Tensor | None
     pool: Any
+    faster: dict[Any, tuple[Mode, str]] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, network: Network, table: SolverTable, options: Options, mode: Mode) -> Plan:

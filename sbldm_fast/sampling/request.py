@@ -51,6 +51,12 @@ class Batch:
     guidance: Tensor | None
     interval: tuple[float, float] | None = None
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What a loop is made for: the number of samples, whether they are guided, and what they are conditioned on."""
+        cond = [(name, tuple(v.shape), v.dtype) for name, v in self.cond.items()]
+        return len(self.x), self.guidance is not None, self.interval is not None, *cond
+
     def guides(self, t: float) -> bool:
         """Whether the guidance is another than 1 at a timestep."""
         return self.interval is None or self.interval[0] <= t <= self.interval[1]

@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -43,8 +44,9 @@ class FastSampler:
     - `step-graph`: one CUDA graph of a step that reads its rows through a counter on the device, replayed.
     - `loop-graph`: one CUDA graph of the whole loop, `decode` included.
     - `step-graph+compile`, ...: a graph of either kind around a compiled step.
-    - `auto`: on CUDA `loop-graph`, beyond 100 steps `step-graph`; on a CPU `eager`, and `compile` from the first call
-      on that is long enough to win the minute of compiling back. `reason` says why.
+    - `auto`: on CUDA `loop-graph`, beyond 100 steps `step-graph`, or `eager` where it is faster: the first batch of a
+      size is made some times more, to time both, and the faster is kept for its size; on a CPU `eager`, and `compile`
+      from the first call on that is long enough to win the minute of compiling back. `reason` says why.
 
     Measured: benchmarks/GPU.md. A graph cannot be left inside: with `stop` or a callback `loop-graph` replays steps.
 
@@ -154,8 +156,8 @@ class FastSampler:
 
     @property
     def mode(self) -> str:
-        """The mode that runs; where `auto` was asked for, the one that was chosen last, at first for one sample."""
-        return str(self.source.mode)
+        """The mode that runs; where `auto` was asked for, the one that ran or was chosen last."""
+        return str(next(reversed(self._loops.values()), self.source).mode)
 
     @property
     def decode(self) -> Callable[[Tensor], Tensor] | None:
@@ -236,10 +238,8 @@ class FastSampler:
         Raises:
             ValueError: a `batch_size`: all samples of a trajectory are made at once; or a `callback`.
         """
-        for name, why in (
-            ("batch_size", "a trajectory is of one batch"),
-            ("callback", "a trajectory has one of its own"),
-        ):
+        whys = {"batch_size": "a trajectory is of one batch", "callback": "a trajectory has one of its own"}
+        for name, why in whys.items():
             if arguments.get(name) is not None:
                 raise UserError(f"{name}: got {arguments[name]}, allowed is None: {why}")
         seen: list[Tensor] = []
@@ -314,30 +314,31 @@ class FastSampler:
     def stats(self) -> dict[str, int]:
         """Counts since construction.
 
-        samples, pads, compiled, loaded, captures, replays, evictions, fallbacks, stopped, steps_saved, fused; what is 0
-        is left out.
+        samples, pads, compiled, loaded, captures, timed, replays, evictions, fallbacks, stopped, steps_saved, fused;
+        what is 0 is left out.
         """
         return {name: count for name, count in self.counts.items() if count}
 
     def _choose(self, n: int) -> None:
         """Where `auto` was asked for, choose the mode for n samples; what has been compiled stays."""
-        if self._auto and self.source.linear and self.source.mode.compiled is None:
+        if n and self._auto and self.source.linear and self.source.mode.compiled is None:
             name, self.reason = choose(self.device, n, self.steps)
             if (mode := parse_mode(name, self.device)) != self.source.mode:
                 self._replan(self.source.options, mode)
 
     @contextmanager
-    def at_work(self, n: int = 1) -> Iterator[None]:
+    def at_work(self, n: int = 0) -> Iterator[None]:
         """Inside, one thread has the sampler, made anew where it has to be, and its model evaluates; `auto` chooses for
-        n samples."""
+        n samples, if any."""
         with self._turn, torch.inference_mode(False):  # or buffers would be of it, and of no use outside
             self._choose(n)
             if self.source.refresh():
                 self._loops.clear()
-            captures = self.counts["captures"]
+            before = self.counts["captures"], self.counts["timed"]
             with evaluating(self.source.network.model):
                 yield
-            if captures != self.counts["captures"]:  # which ran the model's Python, and may have moved its counters
+            # beside a graph the model's Python ran, and may have moved its counters
+            if before != (self.counts["captures"], self.counts["timed"]) or self.mode != str(self.source.mode):
                 self.source.note()
 
     def _checked(self, batch: Batch, callback: Callback | None, start: int) -> Tensor:
@@ -345,11 +346,7 @@ class FastSampler:
         sigma = self.source.init_noise_sigma(start)
         x = (batch.x * sigma).to(self.device)
         batch = replace(batch, x=x, seeds=batch.seeds.to(self.device), cond=self.source.network.condition(batch.cond))
-        places = batch.places
-
-        def run(batch: Batch, callback: Callback | None) -> Tensor:
-            return self._run(batch, callback, start)
-
+        places, run = batch.places, partial(self._run, start=start)
         try:
             out = run(batch, callback)
         except RuntimeError as error:
@@ -377,7 +374,10 @@ class FastSampler:
                 x = step_through(source.network, source.scheduler, source.steps, source.eta, batch, callback)
                 return x if self.decode is None else self.decode(x).clone()
         try:
-            return self._loop(batch, start).run(batch, callback)
+            loop = self._loop(batch, start)
+            out = loop.run(batch, callback)
+            self.reason = loop.found or self.reason
+            return out
         except ModeFailed as failure:
             if not self._auto:
                 raise
@@ -387,14 +387,12 @@ class FastSampler:
 
     def _loop(self, batch: Batch, start: int) -> Loop:
         """The loop for batches of this size and conditioning, kept."""
-        kinds = ((name, tuple(v.shape), v.dtype) for name, v in batch.cond.items())
-        guided = batch.guidance is not None, batch.interval is not None
-        key = (start, len(batch.x), guided, torch.is_autocast_enabled(self.device.type), *kinds)
+        key = (start, torch.is_autocast_enabled(self.device.type), *batch.kind)
         if key not in self._loops:
             if len(self._loops) == MAX_LOOPS:
                 self._loops.popitem(last=False)
                 self.counts["evictions"] += 1
-            loop = Loop(self.source.plan_from(start), batch, self.counts)
+            loop = Loop(self.source.plan_from(start), batch, self.counts, key if self._auto else None)
             self._loops[key], self.reason = loop, self.reason + loop.remark
         self._loops.move_to_end(key)
         return self._loops[key]

@@ -10,7 +10,7 @@ from sbldm_fast.kernels import backend, philox_normal
 from torch import Tensor
 
 from sbldm_fast import FastSampler, UNet2D
-from sbldm_fast.sampling import loop
+from sbldm_fast.sampling import loop, modes
 from sbldm_fast.sampling.sampler import MAX_LOOPS
 
 from ..small import SHAPE, UNET, relative, scheduler
@@ -105,6 +105,33 @@ def test_cuda_modes_equal_eager(unet: UNet2D, mode: str, eta: float) -> None:
         with backend("torch"):  # else a wrong kernel would agree with itself
             expected = eager(3, seed=seed)
         assert relative(fast(3, seed=seed), expected) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("winner", ["loop-graph", "eager"])
+def test_cuda_auto_equals_eager_whichever_is_faster(unet: UNet2D, winner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def favour(*given: Any) -> dict[modes.Mode, float]:
+        return {mode: t * (str(mode) != winner) for mode, t in modes.time_in_turns(*given).items()}
+
+    monkeypatch.setattr(loop, "time_in_turns", favour)
+    model = UNet2D(UNET).eval()
+    model.load_state_dict(unet.state_dict())
+    model.cuda()
+    eager, auto = (
+        FastSampler(model, scheduler(), shape=SHAPE, steps=10, mode=m, eta=1.0, decode=torch.tanh)
+        for m in ("eager", "auto")
+    )
+    for n, seed in ((3, 0), (3, 1), (5, 0), (3, 0)):
+        with backend("torch"):
+            expected = eager(n, seed=seed)
+        assert relative(auto(n, seed=seed), expected) < 1e-4
+        assert (auto.mode, f"{winner} 0.0 ms" in auto.reason, f"for batches of {n}" in auto.reason) == (
+            winner,
+            True,
+            True,
+        )
+    assert (auto.stats()["timed"], auto.stats()["captures"]) == (2, 2)
 
 
 def test_compile_equals_eager(unet: UNet2D) -> None:
