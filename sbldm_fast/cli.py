@@ -122,6 +122,7 @@ def sample(
     guidance: Guidance = None,
     guidance_interval: Interval = None,
     extrapolate: Extrapolate = False,
+    student: Annotated[bool, typer.Option("--student", help="By the pipeline's student of few calls.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make images, the missing ones. Example: sbldm-fast sample demo --modality T2 --age 70 -n 8 -o images
@@ -140,6 +141,7 @@ def sample(
         seed, steps, scheduler and scheduler.value, mode, eta, precision, batch_size, format.value, asked
     )
     settings = replace(settings, guidance_scale=guidance, guidance_interval=guidance_interval, extrapolate=extrapolate)
+    settings = replace(settings, student=student)
     _run(pipeline, out, n, settings, as_json)
 
 

@@ -29,9 +29,7 @@ def export(
     batch: Annotated[
         str, typer.Option(help="Of step, and for tensorrt of all graphs: a number or dynamic.")
     ] = "dynamic",
-    scheduler: Annotated[
-        Scheduler | None, typer.Option(help="Default: the pipeline's own, or that of a diffusers folder.")
-    ] = None,
+    scheduler: Annotated[Scheduler | None, typer.Option(help="Default: the pipeline's own.")] = None,
     steps: Steps = None,
     eta: Eta = 0.0,
     guidance: Annotated[

@@ -251,29 +251,26 @@ def distill(
 
     Its teacher takes four steps for each of its own; one that is a student takes its own, so that 8 become 4, then 2.
     """
+    from sbldm_fast.training import TrainConfig
+
+    shared: dict[str, Any] = {"save_every": save_every, "keep": keep, "seed": seed, "amp": amp.value}
+    shared |= {"warmup": min(warmup, train_steps // 10), "weight_decay": 0.0, "ema_decay": ema_decay}
+    config = TrainConfig(train_steps, batch_size, lr, **shared)
+    options: dict[str, Any] = {"guidance_scale": guidance, "views": views, "resume": resume, "progress": not as_json}
+    _distill(pipeline, data, out, steps, config, options)
+
+
+def _distill(pipeline: str, data: Path, out: Path, steps: int, config: Any, options: dict[str, Any]) -> None:
+    """Distill on the devices that torchrun gave, and say what came of it."""
     import torch
 
     from sbldm_fast import Pipeline
-    from sbldm_fast.training import Stopped, TrainConfig, torchrun
-    from sbldm_fast.training import distill as run
+    from sbldm_fast.training import Stopped, distill_pipeline, torchrun
 
-    config = TrainConfig(
-        train_steps,
-        batch_size,
-        lr,
-        warmup=min(warmup, train_steps // 10),
-        weight_decay=0.0,
-        ema_decay=ema_decay,
-        save_every=save_every,
-        keep=keep,
-        seed=seed,
-        amp=amp.value,
-    )
     with torchrun() as device:
         teacher = Pipeline.from_pretrained(pipeline).to(device)
-        options: dict[str, Any] = {"guidance_scale": guidance, "views": views, "resume": resume}
         try:
-            result = run(teacher, data, out, steps, config, progress=not as_json, **options)
+            result = distill_pipeline(teacher, data, out, steps, config, **options)
         except Stopped as stopped:
             say(f"sbldm-fast: {stopped}; the same command with --resume continues")
             raise typer.Exit(130) from None
@@ -284,4 +281,5 @@ def distill(
         say(f"warning: UniPC by {steps} calls of the teacher is nearer to its converged images: train longer")
     beside = "" if unipc is None else f", UniPC by as many {unipc:.4f}"
     text = f"{count(steps, 'call')}: {result['rms']:.4f} RMS from the teacher's converged latents{beside}"
-    print(json.dumps(result | {"pipeline": str(out / "pipeline")}) if as_json else f"{text}: {out / 'pipeline'}")
+    result |= {"pipeline": str(out / "pipeline")}
+    print(f"{text}: {result['pipeline']}" if options["progress"] else json.dumps(result))

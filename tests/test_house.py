@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("kernels", "sbldm_fast", "export", "benchmarks", "examples")
 # the most lines of the files of some folders, tests apart
 BUDGETS = {
-    "library": (8_630, ("kernels", "sbldm_fast/models", "sbldm_fast/diffusion", "sbldm_fast/sampling")),
+    "library": (8_900, ("kernels", "sbldm_fast/models", "sbldm_fast/diffusion", "sbldm_fast/sampling")),
     "export": (2_350, ("export",)),
     "workshop": (
-        13_100,
+        13_750,
         ("sbldm_fast", "sbldm_fast/data", "sbldm_fast/training", "sbldm_fast/evaluation", "benchmarks"),
     ),
 }
@@ -42,6 +42,7 @@ MANY_ARGUMENTS = {
     "sbldm_fast/cli_evaluate.py:ablate": "a command: an argument is an option",
     "sbldm_fast/cli_evaluate.py:evaluate": "a command: an argument is an option",
     "sbldm_fast/cli_export.py:export": "a command: an argument is an option",
+    "sbldm_fast/cli_train.py:distill": "a command: an argument is an option",
     "sbldm_fast/cli_train.py:prepare": "a command: an argument is an option",
     "sbldm_fast/cli_train.py:train": "a command: an argument is an option",
     "sbldm_fast/data/prepare.py:prepare": "what a user calls",
@@ -49,6 +50,7 @@ MANY_ARGUMENTS = {
     "sbldm_fast/sampling/request.py:__init__": "the arguments of FastSampler's call",
     "sbldm_fast/sampling/sampler.py:__init__": "what a user calls",
     "sbldm_fast/sampling/sampler.py:__call__": "what a user calls",
+    "sbldm_fast/training/distill.py:distill_pipeline": "what a user calls",
     "sbldm_fast/training/stages.py:train_pipeline": "what a user calls",
     "export/exporter.py:export": "what a user calls",
     "export/ort.py:stream": "what a user calls: as FastSampler's",

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import UserError
-from .config import FlowConfig, RFlowConfig, SchedulerConfig
-from .schedulers import Configured, DDIMScheduler, SchedulerOutput
+from .config import FlowConfig, RFlowConfig
+from .schedulers import Configured, SchedulerOutput
 
 # of diffusers' class, each another grid or another step
 NOT_OURS = (
@@ -28,20 +28,6 @@ NOT_OURS = (
     "use_beta_sigmas",
     "stochastic_sampling",
 )
-
-
-def default_scheduler(config: SchedulerConfig | Mapping[str, Any]) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-    """The scheduler for a model that predicts what `config`, ours or a file's, says: Euler steps for a flow, DDIM
-    otherwise.
-
-    Raises:
-        ValueError: as `from_config` of either.
-    """
-    given = config.to_dict() if isinstance(config, SchedulerConfig) else config
-    theirs = given.get("_class_name") == "FlowMatchEulerDiscreteScheduler"  # diffusers' says no prediction_type
-    if theirs or given.get("prediction_type") == "flow_prediction":
-        return FlowMatchEulerDiscreteScheduler.from_config(config)
-    return DDIMScheduler.from_config(config)
 
 
 def flow_alphas(num_train_timesteps: int) -> Tensor:

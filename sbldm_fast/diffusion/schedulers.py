@@ -283,7 +283,7 @@ class _DiffusersFactory:
         try:
             import diffusers
         except ImportError:
-            need = f"{cls.__name__}, unlike DDIMScheduler and DDPMScheduler,"
+            need = f"{cls.__name__}, unlike the other schedulers,"
             raise MissingExtra(need, "diffusers", "bench") from None
         theirs: type[diffusers.SchedulerMixin] = getattr(diffusers, cls.__name__)
         return theirs

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .schedulers import SchedulerOutput, _Scheduler
 
 
@@ -50,9 +51,11 @@ class UniPCMultistepScheduler(_Scheduler):
         """The sample at the next timestep; the steps of a run come in their order.
 
         Raises:
-            ValueError: a timestep that is not in `timesteps`.
+            ValueError: `set_timesteps` was not called, or a timestep that is not in `timesteps`.
         """
         t = int(timestep)
+        if self.num_inference_steps is None:
+            raise UserError("num_inference_steps: got None, call set_timesteps first")
         following = self._next_timestep(t)
         index = self.timesteps.tolist().index(t)
         if index == self._start:

@@ -98,13 +98,8 @@ def memorisation(
         unseen.append(held_out[torch.linspace(0, len(held_out) - 1, min(n, len(held_out))).long()])
     if not unseen:
         raise UserError(f"{data} has neither validation nor test slices: nothing tells how near is near")
-    images = pipeline.sample(n, seed=seed, steps=steps).cpu()
-    report: dict[str, Any] = {
-        "samples": n,
-        "seed": seed,
-        "steps": steps or pipeline.default_steps(),
-        "training_slices": len(train),
-    }
+    images, steps = pipeline.sample(n, seed=seed, steps=steps).cpu(), steps or pipeline.default_steps()
+    report: dict[str, Any] = {"samples": n, "seed": seed, "steps": steps, "training_slices": len(train)}
     asked = _ask_for_slices(pipeline, train, n, seed, steps)
     rows = [images]
     held = torch.cat(unseen)

@@ -78,14 +78,20 @@ class Pipeline:
         vars(self).update(state, _lock=threading.Lock())
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path) -> Self:
-        """The bundled weights `"demo"`, or a folder that `save` wrote.
+    def from_pretrained(cls, name_or_folder: str | Path, *, student: bool = False) -> Self:
+        """The bundled weights `"demo"`, or a folder that `save` wrote; or the student of few calls beside them, whose
+        `unet/` and `scheduler/` are in the folder's `student/`.
 
         Raises:
             ValueError: no such folder, or a file in it that is missing, pickled or does not fit its config.
         """
         folder = find_folder(name_or_folder)
-        vae, unet = AutoencoderKL.from_pretrained(folder / "vae"), UNet2D.from_pretrained(folder / "unet")
+        vae = AutoencoderKL.from_pretrained(folder / "vae")
+        if student:
+            folder = folder / "student"
+            if not folder.is_dir():
+                raise UserError(f"student: {name_or_folder} has none, allowed is a folder with student/")
+        unet = UNet2D.from_pretrained(folder / "unet")
         content = read_json(folder / "scheduler" / FILE)
         kind = OWN.get(str(content.get("_class_name")))
         if kind is None:  # of diffusers: its noise schedule is read

@@ -96,8 +96,6 @@ class Predict:
             "sample": (0 * alpha, 1 + 0 * alpha),
             "v_prediction": (alpha, -sigma),
         }
-        if scheduler.prediction_type not in by_kind:
-            raise UserError(f"prediction_type: got {scheduler.prediction_type}, allowed are {', '.join(by_kind)}")
         self.c = torch.stack(by_kind[scheduler.prediction_type], 1).to(device, torch.float32)
         self.guidance_scale = guidance_scale
 
@@ -196,7 +194,7 @@ class Judge:
         return walk(model, predict, self.noise, torch.zeros_like(self.noise[:, 0, 0, 0]).long(), segments, self.values)
 
 
-def distill(
+def distill_pipeline(
     pipeline: Pipeline,
     data: str | Path,
     folder: str | Path,
@@ -232,50 +230,57 @@ def distill(
         NotFinite: a loss or gradient that is not finite.
         Stopped: on a signal.
     """
-    folder, ranks, teacher = (
-        Path(folder),
-        Ranks.of_torchrun(),
-        copy.deepcopy(pipeline.unet).eval().requires_grad_(False),
-    )
-    device, scheduler, of = next(teacher.parameters()).device, pipeline.scheduler.config, teacher.config
+    folder, ranks = Path(folder), Ranks.of_torchrun()
     _check(pipeline, steps, guidance_scale)
     ranks.check_batch_size(config.batch_size)
     refuse_a_run(folder, resume)
-    predict = Predict(scheduler, device, 1.0 if guidance_scale is None else guidance_scale)
-    segments = Segments.of(scheduler, steps, of.distilled_steps // steps or SUBSTEPS, bool(of.distilled_steps)).to(
-        device
-    )
     slices = find_splits(data)
-    made_of = {"data": digest_data(data), "teacher": digest_weights(pipeline.vae, teacher)}
+    made_of = {"data": digest_data(data), "teacher": digest_weights(pipeline.vae, pipeline.unet)}
     context = Context(folder, ranks, made_of, progress)
     with checkpoint.name_last_checkpoint(folder):
         latents = encode_splits(pipeline.vae, slices, views, config.seed, context)
-        values = condition_values(of.covariates, slices, latents)
-        told = {k: Told(latents[k].to(device) * pipeline.vae.config.scaling_factor, values.get(k)) for k in slices}
-        told = {k: v._replace(values=None if v.values is None else v.values.to(device)) for k, v in told.items()}
-        folded = of.distilled_guidance if guidance_scale is None else guidance_scale
-        student = UNet2D(replace(of, dropout=0.0, distilled_steps=steps, distilled_guidance=folded)).to(device)
-        student.load_state_dict(teacher.state_dict())
-        judge = Judge(teacher, predict, scheduler, steps, told.get("val", told["train"]))
-        stage = Stage(
-            f"student{steps}",
-            student,
-            distill_loss(teacher, told["train"], scheduler, segments, predict, config.seed, ranks),
-            len(told["train"].latents),
-            validate=judge,
-            settings={"unet": student.config.to_dict(), "scheduler": scheduler.to_dict()},
-        )
-        trained = train(stage, config, context)
-        assert isinstance(trained, UNet2D)
+        values = condition_values(pipeline.unet.config.covariates, slices, latents)
+        factor, device = pipeline.vae.config.scaling_factor, next(pipeline.unet.parameters()).device
+        told = {k: Told(latents[k].to(device) * factor, values[k].to(device) if k in values else None) for k in slices}
+        student, result = _train(pipeline, told, steps, config, context, guidance_scale)
         if ranks.rank == 0:
-            Pipeline(pipeline.vae, trained, DDIMScheduler.from_config(scheduler).config).save(folder / "pipeline")
-    return {"steps": steps, "rms": judge(trained), "unipc_rms": judge.of_unipc(pipeline, guidance_scale)}
+            of = DDIMScheduler.from_config(pipeline.scheduler.config).config
+            Pipeline(pipeline.vae, student, of).save(folder / "pipeline")
+    return result
+
+
+def _train(
+    pipeline: Pipeline, told: dict[str, Told], steps: int, config: TrainConfig, context: Context, guidance: float | None
+) -> tuple[UNet2D, dict[str, Any]]:
+    """The student, and how it is judged."""
+    teacher = copy.deepcopy(pipeline.unet).eval().requires_grad_(False)
+    scheduler, of, device = pipeline.scheduler.config, teacher.config, told["train"].latents.device
+    predict = Predict(scheduler, device, 1.0 if guidance is None else guidance)
+    own = of.distilled_steps
+    segments = Segments.of(scheduler, steps, own // steps or SUBSTEPS, first_order=bool(own)).to(device)
+    folded = of.distilled_guidance if guidance is None else guidance
+    student = UNet2D(replace(of, dropout=0.0, distilled_steps=steps, distilled_guidance=folded)).to(device)
+    student.load_state_dict(teacher.state_dict())
+    judge = Judge(teacher, predict, scheduler, steps, told.get("val", told["train"]))
+    stage = Stage(
+        f"student{steps}",
+        student,
+        distill_loss(teacher, told["train"], scheduler, segments, predict, config.seed, context.ranks),
+        len(told["train"].latents),
+        validate=judge,
+        settings={"unet": student.config.to_dict(), "scheduler": scheduler.to_dict()},
+    )
+    trained = train(stage, config, context)
+    assert isinstance(trained, UNet2D)
+    return trained, {"steps": steps, "rms": judge(trained), "unipc_rms": judge.of_unipc(pipeline, guidance)}
 
 
 def _check(pipeline: Pipeline, steps: int, guidance_scale: float | None) -> None:
     """Refuse, as `UserError`, what would be found out after the slices are encoded."""
     of, own = pipeline.unet.config, pipeline.unet.config.distilled_steps
     T = pipeline.scheduler.config.num_train_timesteps
+    if (kind := pipeline.scheduler.config.prediction_type) == "flow_prediction":
+        raise UserError(f"prediction_type: got {kind}, allowed for a teacher are epsilon, sample, v_prediction")
     if own and (steps < 1 or own % steps or own == steps):
         allowed = [k for k in range(1, own) if own % k == 0]
         raise UserError(

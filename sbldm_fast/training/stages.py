@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sbldm_fast.data import Slices
 from sbldm_fast.data.dataset import read_manifest
 from sbldm_fast.diffusion import DDPMScheduler, SchedulerConfig
-from sbldm_fast.diffusion.flow import default_scheduler, flow_alphas
+from sbldm_fast.diffusion.flow import flow_alphas
 from sbldm_fast.errors import UserError
 from sbldm_fast.kernels import diffuse
 from sbldm_fast.models import AutoencoderKL, UNet2D
@@ -274,7 +274,4 @@ def condition_values(
 
 def _sample_some(vae: AutoencoderKL, scheduler: SchedulerConfig, unet: nn.Module) -> dict[str, Tensor]:
     assert isinstance(unet, UNet2D)
-    pipeline = Pipeline(vae, unet, scheduler)
-    # from pure noise: by default so few steps would begin later
-    solver = default_scheduler(replace(scheduler, timestep_spacing="trailing"))
-    return {"synthetic samples": pipeline.sample(SHOWN, seed=0, steps=20, scheduler=solver, mode="eager")}
+    return {"synthetic samples": Pipeline(vae, unet, scheduler).sample(SHOWN, seed=0, mode="eager")}
