@@ -42,7 +42,7 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-MARKS = "osD^vP*X<>hd"
+MARKS = "osD^vP*X<>hdp8"
 Link = Callable[[Row], str]
 
 # from the textbook's loop to one graph: what each stage is called, and the provider that is it

@@ -146,7 +146,10 @@ class RowSchema:
     # right or wrong
     parity: dict[str, Any] | None = key(_or_none(PARITY), "largest difference from `against`, relative, and allowed")
     speedup: dict[str, Any] | None = key(_or_none(_of(over=TEXT, factor=ABOVE)), "of medians; null without parity")
-    rms: float = key(NUMBER, "difference of images in [-1, 1] from those of DDIM with 1000 steps")
+    rms: float = key(NUMBER, "difference of images in [-1, 1] from those of DDIM with 1000 steps, all asked for")
+    rms_unasked: float = key(NUMBER, "the same of images that were asked for nothing")
+    judged: int = key(COUNT, "images that both differences are of")
+    calls: float = key(NUMBER, "mean model calls of an image")
     # memory, energy, work
     peak_bytes: int | None = key(_or_none(NUMBER), "beyond what was there before", "bytes")
     energy: dict[str, float] | None = key(
@@ -213,7 +216,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "training": (*TIMED, "ms_per_step", "items_per_s", "minutes_per_100k_steps", "parity"),
     "startup": (*TIMED, "parts", "cold_cache_s"),
     "memory": ("peak_bytes", "device"),
-    "solvers": (*TIMED, "solver", "rms", "ms_per_image"),
+    "solvers": (*TIMED, "solver", "ms_per_image"),
     "kernels": (*TIMED, "gb_s"),
     "checks": ("ok", "error", "allowed"),
 }

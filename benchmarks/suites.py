@@ -31,5 +31,5 @@ SUITES = {
     "memory": Suite(bench_memory, {"steps": 2, "batches": [1], "compiled": False}),
     "startup": Suite(bench_startup, {"steps": 10, "rounds": 1, "compiled": False}),
     "scaling": Suite(bench_scaling, {"steps": 10, "batch": 4, "seconds": 4.0, "compiled": False}),
-    "solvers": Suite(bench_solvers, {"batch": 1, "steps": [5, 10, 20], "rounds": 6}),
+    "solvers": Suite(bench_solvers, {"batch": 1, "steps": [4, 12], "rounds": 6, "judged": 2}),
 }
