@@ -134,7 +134,7 @@ def _ways(pipe: Pipeline, steps: Sequence[int]) -> dict[str, Way]:
     config, ways = pipe.scheduler.config, {}
     for (solver, of), n in product(SOLVERS.items(), steps):
         ways[f"{solver} {n}"] = Way(solver, n, partial(_fixed, pipe, of, config, n))
-    student = Pipeline.from_pretrained("demo", student=True).to(next(pipe.unet.parameters()).device)
+    student = Pipeline.from_pretrained("demo-student").to(next(pipe.unet.parameters()).device)
     n = student.default_steps()
     ways[f"student {n}"] = Way("student", n, partial(_fixed, student, lambda c: student.scheduler, config, n))
     for stop, thresholds in STOPS.items():

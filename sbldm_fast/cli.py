@@ -122,7 +122,9 @@ def sample(
     guidance: Guidance = None,
     guidance_interval: Interval = None,
     extrapolate: Extrapolate = False,
-    student: Annotated[bool, typer.Option("--student", help="By the pipeline's student of few calls.")] = False,
+    student: Annotated[
+        bool, typer.Option("--student", help="By its student of few calls, of a folder that in student/.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make images, the missing ones. Example: sbldm-fast sample demo --modality T2 --age 70 -n 8 -o images
@@ -134,14 +136,16 @@ def sample(
     import torch
 
     from sbldm_fast.sampling.job import Settings
+    from sbldm_fast.sampling.pipeline import BUNDLED
 
+    if student:
+        pipeline = f"{pipeline}-student" if pipeline in BUNDLED else str(Path(pipeline) / "student")
     asked, n = ask(pipeline, context.args, table, n, 16, extrapolate=extrapolate)
     precision = None if dtype is None else getattr(torch, dtype.value)
     settings = Settings(
         seed, steps, scheduler and scheduler.value, mode, eta, precision, batch_size, format.value, asked
     )
     settings = replace(settings, guidance_scale=guidance, guidance_interval=guidance_interval, extrapolate=extrapolate)
-    settings = replace(settings, student=student)
     _run(pipeline, out, n, settings, as_json)
 
 
@@ -220,7 +224,7 @@ def demo(
     found = examine()
     print_doctor(found)
     print("2/4 54 images that the bundled weights are asked for, and of the same seeds by their student of few calls")
-    pipe, student = (Pipeline.from_pretrained("demo", student=few).to(default_device()) for few in (False, True))
+    pipe, student = (Pipeline.from_pretrained(name).to(default_device()) for name in ("demo", "demo-student"))
     told = [_ask_for_54(one, out / name) for one, name in ((pipe, "samples.png"), (student, "student.png"))]
     print("; ".join(told))
     print("3/4 latency of the paper-size UNet against diffusers")
@@ -250,7 +254,7 @@ demo {"finished" if ok else "FAILED"} in {time.monotonic() - start:.0f} s""")
 
 
 def _ask_for_54(pipe: Any, path: Path) -> str:
-    """Write what a pipeline makes of age, modality and position, with the milliseconds of an image; what was written."""
+    """Write what a pipeline makes of age, modality and position; its calls, and the milliseconds of an image."""
     from itertools import product
 
     from sbldm_fast.images import NOTICE, save_grid, to_uint8

@@ -22,7 +22,9 @@ def place(path: Path | None) -> Path | None:
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 OutFolder = Annotated[Path, typer.Option("-o", "--out", callback=place, help="Folder to write.")]
-PipelineFolder = Annotated[str, typer.Argument(help="A pipeline folder, or demo for the bundled weights.")]
+PipelineFolder = Annotated[
+    str, typer.Argument(help="A pipeline folder, or demo or demo-student for the bundled weights.")
+]
 Steps = Annotated[
     int | None,
     typer.Option(

@@ -53,7 +53,6 @@ class Settings:
         format: `png`, a file per image and a grid; `npy` or `nifti`, one array, float32; `bids`, a subject per image.
         asked: covariates by name, a value for each image.
         guidance_scale, guidance_interval, extrapolate: as of `Pipeline.sample`.
-        student: whether the pipeline's student of few calls makes them.
 
     Raises:
         UserError: an unknown format.
@@ -72,7 +71,6 @@ class Settings:
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     extrapolate: bool = False
-    student: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in WHOLE:
@@ -112,7 +110,7 @@ def sample_to_folder(pipeline: str, out: Path, n: int, settings: Settings, *, pr
     world = torchrun_number("WORLD_SIZE", 1, 1, 2**20)
     rank, local = (torchrun_number(name, 0, 0, world - 1) for name in ("RANK", "LOCAL_RANK"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    pipe = Pipeline.from_pretrained(pipeline, student=settings.student).to(device)
+    pipe = Pipeline.from_pretrained(pipeline).to(device)
     steps = settings.steps or pipe.default_steps(settings.scheduler)
     settings = replace(settings, steps=steps)
     size = even_batch(n, min(settings.batch_size, math.ceil(n / world)))  # no rank without work

@@ -38,7 +38,8 @@ SCHEDULERS: dict[str, Any] = {
 OWN: dict[str, Any] = {kind.__name__: kind for name, kind in SCHEDULERS.items() if name != "dpm"}
 UNIPC: dict[str, Any] = {"timestep_spacing": "trailing", "solver_order": 3}  # the best of benchmarks/LOG.md 39
 FEW, MANY = 12, 50  # model calls: by 12 UniPC is nearer to the converged image than DDIM by 50 (the same entry)
-BUNDLED = {"demo": Path(__file__).parents[1] / "assets" / "demo"}
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
+BUNDLED = {"demo": DEMO, "demo-student": DEMO / "student"}
 
 
 class Pipeline:
@@ -78,20 +79,16 @@ class Pipeline:
         vars(self).update(state, _lock=threading.Lock())
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, *, student: bool = False) -> Self:
-        """The bundled weights `"demo"`, or a folder that `save` wrote; or the student of few calls beside them, whose
-        `unet/` and `scheduler/` are in the folder's `student/`.
+    def from_pretrained(cls, name_or_folder: str | Path) -> Self:
+        """The bundled weights `"demo"`, their student of few calls `"demo-student"`, or a folder that `save` wrote; one
+        without `vae/` has that of the folder that it lies in.
 
         Raises:
             ValueError: no such folder, or a file in it that is missing, pickled or does not fit its config.
         """
         folder = find_folder(name_or_folder)
-        vae = AutoencoderKL.from_pretrained(folder / "vae")
-        if student:
-            folder = folder / "student"
-            if not folder.is_dir():
-                raise UserError(f"student: {name_or_folder} has none, allowed is a folder with student/")
-        unet = UNet2D.from_pretrained(folder / "unet")
+        shared = (folder if (folder / "vae").exists() else folder.parent) / "vae"
+        vae, unet = AutoencoderKL.from_pretrained(shared), UNet2D.from_pretrained(folder / "unet")
         content = read_json(folder / "scheduler" / FILE)
         kind = OWN.get(str(content.get("_class_name")))
         if kind is None:  # of diffusers: its noise schedule is read

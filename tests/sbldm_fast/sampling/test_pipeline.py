@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from sbldm_fast import Pipeline
+from sbldm_fast import DDIMScheduler, Pipeline
+from sbldm_fast.files import read_json, write_json
 from sbldm_fast.sampling.sampler import MAX_LOOPS
 
 from ..small import relative, scheduler, small_pipeline
@@ -131,3 +133,41 @@ def test_bad_pipelines_are_named(pipeline: Pipeline, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_the_default_is_unipc_by_twelve_calls(pipeline: Pipeline, tmp_path: Path) -> None:
+    sampler = pipeline.sampler()
+    assert type(sampler.scheduler).__name__ == "UniPCMultistepScheduler"
+    assert (sampler.steps, sampler.timesteps[0], sampler.table.history) == (12, 999, 3)
+    before = pipeline.sampler(scheduler="ddim")
+    assert (before.steps, before.timesteps[0], before.timesteps[-1]) == (50, 980, 0), "the paper's, one option away"
+    assert pipeline.default_steps("dpm") == pipeline.default_steps(before.scheduler) == 50
+    pipeline.save(tmp_path / "p")
+    assert Pipeline.from_pretrained(tmp_path / "p").sampler().timesteps == sampler.timesteps
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    pipeline.save(tmp_path / "p")
+    again = Pipeline.from_pretrained(tmp_path / "p")
+    assert type(again.scheduler) is DDIMScheduler, "the folder says what its solver is"
+    assert again.sampler(10).timesteps[0] == again.sampler(10, scheduler="ddim").timesteps[0] == 999
+    config = read_json(tmp_path / "p" / "scheduler" / "scheduler_config.json")
+    write_json(tmp_path / "p" / "scheduler" / "scheduler_config.json", config | {"_class_name": "PNDMScheduler"})
+    assert Pipeline.from_pretrained(tmp_path / "p").default_steps() == 12, "of another class the noise schedule is read"
+
+
+def test_the_bundled_student_is_nearer_than_unipc_by_as_many_calls(tmp_path: Path) -> None:
+    """To what its teacher converges to, from the same seeds."""
+    teacher, student = Pipeline.from_pretrained("demo"), Pipeline.from_pretrained("demo-student")
+    n = student.default_steps()
+    assert n == student.unet.config.distilled_steps == 4
+    assert student.latent_shape == teacher.latent_shape
+    for cond in (None, {"age": [30, 60] * 4, "modality": "T1", "position": [-20, 0, 20, 40] * 2}):
+        wanted = teacher.sample(8, steps=50, cond=cond)
+        errors = [(pipe.sample(8, steps=n, cond=cond) - wanted).square().mean().sqrt() for pipe in (student, teacher)]
+        assert errors[0] < errors[1]
+    with pytest.raises(ValueError, match="steps: got 5 model calls, allowed for this network is 4, which it was dist"):
+        student.sample(1, steps=5)
+    student.save(tmp_path / "p")
+    assert torch.equal(Pipeline.from_pretrained(tmp_path / "p").sample(1), student.sample(1))
+    shutil.rmtree(tmp_path / "p" / "vae")
+    with pytest.raises(ValueError, match="vae"):
+        Pipeline.from_pretrained(tmp_path / "p")
