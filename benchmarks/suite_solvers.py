@@ -198,7 +198,8 @@ def _adaptive(pipe: Pipeline, tolerance: float) -> tuple[Run, Callable[[], float
         t = len(places) - 1 - (i - 1 + (place - places[i - 1]) / (places[i] - places[i - 1]))
         alpha, sigma = _levels(place)
         made[0] += len(x)
-        return alpha * x - sigma * unet(x, t.float(), values).float()
+        x0: Tensor = alpha * x - sigma * unet(x, t.float(), values).float()
+        return x0
 
     def move(x: Tensor, at: Tensor, to: Tensor, x0: Tensor) -> Tensor:
         (_, sigma), (alpha, sigma_to) = _levels(at), _levels(to)

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -31,7 +32,8 @@ def folder(fresh_demo: Path) -> Path:
     return fresh_demo
 
 
-def test_prepare_train_sample_end_to_end(run: Any, tmp_path: Path) -> None:
+def test_prepare_train_sample_end_to_end(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbldm_fast.training.distill.JUDGED", 4)  # the student is judged by fewer images
     code, out, _ = run("prepare", "synthetic:3", "-o", tmp_path / "d", "--every", "10", "--json")
     assert code == 0
     assert json.loads(out)["subjects"] == 3
@@ -84,6 +86,30 @@ def test_prepare_train_sample_end_to_end(run: Any, tmp_path: Path) -> None:
     ]
     with Image.open(tmp_path / "s" / "000002.png") as image:
         assert image.size == (128, 128)
+    small = ("--train-steps", "2", "--batch-size", "2", "--views", "1", "--amp", "off")
+    of_two = ("distill", pipeline, "--data", tmp_path / "d", "-o", tmp_path / "two", "--steps", "2", *small)
+    code, out, err = run(*of_two, "--json")
+    assert code == 0
+    done = json.loads(out)
+    assert done["steps"] == 2
+    assert ("warning: UniPC by 2 calls of the teacher is nearer" in err) == (done["rms"] >= done["unipc_rms"])
+    code, _, err = run(*of_two)
+    assert code == 1
+    assert "holds a run (checkpoint-student2-00000002); allowed is a new folder, or --resume" in err
+    code, _, err = run("sample", done["pipeline"], "-n", "1", "--steps", "3", "-o", tmp_path / "three")
+    assert code == 1
+    assert "steps: got 3 model calls, allowed for this network is 2, which it was distilled for" in err
+    code, out, _ = run("sample", done["pipeline"], "-n", "1", "-o", tmp_path / "one", "--json")
+    assert code == 0
+    assert json.loads((tmp_path / "one" / "sample.json").read_text())["steps"] == 2
+    shutil.copytree(done["pipeline"], Path(pipeline) / "student")
+    shutil.rmtree(Path(pipeline) / "student" / "vae")
+    code, _, _ = run("sample", pipeline, "--student", "-n", "1", "-o", tmp_path / "student")
+    assert code == 0
+    assert (tmp_path / "student" / "000000.png").read_bytes() == (tmp_path / "one" / "000000.png").read_bytes()
+    code, _, err = run("sample", done["pipeline"], "--student", "-n", "1", "-o", tmp_path / "none")
+    assert code == 1
+    assert "student is not a pipeline folder" in err
 
 
 def test_doctor(run: Any) -> None:
