@@ -17,7 +17,20 @@ from sbldm_fast.files import whole_file
 
 from .rows import Row, latest, read_rows
 from .schema import described
-from .table import TABLES, Cell, Table, below, count_steps, fastest, figure, gpu_summary, gpus, gpus_table, groups
+from .table import (
+    TABLES,
+    Cell,
+    Table,
+    below,
+    count_steps,
+    fastest,
+    few_table,
+    figure,
+    gpu_summary,
+    gpus,
+    gpus_table,
+    groups,
+)
 from .verdicts import interval
 
 NO_MORE = " cudnn.benchmark"  # a setting that was tried once and found nothing faster (LOG 25): no provider has it now
@@ -26,8 +39,9 @@ NO_MORE = " cudnn.benchmark"  # a setting that was tried once and found nothing 
 def render(readme: str | Path) -> str:
     """The text of `readme`, each block `<!-- SUITE: FILE -->` ... `<!-- end SUITE -->` rendered from FILE beside it.
 
-    Beside the suites there are `headline`, a sentence, `latency`, a table of several files, and of a folder `gpus`, a
-    line per GPU, and `gpu`, a section per GPU; `schema` is the keys of a row, `ablation` the tables of an ablation.
+    Beside the suites there are `few`, solvers that matter beside peers, `headline`, a sentence, `latency`, a table of
+    several files, and of a folder `gpus`, a line per GPU, and `gpu`, a section per GPU; `schema` is the keys of a row,
+    `ablation` the tables of an ablation.
 
     Raises:
         ValueError: a file with a line that is not a row.
@@ -50,10 +64,11 @@ def render(readme: str | Path) -> str:
             made = "\n".join(gpu_summary(rows) for rows in gpus(readme.parent / file))
         else:
             chosen = largest_group(readme.parent / file)
-            made = headline(chosen) if kind == "headline" else TABLES[kind](chosen).markdown()
+            tables = TABLES | {"few": few_table}
+            made = headline(chosen) if kind == "headline" else tables[kind](chosen).markdown()
         return f"<!-- {kind}: {file} -->\n{made}\n<!-- end {kind} -->"
 
-    kinds = "|".join([*TABLES, "headline", "latency", "gpu", "gpus", "schema", "ablation"])
+    kinds = "|".join([*TABLES, "few", "headline", "latency", "gpu", "gpus", "schema", "ablation"])
     return re.sub(rf"<!-- ({kinds}): (\S+(?: \S+)*) -->.*?<!-- end \1 -->", block, readme.read_text(), flags=re.DOTALL)
 
 

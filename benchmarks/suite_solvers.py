@@ -1,7 +1,8 @@
 """Steps against error: how far each solver is from the converged image, and what it costs; the bundled weights.
 
 Beside the solvers: the bundled student, DDIM that stops early by each criterion, a solver that chooses its steps by an
-estimate of its error, and the loops of diffusers in DDIM's 50 steps on a network of the same size.
+estimate of its error, and the loops of diffusers in DDIM's 50 steps on a network of the same size. All are timed to
+images, by the same autoencoder.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def bench_solvers(
     cases = {name: Case(partial(build, name), None, 0.0) for name in ways}
     setup = SamplingSetup("demo", PEER_STEPS, batch, device)
     peers: list[Provider] = [Diffusers(FLOAT), Runtime(FLOAT), Runtime(FLOAT, runtime="OpenVINO")]
-    cases |= {p.name: Case(partial(p.build, setup), None, 0.0) for p in peers}
+    cases |= {p.name: Case(partial(_peer, p, setup, pipe), None, 0.0, about={"family": "peer"}) for p in peers}
     shape = [batch, *among.wanted[0].shape[1:]]
     common = head("solvers", preset="demo", batch=batch, judged=judged, shape=shape, device=str(device))
     for row in measure(cases, Timing(rounds), base="", device=device, say=say):
@@ -144,6 +145,12 @@ def _ways(pipe: Pipeline, steps: Sequence[int]) -> dict[str, Way]:
     for tolerance in TOLERANCES:
         ways[f"adaptive {tolerance}"] = Way("adaptive", PEER_STEPS, partial(_adaptive, pipe, tolerance))
     return ways
+
+
+def _peer(provider: Provider, setup: SamplingSetup, pipe: Pipeline) -> Callable[[], Tensor]:
+    """A peer's loop, to images by the autoencoder of the others."""
+    run = provider.build(setup)
+    return lambda: pipe.decode(run())
 
 
 def _fixed(

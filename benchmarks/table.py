@@ -220,6 +220,28 @@ def solvers_table(rows: Sequence[Row]) -> Table:
     return Table(["way"], ["calls", "RMS", "RMS, unasked", "ms/image", "Pareto"], body, note)
 
 
+def few_table(rows: Sequence[Row]) -> Table:
+    """At the error of DDIM by 50 calls or below: the pipeline's own solver and the student beside DDIM, by ours and by
+    each peer's loop, which has weights of its own and so the solver's error, not one of its own.
+
+    Raises:
+        UserError: rows without DDIM by 50 calls.
+    """
+    ddim = next((r for r in rows if r["provider"] == "ddim 50" and not missing(r)), None)
+    if ddim is None:
+        raise UserError("few: got rows without ddim 50, allowed are those of bench solvers")
+    peers = [r for r in rows if r.get("family") == "peer" and "median_s" in r]
+    quickest = min(peers, key=lambda r: float(r["median_s"]), default=ddim)
+    body: list[list[Cell]] = []
+    for r in (*peers, *(r for r in rows if r["provider"] in ("ddim 50", "unipc 12") or r["solver"] == "student")):
+        error = r if "rms" in r else ddim
+        errors: list[Cell] = [(f"{error[k]:.4f}", error) for k in ("rms", "rms_unasked")]
+        times = f"{quickest['median_s'] / r['median_s']:.1f}"
+        body.append([r["provider"], str(r["steps"]), *errors, figure(f"{r['ms_per_image']:.1f}", r), times])
+    note = below(rows, f"batch {rows[0]['batch']}, float32, to images")
+    return Table(["loop"], ["calls", "RMS", "RMS, unasked", "ms/image", f"× {quickest['provider']}"], body, note)
+
+
 def pareto(rows: Sequence[Row]) -> set[str]:
     """The providers that no other beats in both time and error."""
     points = [(r["median_s"], r["rms"], r["provider"]) for r in rows if "rms" in r]

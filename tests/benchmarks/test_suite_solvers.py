@@ -7,7 +7,7 @@ import torch
 from sbldm_fast.benchmarks import suite_solvers as module
 from sbldm_fast.benchmarks.schema import fault_of
 from sbldm_fast.benchmarks.suite_solvers import bench_solvers
-from sbldm_fast.benchmarks.table import pareto, solvers_table
+from sbldm_fast.benchmarks.table import few_table, pareto, solvers_table
 
 from sbldm_fast import Pipeline
 
@@ -31,6 +31,13 @@ def test_more_steps_are_nearer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert judged["student 4"]["calls"] == 4
     assert judged["ddim 10, x0_delta 0.05"]["calls"] < 10 == judged["ddim 10, eps_norm 1e-09"]["calls"]
     assert all(r["median_s"] > 0 for r in rows.values())
+    renamed = [r | {"provider": {"ddim 10": "ddim 50"}.get(name, name)} for name, r in rows.items()]
+    few = few_table(renamed).markdown().splitlines()
+    assert [line.split(" | ")[0] for line in few[2:5]] == ["| diffusers", "| ddim 50", "| student 4"]
+    assert few[2].endswith("| 1.0 |"), "the quickest peer, which the others are held against"
+    assert few[2].split(" | ")[2] == few[3].split(" | ")[2], "its solver's error"
+    with pytest.raises(ValueError, match="few: got rows without ddim 50"):
+        few_table(list(rows.values()))
     text = solvers_table(list(rows.values())).markdown()
     assert f"| ddim 3 | 3 | {rows['ddim 3']['rms']:.4f} | {rows['ddim 3']['rms_unasked']:.4f} |" in text
     assert not [why for r in rows.values() if (why := fault_of(r))]
