@@ -45,7 +45,7 @@ gpu: build/tree
 results: .venv/installed
 	test -f "$(ROWS)" || { echo "make results needs ROWS=file with the rows, such as gpu/rows.jsonl" >&2; exit 2; }
 	$(BIN)/python -m sbldm_fast.benchmarks.rows "$(ROWS)" benchmarks/results
-	$(BIN)/python -m sbldm_fast.benchmarks.pages README.md docs/benchmarks.md docs/rows.md docs/ablations.md benchmarks/GPU.md
+	$(BIN)/python -m sbldm_fast.benchmarks.pages README.md docs/benchmarks.md docs/sampling.md docs/rows.md docs/ablations.md benchmarks/GPU.md
 
 # The bundled weights again, from the folders ms/ and dicom_t1_axial/ in SCANS; about three hours on two cores. Cut off, it goes on.
 PROCESSES ?= 2

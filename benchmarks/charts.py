@@ -1,7 +1,8 @@
 """The pictures of the report: SVG drawn by matplotlib, in colours that the page's theme decides, each mark linked to
 its row.
 
-python -m sbldm_fast.benchmarks.charts ROWS benchmarks/waterfall.svg     a test fails when rows and picture differ
+python -m sbldm_fast.benchmarks.charts ROWS benchmarks/waterfall.svg     of sampling; a test fails when both differ
+python -m sbldm_fast.benchmarks.charts ROWS benchmarks/pareto.svg        of solvers
 """
 
 from __future__ import annotations
@@ -189,9 +190,9 @@ def pareto_chart(rows: Sequence[Row], link: Link) -> str | None:
         for r in of:
             color, label = OURS if r["provider"] in front else PEER, solver if r is of[0] else ""
             _points(ax, [(r["ms_per_image"], r["rms"], r)], link, mark, color, label)
-            ax.annotate(
-                str(r["steps"]), (r["ms_per_image"], r["rms"]), textcoords="offset points", xytext=(4, 4), fontsize=8
-            )
+            calls = f"{r.get('calls', r['steps']):.0f}"
+            place = (r["ms_per_image"], r["rms"])
+            ax.annotate(calls, place, textcoords="offset points", xytext=(4, 4), fontsize=8)
     ax.set(xscale="log", yscale="log", xlabel="ms an image", ylabel="RMS difference from DDIM, 1000 steps")
     ax.grid(lw=0.5)
     _plain(ax.xaxis, ax.yaxis)
@@ -269,15 +270,23 @@ def _svg(fig: Figure, salt: str) -> str:
 
 
 def standalone(rows: Path) -> str:
-    """The float32 waterfall of a row file as a picture of its own, in the colours of light and dark pages.
+    """The float32 waterfall of a row file, or the front of its solvers, as a picture of its own, in the colours of
+    light and dark pages.
 
     Raises:
         ValueError: the file cannot be read, or holds nothing for it.
     """
     found = groups(latest(read_rows(rows)[0]))
-    svg = waterfall(found[0], "float32", lambda _: "") if found else None
+    front = bool(found) and found[0][0]["target"] == "solvers"
+    svg = (
+        pareto_chart(found[0], lambda _: "")
+        if front
+        else waterfall(found[0], "float32", lambda _: "")
+        if found
+        else None
+    )
     if svg is None:
-        raise UserError(f"{rows} holds no waterfall, allowed are rows of bench sampling")
+        raise UserError(f"{rows} holds no waterfall and no front, allowed are rows of bench sampling or bench solvers")
     light = "--grid:#d9dde3;--ours:#0b7a75;--peer:#9aa3b2;--faint:#6b7484;color:#1c2430"
     dark = "--grid:#39424f;--ours:#3fc1b0;--peer:#7b8698;--faint:#98a2b3;color:#e4e7ec"
     style = f"<style>svg{{{light}}}text{{fill:currentColor}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"

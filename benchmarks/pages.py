@@ -1,6 +1,6 @@
 """Pages whose figures are rendered from the rows and never typed.
 
-python -m sbldm_fast.benchmarks.pages README.md docs/benchmarks.md docs/rows.md docs/ablations.md benchmarks/GPU.md
+python -m sbldm_fast.benchmarks.pages PAGE.md ...     `make results` names them all
 """
 
 from __future__ import annotations

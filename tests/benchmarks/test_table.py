@@ -16,7 +16,7 @@ from sbldm_fast.benchmarks.rows import append, latest, read_rows
 from sbldm_fast.benchmarks.table import Table, fastest, gpu_summary, groups, sampling_table
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/benchmarks.md", "docs/rows.md", "docs/ablations.md", "benchmarks/GPU.md"]
+PAGES = ["README.md", "docs/benchmarks.md", "docs/sampling.md", "docs/rows.md", "docs/ablations.md", "benchmarks/GPU.md"]
 
 
 def test_the_pages_are_their_rows() -> None:
@@ -52,16 +52,23 @@ def test_the_table_of_the_first_screen_is_short_and_says_its_basis() -> None:
     assert block[1].count("Preset `") == len({line.split("|")[1] for line in lines[2:]}), "a note for each machine"
 
 
-def test_the_picture_is_of_the_rows_of_the_headline() -> None:
+@pytest.mark.parametrize(
+    ("page", "kind", "picture", "word"),
+    [
+        ("docs/benchmarks.md", "headline", "waterfall.svg", "×"),
+        ("docs/sampling.md", "few", "pareto.svg", "student"),
+    ],
+)
+def test_the_pictures_are_of_the_rows_of_their_pages(page: str, kind: str, picture: str, word: str) -> None:
     """Words and figures; where matplotlib puts a line is its own affair."""
-    rows = re.search(r"<!-- headline: \.\./(\S+) -->", (ROOT / "docs/benchmarks.md").read_text())
+    rows = re.search(rf"<!-- {kind}: \.\./(\S+) -->", (ROOT / page).read_text())
     assert rows is not None
     drawn, kept = (
         re.findall(r"<text[^>]*>([^<]+)</text>", text)
-        for text in (standalone(ROOT / rows[1]), (ROOT / "benchmarks/waterfall.svg").read_text())
+        for text in (standalone(ROOT / rows[1]), (ROOT / "benchmarks" / picture).read_text())
     )
     assert drawn == kept
-    assert any(text.endswith("×") for text in kept)
+    assert any(text.endswith(word) for text in kept)
 
 
 @pytest.mark.parametrize(
