@@ -16,7 +16,14 @@ from sbldm_fast.benchmarks.rows import append, latest, read_rows
 from sbldm_fast.benchmarks.table import Table, fastest, gpu_summary, groups, sampling_table
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/benchmarks.md", "docs/sampling.md", "docs/rows.md", "docs/ablations.md", "benchmarks/GPU.md"]
+PAGES = [
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/sampling.md",
+    "docs/rows.md",
+    "docs/ablations.md",
+    "benchmarks/GPU.md",
+]
 
 
 def test_the_pages_are_their_rows() -> None:
