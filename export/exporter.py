@@ -244,7 +244,7 @@ def _resolve(
         allowed = "(C, H, W) and a scheduler object or SolverTable"
         raise UserError(f"shape, scheduler: got {shape}, {scheduler!r}, allowed with a model alone are {allowed}")
     if not isinstance(scheduler, SolverTable):
-        scheduler = SolverTable.from_scheduler(scheduler, steps or 50, eta=eta)
+        scheduler = SolverTable.from_scheduler(scheduler, 50 if steps is None else steps, eta=eta)
     return source, shape, scheduler
 
 

@@ -27,9 +27,7 @@ PipelineFolder = Annotated[
 ]
 Steps = Annotated[
     int | None,
-    typer.Option(
-        min=1, max=1000, help="Solver steps (default: 12 of UniPC, 50 of others, a distilled pipeline's own)."
-    ),
+    typer.Option(help="Solver steps, 1 to 1000 (default: 12 of UniPC, 50 of others, a distilled pipeline's own)."),
 ]
 Solver = Annotated[Scheduler | None, typer.Option(help="Default: the pipeline's own, UniPC. dpm needs diffusers.")]
 Eta = Annotated[float, typer.Option(help="0 is DDIM, 1 has the noise of DDPM.")]

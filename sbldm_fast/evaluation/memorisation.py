@@ -98,7 +98,8 @@ def memorisation(
         unseen.append(held_out[torch.linspace(0, len(held_out) - 1, min(n, len(held_out))).long()])
     if not unseen:
         raise UserError(f"{data} has neither validation nor test slices: nothing tells how near is near")
-    images, steps = pipeline.sample(n, seed=seed, steps=steps).cpu(), steps or pipeline.default_steps()
+    steps = pipeline.default_steps() if steps is None else steps
+    images = pipeline.sample(n, seed=seed, steps=steps).cpu()
     report: dict[str, Any] = {"samples": n, "seed": seed, "steps": steps, "training_slices": len(train)}
     asked = _ask_for_slices(pipeline, train, n, seed, steps)
     rows = [images]

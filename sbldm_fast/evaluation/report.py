@@ -57,7 +57,7 @@ def evaluate_pipeline(
         ImportError: a package of the extra eval is missing.
     """
     settings, out = settings or Settings(), Path(out)
-    settings = replace(settings, steps=settings.steps or pipeline.default_steps())
+    settings = replace(settings, steps=pipeline.default_steps() if settings.steps is None else settings.steps)
     if unknown := [name for name in only if name not in PARTS]:
         raise UserError(f"only: got {unknown[0]!r}, allowed are {', '.join(PARTS)}")
     wanted = [name for name in PARTS if not only or name in only]

@@ -111,7 +111,7 @@ def sample_to_folder(pipeline: str, out: Path, n: int, settings: Settings, *, pr
     rank, local = (torchrun_number(name, 0, 0, world - 1) for name in ("RANK", "LOCAL_RANK"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     pipe = Pipeline.from_pretrained(pipeline).to(device)
-    steps = settings.steps or pipe.default_steps(settings.scheduler)
+    steps = pipe.default_steps(settings.scheduler) if settings.steps is None else settings.steps
     settings = replace(settings, steps=steps)
     size = even_batch(n, min(settings.batch_size, math.ceil(n / world)))  # no rank without work
     mode, reason = settings.mode, ""
