@@ -175,7 +175,7 @@ def solver_uses(batch: int) -> Iterator[tuple[int, bool, bool, bool, bool]]:
     """
     for history, *uses in product(range(4), *[(False, True)] * 4):
         guided, noisy, stopping, _ = uses
-        if batch != 2 and (noisy or stopping or history == 3):
+        if batch != 2 and (noisy or stopping):
             continue
         if not history or sum((guided, noisy, stopping)) != 2:
             yield history, *uses  # type: ignore[misc]  # four of them
