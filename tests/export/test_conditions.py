@@ -13,7 +13,7 @@ import pytest
 import torch
 from sbldm_fast.export import ORTSampler, check, export
 
-from sbldm_fast import Pipeline
+from sbldm_fast import DDIMScheduler, Pipeline
 
 from ..sbldm_fast.small import ASKED, small_pipeline
 
@@ -61,12 +61,24 @@ def test_coarser_arithmetic_follows_what_is_asked(dtype: str, tmp_path: Path) ->
     told, since numbers enter in float32."""
     config = replace(ASKED, block_out_channels=(16, 128)) if dtype == "int8" else ASKED
     pipeline, out = small_pipeline(config), tmp_path / "onnx"
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
     export(pipeline, out, steps=3, batch=3, dtype=dtype)
     ort = ORTSampler(out, mode="step")
     expected, unasked = (pipeline.sample(3, seed=1, steps=3, cond=cond, mode="eager") for cond in (COND, None))
     error = torch.from_numpy(ort(3, seed=1, cond=COND)) - expected
     assert 1e-6 < error.square().mean() ** 0.5 < 0.5 * (expected - unasked).square().mean() ** 0.5
     assert ort(1, seed=1, cond={"age": 70.0}).tobytes() != ort(1, seed=1, cond={"age": 70.01}).tobytes()
+
+
+def test_a_student_is_exported_with_the_steps_that_it_knows(tmp_path: Path) -> None:
+    student = small_pipeline(replace(ASKED, distilled_steps=4))
+    export(student, tmp_path / "o")
+    solver = json.loads((tmp_path / "o" / "manifest.json").read_text())["solver"]
+    assert solver["timesteps"] == [999, 749, 499, 249]
+    got = torch.from_numpy(ORTSampler(tmp_path / "o")(3, seed=1, cond=COND))
+    assert float((got - student.sample(3, seed=1, cond=COND)).abs().max()) <= 1e-4
+    with pytest.raises(ValueError, match="steps: got 5 model calls, allowed for this network is 4"):
+        export(student, tmp_path / "p", steps=5)
 
 
 def test_the_manifest_says_what_can_be_asked(plain: Any, guided: Any) -> None:

@@ -258,7 +258,7 @@ def test_bad_arguments_are_named_and_leave_nothing(
 def test_bad_sources_are_named(tiny: Any, tmp_path: Path, pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match=r"source: got str, allowed is a Pipeline or a torch\.nn\.Module"):
         export("demo", tmp_path / "o")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="shape, scheduler: got None, 'ddim', allowed with a model alone are"):
+    with pytest.raises(ValueError, match="shape, scheduler: got None, None, allowed with a model alone are"):
         export(tiny(), tmp_path / "o")
     with pytest.raises(ValueError, match=r"shape, cond: got \(4, 8, 8\), .* which the model does not take"):
         export(tiny(), tmp_path / "o", scheduler=DDIMScheduler(), shape=(4, 8, 8))
@@ -267,7 +267,7 @@ def test_bad_sources_are_named(tiny: Any, tmp_path: Path, pipeline: Pipeline) ->
     vae = replace(pipeline.vae.config, norm_num_groups=1)
     with pytest.raises(ValueError, match="target: got 'tensorrt' for a norm of one group"):
         export(
-            Pipeline(AutoencoderKL(vae), pipeline.unet, pipeline.scheduler.config), tmp_path / "o", target="tensorrt"
+            Pipeline(AutoencoderKL(vae), pipeline.unet, pipeline.scheduler), tmp_path / "o", target="tensorrt"
         )
     with pytest.raises(
         ValueError, match="target: got 'tensorrt' for a norm of one group, which TensorRT takes for an instance norm"

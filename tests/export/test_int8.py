@@ -15,7 +15,7 @@ from sbldm_fast import Pipeline, UNet2D
 
 def test_wide_convolutions_are_int8_and_the_images_stay(pipeline: Pipeline, tmp_path: Path) -> None:
     config = replace(pipeline.unet.config, block_out_channels=(128,), attention_resolutions=())
-    pipeline, folder = Pipeline(pipeline.vae, UNet2D(config).eval(), pipeline.scheduler.config), tmp_path / "o"
+    pipeline, folder = Pipeline(pipeline.vae, UNet2D(config).eval(), pipeline.scheduler), tmp_path / "o"
     export(pipeline, folder, dtype="int8", batch=2, steps=4)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert {name: entry["dtype"] for name, entry in manifest["graphs"].items()} == {
