@@ -266,9 +266,7 @@ def test_bad_sources_are_named(tiny: Any, tmp_path: Path, pipeline: Pipeline) ->
         export(pipeline, tmp_path / "o", scheduler=diffusers.UnCLIPScheduler())
     vae = replace(pipeline.vae.config, norm_num_groups=1)
     with pytest.raises(ValueError, match="target: got 'tensorrt' for a norm of one group"):
-        export(
-            Pipeline(AutoencoderKL(vae), pipeline.unet, pipeline.scheduler), tmp_path / "o", target="tensorrt"
-        )
+        export(Pipeline(AutoencoderKL(vae), pipeline.unet, pipeline.scheduler), tmp_path / "o", target="tensorrt")
     with pytest.raises(
         ValueError, match="target: got 'tensorrt' for a norm of one group, which TensorRT takes for an instance norm"
     ):
