@@ -149,7 +149,7 @@ class RowSchema:
     rms: float = key(NUMBER, "difference of images in [-1, 1] from those of DDIM with 1000 steps, all asked for")
     rms_unasked: float = key(NUMBER, "the same of images that were asked for nothing")
     judged: int = key(COUNT, "images that both differences are of")
-    calls: float = key(NUMBER, "mean model calls of an image")
+    calls: float = key(NUMBER, "mean model calls of an image, of both kinds")
     # memory, energy, work
     peak_bytes: int | None = key(_or_none(NUMBER), "beyond what was there before", "bytes")
     energy: dict[str, float] | None = key(

@@ -221,8 +221,8 @@ def solvers_table(rows: Sequence[Row]) -> Table:
 
 
 def few_table(rows: Sequence[Row]) -> Table:
-    """At the error of DDIM by 50 calls or below: the pipeline's own solver and the student beside DDIM, by ours and by
-    each peer's loop, which has weights of its own and so the solver's error, not one of its own.
+    """The pipeline's own solver, which has DDIM's error by 50 calls or less, and the student, which has more, beside
+    DDIM by ours and by each peer's loop; these have weights of their own, and the solver's error alone.
 
     Raises:
         UserError: rows without DDIM by 50 calls.
@@ -234,8 +234,8 @@ def few_table(rows: Sequence[Row]) -> Table:
     quickest = min(peers, key=lambda r: float(r["median_s"]), default=ddim)
     body: list[list[Cell]] = []
     for r in (*peers, *(r for r in rows if r["provider"] in ("ddim 50", "unipc 12") or r["solver"] == "student")):
-        error = r if "rms" in r else ddim
-        errors: list[Cell] = [(f"{error[k]:.4f}", error) for k in ("rms", "rms_unasked")]
+        own = [(f"{r[k]:.4f}", r) for k in ("rms", "rms_unasked") if k in r]
+        errors: list[Cell] = [*own] if own else ["as ddim 50"] * 2
         times = f"{quickest['median_s'] / r['median_s']:.1f}"
         body.append([r["provider"], str(r["steps"]), *errors, figure(f"{r['ms_per_image']:.1f}", r), times])
     note = below(rows, f"batch {rows[0]['batch']}, float32, to images")

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pipeline", nargs="?", default="demo", help="a pipeline folder, or demo")
     parser.add_argument("-n", type=int, default=4, help="how many images")
-    parser.add_argument("--steps", type=int, default=50, help="solver steps")
+    parser.add_argument("--steps", type=int, help="solver steps (default: 12 of UniPC)")
     parser.add_argument("-o", "--out", type=Path, help="folder for the graphs (default: a temporary one)")
     options = parser.parse_args(arguments)
 

@@ -123,7 +123,8 @@ def sample(
     guidance_interval: Interval = None,
     extrapolate: Extrapolate = False,
     student: Annotated[
-        bool, typer.Option("--student", help="By its student of few calls, of a folder that in student/.")
+        bool,
+        typer.Option("--student", help="By its student of few calls; of a folder, by the pipeline in its student/."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -139,7 +140,9 @@ def sample(
     from sbldm_fast.sampling.pipeline import BUNDLED
 
     if student:
-        pipeline = f"{pipeline}-student" if pipeline in BUNDLED else str(Path(pipeline) / "student")
+        pipeline = "demo-student" if pipeline == "demo" else str(Path(pipeline) / "student")
+        if pipeline not in BUNDLED and not Path(pipeline).is_dir():
+            raise UserError(f"student: got none in {pipeline}, allowed is demo, or a folder with student/")
     asked, n = ask(pipeline, context.args, table, n, 16, extrapolate=extrapolate)
     precision = None if dtype is None else getattr(torch, dtype.value)
     settings = Settings(

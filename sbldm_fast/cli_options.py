@@ -30,7 +30,7 @@ Steps = Annotated[
     typer.Option(help="Solver steps, 1 to 1000 (default: 12 of UniPC, 50 of others, a distilled pipeline's own)."),
 ]
 Solver = Annotated[Scheduler | None, typer.Option(help="Default: the pipeline's own, UniPC. dpm needs diffusers.")]
-Eta = Annotated[float, typer.Option(help="0 is DDIM, 1 has the noise of DDPM.")]
+Eta = Annotated[float, typer.Option(help="Of DDIM: 0 draws nothing, 1 has the noise of DDPM.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the noise.")]
 
 

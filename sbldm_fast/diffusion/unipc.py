@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import Config
 from ..errors import UserError
 from .schedulers import SchedulerOutput, _Scheduler
+
+# of diffusers' class, what this one is
+OWN: dict[str, Any] = {
+    "solver_type": "bh2",
+    "predict_x0": True,
+    "lower_order_final": True,
+    "disable_corrector": [],
+    "final_sigmas_type": "zero",
+    "thresholding": False,
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas"), False),
+}
 
 
 class UniPCMultistepScheduler(_Scheduler):
@@ -29,6 +41,21 @@ class UniPCMultistepScheduler(_Scheduler):
         self._past: list[tuple[int, Tensor]] = []  # timesteps and x0 of the steps before, newest last
         self._left: tuple[int, int, Tensor] | None = None  # timestep, order and x of the step before
 
+    @classmethod
+    def from_config(cls, config: Any, **overrides: Any) -> Self:
+        """A scheduler from a configuration of ours or of diffusers; keys of other schedulers are passed over.
+
+        Raises:
+            ValueError: the configuration asks for something that this scheduler cannot do.
+        """
+        given = {**(config.to_dict() if isinstance(config, Config) else config), **overrides}
+        for name, own in OWN.items():
+            if given.get(name, own) != own:
+                raise UserError(
+                    f"{name}: got {given[name]!r:.100}, allowed is {own!r}; FastSampler takes diffusers' own object"
+                )
+        return super().from_config(config, **overrides)
+
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """As of every scheduler, except that `leading` and `linspace` are cut into one more step, whose end is left
         out, as in diffusers; what was remembered of a run is forgotten."""
@@ -38,11 +65,19 @@ class UniPCMultistepScheduler(_Scheduler):
             places = np.linspace(0, T - 1, n + 1).round().astype(np.int64)
             if spacing == "leading":
                 places = np.arange(n + 1) * (T // (n + 1)) + self.config.steps_offset
+            if len(np.unique(places[1:])) < n:
+                raise UserError(f"num_inference_steps: got {n}, allowed with {spacing!r} are fewer: timesteps repeat")
             self.timesteps = torch.from_numpy(places[:0:-1].copy()).to(device)
         self.set_begin_index(0)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin the next run with that timestep, at first order: the run of an img2img."""
+        """Begin the next run with that timestep, at first order: the run of an img2img.
+
+        Raises:
+            ValueError: not the number of a timestep.
+        """
+        if type(begin_index) is not int or not 0 <= begin_index < len(self.timesteps):
+            raise UserError(f"begin_index: got {begin_index!r}, allowed is 0 to {len(self.timesteps) - 1}")
         self._start, self._past, self._left = begin_index, [], None
 
     def step(
@@ -51,7 +86,7 @@ class UniPCMultistepScheduler(_Scheduler):
         """The sample at the next timestep; the steps of a run come in their order.
 
         Raises:
-            ValueError: `set_timesteps` was not called, or a timestep that is not in `timesteps`.
+            ValueError: `set_timesteps` was not called, or a timestep that is not in `timesteps` or not the next one.
         """
         t = int(timestep)
         if self.num_inference_steps is None:
@@ -63,6 +98,8 @@ class UniPCMultistepScheduler(_Scheduler):
         x0 = self._x0(model_output, self.alphas_cumprod[t], sample)
         if self._left is not None:
             before, order, x = self._left
+            if self._next_timestep(before) != t:
+                raise UserError(f"timestep: got {t}, allowed after {before} is {self._next_timestep(before)}")
             sample = self._update(x, before, t, order, x0)
         order = min(self.config.solver_order, len(self._past) + 1, len(self.timesteps) - index)
         self._past = [*self._past, (t, x0)][-self.config.solver_order :]
@@ -70,8 +107,9 @@ class UniPCMultistepScheduler(_Scheduler):
         return SchedulerOutput(self._update(sample, t, following, order), x0)
 
     def _levels(self, t: int) -> tuple[float, float, float]:
-        """alpha, sigma and log(alpha / sigma) at a timestep, in float64; a terminal SNR of 0 is a little above it."""
-        a = max(float(self.alphas_cumprod[t]), 2.0**-24) if t >= 0 else 1.0
+        """alpha, sigma and log(alpha / sigma) at a timestep, in float64; a terminal SNR of 0 is a little above it, as
+        in diffusers."""
+        a = (float(self.alphas_cumprod[t]) or 2.0**-24) if t >= 0 else 1.0
         return a**0.5, (1 - a) ** 0.5, math.inf if a == 1 else 0.5 * math.log(a / (1 - a))
 
     def _update(self, x: Tensor, s: int, t: int, order: int, x0_new: Tensor | None = None) -> Tensor:

@@ -44,7 +44,7 @@ def covariate_recovery(
     *,
     n: int = 300,
     seed: int = 0,
-    steps: int = 10,
+    steps: int | None = None,
     guidance_scale: float | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def covariate_recovery(
     report = {
         "brains": n,
         "slices_a_brain": len(LEVELS) + POSITIONS,
-        "steps": steps,
+        "steps": pipeline.default_steps() if steps is None else steps,
         "seed": seed,
         "guidance_scale": guidance_scale,
         "notice": NOTICE,
@@ -141,7 +141,7 @@ def measure_requests(
     model: Measurer,
     requests: Sequence[Request],
     seeds: Sequence[int],
-    steps: int,
+    steps: int | None,
     guidance_scale: float | None,
     progress: bool,
 ) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ def measure_requests(
     names = [name for name in requests[0] if name != "positions"]
     cond: dict[str, Any] = {name: [requests[b][name] for b in brain.tolist()] for name in names}
     size = even_batch(len(brain), BATCH)
-    sampler = pipeline.sampler(steps, scheduler="unipc")
+    sampler = pipeline.sampler(steps)
     batches = sampler.stream(
         seed=[seeds[b] for b in brain.tolist()],  # a brain's slices are of one noise
         indices=[0] * len(brain),
@@ -266,12 +266,12 @@ def draw_scatter(asked: Tensor, found: Tensor, path: Path, title: str, side: int
     save_picture(sheet, path)
 
 
-def _draw_ages(pipeline: Pipeline, seed: int, steps: int, guidance_scale: float | None, path: Path) -> None:
+def _draw_ages(pipeline: Pipeline, seed: int, steps: int | None, guidance_scale: float | None, path: Path) -> None:
     """One noise at five ages, a row for each modality."""
     age = next(c for c in pipeline.unet.config.covariates if c.name == "age")
     ages = torch.linspace(age.low, age.high, 5).tolist() * len(MODALITIES)
     modality = [m for m in MODALITIES for _ in range(5)]
-    images = pipeline.sampler(steps, scheduler="unipc")(
+    images = pipeline.sampler(steps)(
         seed=[seed] * len(ages),
         indices=[0] * len(ages),
         cond={"age": ages, "modality": modality, "position": 14.0},

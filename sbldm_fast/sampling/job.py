@@ -157,7 +157,7 @@ def _record_of(pipe: Pipeline, settings: Settings, dtype: torch.dtype) -> dict[s
         "pipeline": _identity(pipe),
         "seed": settings.seed,
         "steps": settings.steps,
-        "scheduler": settings.scheduler or type(pipe.scheduler).__name__,
+        "scheduler": settings.scheduler or pipe.scheduler_name,
         "eta": settings.eta,
         "dtype": str(dtype)[6:],
         "batch": settings.batch_size,

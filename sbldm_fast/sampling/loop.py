@@ -206,8 +206,8 @@ class Loop:
             seconds = time_in_turns(runs, self.plan.network.device)
             told = ", ".join(f"{mode} {1e3 * t:.1f} ms" for mode, t in seconds.items())
             self.mode = min(seconds, key=lambda mode: seconds[mode])
-        except torch.OutOfMemoryError:  # of both at once: what ran goes on
-            told = f"{graph}, beside which eager does not fit into memory,"
+        except RuntimeError:  # no memory for both, or whatever a second run meets: what ran goes on
+            told = f"{graph}, beside which eager does not run,"
         finally:
             self.counts = counts
         counts["timed"] += 1

@@ -37,7 +37,7 @@ SCHEDULERS: dict[str, Any] = {
 }
 OWN: dict[str, Any] = {kind.__name__: kind for name, kind in SCHEDULERS.items() if name != "dpm"}
 UNIPC: dict[str, Any] = {"timestep_spacing": "trailing", "solver_order": 3}  # the best of benchmarks/LOG.md 39
-FEW, MANY = 12, 50  # model calls: by 12 UniPC is nearer to the converged image than DDIM by 50 (the same entry)
+FEW, MANY = 12, 50  # model calls: by 12 UniPC's RMS from the converged images is below DDIM's by 50 (the same entry)
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 BUNDLED = {"demo": DEMO, "demo-student": DEMO / "student"}
 
@@ -48,8 +48,8 @@ class Pipeline:
     Saved as a folder in diffusers' layout: `model_index.json`, `vae/`, `unet/`, `scheduler/`. The three are attributes
     that may be changed or replaced: the next call samples with what is there. Threads may share a pipeline.
 
-    `scheduler` is one of ours, or the configuration of a noise schedule: then UniPC, and DDIM on the timesteps that a
-    distilled network knows.
+    `scheduler` is one of ours, or the configuration of a noise schedule: then UniPC, but DDIM where x0 is clipped, or
+    on the timesteps that a distilled network knows.
 
     Raises:
         ValueError: a part of another library; `FastSampler` takes those.
@@ -99,8 +99,12 @@ class Pipeline:
         """Write the folder, whole or not at all; weights in `dtype` if one is given.
 
         Raises:
-            ValueError: a folder that holds something else than a pipeline that `save` wrote.
+            ValueError: a folder that holds something else than a pipeline that `save` wrote, or a scheduler that
+                `from_pretrained` would not give back.
         """
+        if type(self.scheduler) not in OWN.values():
+            got = type(self.scheduler).__name__
+            raise UserError(f"scheduler: got {got}, allowed to be saved are ours: {', '.join(OWN)}")
         there, path = sorted(p.name for p in Path(folder).glob("*")), Path(folder) / "model_index.json"
         if there and (not path.is_file() or read_json(path).get("_class_name") != "Pipeline"):
             raise UserError(
@@ -131,11 +135,19 @@ class Pipeline:
         """Scaled latents `[N, C, h, w]` to images in [-1, 1]."""
         return self.vae.decode(z / self.vae.config.scaling_factor)
 
+    @property
+    def scheduler_name(self) -> str:
+        """The name under which `sampler` would make the pipeline's own solver; that of its class where there is
+        none."""
+        kind, config = type(self.scheduler), self.scheduler.config
+        same = (n for n, of in SCHEDULERS.items() if of is kind and self.named_scheduler(n).config == config)
+        return next(same, kind.__name__)
+
     def default_steps(self, scheduler: Any = None) -> int:
         """The steps of a run where none are asked for: those that a distilled network knows, 12 of UniPC, 50 of any
         other solver."""
         scheduler = self.scheduler if scheduler is None else scheduler
-        few = scheduler == "unipc" or isinstance(scheduler, UniPCMultistepScheduler)
+        few = scheduler == "unipc" or type(scheduler).__name__ == UniPCMultistepScheduler.__name__  # or diffusers'
         return self.unet.config.distilled_steps or (FEW if few else MANY)
 
     def sampler(
@@ -161,8 +173,8 @@ class Pipeline:
         if isinstance(scheduler, str):
             if scheduler not in SCHEDULERS:
                 raise UserError(f"scheduler: got {scheduler!r}, allowed are {', '.join(SCHEDULERS)}")
-            who = scheduler, fingerprint(self.scheduler.config)
-            scheduler = self._named_scheduler(scheduler)
+            scheduler, name = self.named_scheduler(scheduler), scheduler
+            who = name, fingerprint(scheduler)
         steps = self.default_steps(scheduler) if steps is None else steps
         key = self.unet, steps, mode, who, eta, dtype
         with self._lock:
@@ -181,7 +193,8 @@ class Pipeline:
                 )
             return self._samplers[key]
 
-    def _named_scheduler(self, name: str) -> Any:
+    def named_scheduler(self, name: str) -> Any:
+        """The solver of a name on the pipeline's schedule; of a distilled network `ddim` is its own."""
         c = self.scheduler.config
         if self.unet.config.distilled_steps and name == "ddim":
             return _default_scheduler(c, self.unet)
@@ -241,6 +254,8 @@ def _default_scheduler(config: SchedulerConfig, unet: UNet2D) -> Any:
         return FlowMatchEulerDiscreteScheduler.from_config(config)
     if unet.config.distilled_steps:
         return DDIMScheduler.from_config(config, timestep_spacing="trailing", prev="lookup")
+    if config.clip_sample:  # UniPC, here and in diffusers, would not
+        return DDIMScheduler.from_config(config)
     return UniPCMultistepScheduler.from_config(config, **UNIPC)
 
 

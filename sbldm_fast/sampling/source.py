@@ -148,7 +148,7 @@ class Source:
         try:
             table = self._table_from(0)
             self.timesteps: list[float] = table.timesteps.tolist()
-            _check_distilled(self.network.model, self.timesteps)
+            _check_distilled(self.network.model, table)
         except NotLinear as why:
             name = type(self.scheduler).__name__
             warnings.warn(f"{name} is stepped as it is, without a table: {why}", stacklevel=5)
@@ -194,12 +194,22 @@ class Source:
                 plan.time_rows.copy_(time_rows(self.network, plan.table, self.options.tf32))
 
 
-def _check_distilled(model: Any, timesteps: list[float]) -> None:
-    """Refuse, as `UserError`, timesteps that a distilled network does not know."""
+def _check_distilled(model: Any, table: SolverTable) -> None:
+    """Refuse, as `UserError`, a run that a distilled network does not know."""
     steps = getattr(model.config, "distilled_steps", 0) if ours(model) else 0
-    if steps and len(timesteps) != steps:
+    if not steps:
+        return
+    times = table.timesteps.tolist()
+    if len(times) != steps:
         raise UserError(
-            f"steps: got {len(timesteps)} model calls, allowed for this network is {steps}, which it was distilled for"
+            f"steps: got {len(times)} model calls, allowed for this network is {steps}, which it was distilled for"
+        )
+    T = times[0] + 1
+    known = [round(T * (1 - i / steps)) - 1 for i in range(steps)]
+    if table.history or table.stochastic or any(abs(t - k) > 1 for t, k in zip(times, known, strict=True)):
+        raise UserError(
+            f"scheduler: got a solver with the timesteps {times}, allowed for this network is DDIM without noise on"
+            " trailing timesteps, which it was distilled for"
         )
 
 

@@ -28,6 +28,7 @@ from sbldm_fast.models.weights import digest_weights
 from sbldm_fast.sampling import FastSampler
 from sbldm_fast.sampling.noise import draw
 from sbldm_fast.sampling.pipeline import UNIPC, Pipeline
+from sbldm_fast.sampling.request import whole_number
 
 from . import checkpoint, conditions
 from .autoencoder import encode_splits
@@ -277,10 +278,13 @@ def _train(
 
 def _check(pipeline: Pipeline, steps: int, guidance_scale: float | None) -> None:
     """Refuse, as `UserError`, what would be found out after the slices are encoded."""
-    of, own = pipeline.unet.config, pipeline.unet.config.distilled_steps
-    T = pipeline.scheduler.config.num_train_timesteps
+    whole_number("steps", steps)
     if (kind := pipeline.scheduler.config.prediction_type) == "flow_prediction":
         raise UserError(f"prediction_type: got {kind}, allowed for a teacher are epsilon, sample, v_prediction")
+    of, own = pipeline.unet.config, pipeline.unet.config.distilled_steps
+    if not float(pipeline.scheduler.alphas_cumprod[-1]) > 0:
+        raise UserError("rescale_betas_zero_snr: got True, allowed for a teacher is a schedule that ends above 0")
+    T = pipeline.scheduler.config.num_train_timesteps
     if own and (steps < 1 or own % steps or own == steps):
         allowed = [k for k in range(1, own) if own % k == 0]
         raise UserError(

@@ -32,9 +32,11 @@ def run(scheduler: Any, n: int, start: int = 0) -> Tensor:
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_equals_diffusers(spacing: str, order: int, kind: str) -> None:
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_equals_diffusers(schedule: str, spacing: str, order: int, kind: str) -> None:
+    """The second schedule ends at an SNR of 2e-9."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the peer that this test compares with")
-    config = {"prediction_type": kind, "solver_order": order, "timestep_spacing": spacing, "beta_schedule": "linear"}
+    config = {"prediction_type": kind, "solver_order": order, "timestep_spacing": spacing, "beta_schedule": schedule}
     ours, theirs = UniPCMultistepScheduler(**config), diffusers.UniPCMultistepScheduler(**config)
     for n in (1, 2, 3, 10, 50):
         for start in range(min(n, 2)):
@@ -94,4 +96,17 @@ def test_bad_input_is_named() -> None:
     s.set_timesteps(3)
     with pytest.raises(ValueError, match="timestep: got 5, allowed are the 3"):
         s.step(torch.zeros(1), 5, torch.zeros(1))
+    s.step(torch.zeros(1), 999, torch.zeros(1))
+    with pytest.raises(ValueError, match="timestep: got 333, allowed after 999 is 666"):
+        s.step(torch.zeros(1), 333, torch.zeros(1))
+    for bad in (-1, 3, None, "a"):
+        with pytest.raises(ValueError, match=r"begin_index: got .*, allowed is 0 to 2"):
+            s.set_begin_index(bad)  # type: ignore[arg-type]
+    for spacing in ("linspace", "leading"):
+        few = UniPCMultistepScheduler(num_train_timesteps=10, timestep_spacing=spacing)
+        with pytest.raises(ValueError, match=f"num_inference_steps: got 10, allowed with '{spacing}' are fewer"):
+            few.set_timesteps(10)
+    for name, other in (("use_karras_sigmas", True), ("solver_type", "bh1"), ("final_sigmas_type", "sigma_min")):
+        with pytest.raises(ValueError, match=f"{name}: got {other!r}, allowed is .*; FastSampler takes diffusers' own"):
+            UniPCMultistepScheduler.from_config({name: other})
     assert isinstance(DDIMScheduler.from_config(s.config), DDIMScheduler)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sbldm_fast import DDIMScheduler, Pipeline
+from sbldm_fast import DDIMScheduler, Pipeline, RFlowScheduler, SchedulerConfig, UniPCMultistepScheduler
 from sbldm_fast.files import read_json, write_json
 from sbldm_fast.sampling.sampler import MAX_LOOPS
 
@@ -148,6 +148,16 @@ def test_the_default_is_unipc_by_twelve_calls(pipeline: Pipeline, tmp_path: Path
     pipeline.save(tmp_path / "p")
     again = Pipeline.from_pretrained(tmp_path / "p")
     assert type(again.scheduler) is DDIMScheduler, "the folder says what its solver is"
+    assert (again.scheduler_name, Pipeline.from_pretrained("demo").scheduler_name) == ("ddim", "unipc")
+    before, again.scheduler = again.sampler(scheduler="ddim"), DDIMScheduler.from_config(again.scheduler.config)
+    assert again.sampler(scheduler="ddim") is before, "the same solver"
+    again.scheduler = UniPCMultistepScheduler.from_config(again.scheduler.config)
+    assert again.sampler(scheduler="ddim").timesteps[0] == 980, "a kept sampler is of the solver that is asked for"
+    again.scheduler = RFlowScheduler()
+    with pytest.raises(ValueError, match="scheduler: got RFlowScheduler, allowed to be saved are ours: DDIM"):
+        again.save(tmp_path / "p")
+    clips = Pipeline(again.vae, again.unet, SchedulerConfig())
+    assert (type(clips.scheduler), clips.default_steps()) == (DDIMScheduler, 50), "UniPC would not clip"
     assert again.sampler(10).timesteps[0] == again.sampler(10, scheduler="ddim").timesteps[0] == 999
     config = read_json(tmp_path / "p" / "scheduler" / "scheduler_config.json")
     write_json(tmp_path / "p" / "scheduler" / "scheduler_config.json", config | {"_class_name": "PNDMScheduler"})
@@ -166,6 +176,10 @@ def test_the_bundled_student_is_nearer_than_unipc_by_as_many_calls(tmp_path: Pat
         assert errors[0] < errors[1]
     with pytest.raises(ValueError, match="steps: got 5 model calls, allowed for this network is 4, which it was dist"):
         student.sample(1, steps=5)
+    leading = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="leading")
+    for other in ({"scheduler": "unipc"}, {"scheduler": "ddpm"}, {"eta": 1.0}, {"scheduler": leading}):
+        with pytest.raises(ValueError, match="allowed for this network is DDIM without noise on trailing"):
+            student.sample(1, steps=4, **other)
     student.save(tmp_path / "p")
     assert torch.equal(Pipeline.from_pretrained(tmp_path / "p").sample(1), student.sample(1))
     shutil.rmtree(tmp_path / "p" / "vae")

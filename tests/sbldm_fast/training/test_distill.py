@@ -165,6 +165,12 @@ def test_a_student_is_trained_gone_on_with_and_halved(told: Path, tmp_path: Path
     ("change", "arguments", "message"),
     [
         (lambda p: p, {"steps": 0}, "steps: got 0, allowed is 1 to 250"),
+        (lambda p: p, {"steps": 4.0}, r"steps: got 4\.0, allowed is a whole number"),
+        (
+            lambda p: Pipeline(p.vae, p.unet, replace(V, rescale_betas_zero_snr=True)),
+            {},
+            "rescale_betas_zero_snr: got True, allowed for a teacher is a schedule that ends above 0",
+        ),
         (
             lambda p: Pipeline(p.vae, p.unet, replace(V, prediction_type="flow_prediction")),
             {},
