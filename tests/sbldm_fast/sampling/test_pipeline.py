@@ -149,6 +149,7 @@ def test_the_default_is_unipc_by_twelve_calls(pipeline: Pipeline, tmp_path: Path
     again = Pipeline.from_pretrained(tmp_path / "p")
     assert type(again.scheduler) is DDIMScheduler, "the folder says what its solver is"
     assert (again.scheduler_name, Pipeline.from_pretrained("demo").scheduler_name) == ("ddim", "unipc")
+    assert again.sampler(10).timesteps[0] == again.sampler(10, scheduler="ddim").timesteps[0] == 999
     before, again.scheduler = again.sampler(scheduler="ddim"), DDIMScheduler.from_config(again.scheduler.config)
     assert again.sampler(scheduler="ddim") is before, "the same solver"
     again.scheduler = UniPCMultistepScheduler.from_config(again.scheduler.config)
@@ -158,7 +159,6 @@ def test_the_default_is_unipc_by_twelve_calls(pipeline: Pipeline, tmp_path: Path
         again.save(tmp_path / "p")
     clips = Pipeline(again.vae, again.unet, SchedulerConfig())
     assert (type(clips.scheduler), clips.default_steps()) == (DDIMScheduler, 50), "UniPC would not clip"
-    assert again.sampler(10).timesteps[0] == again.sampler(10, scheduler="ddim").timesteps[0] == 999
     config = read_json(tmp_path / "p" / "scheduler" / "scheduler_config.json")
     write_json(tmp_path / "p" / "scheduler" / "scheduler_config.json", config | {"_class_name": "PNDMScheduler"})
     assert Pipeline.from_pretrained(tmp_path / "p").default_steps() == 12, "of another class the noise schedule is read"
