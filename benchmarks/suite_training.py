@@ -46,8 +46,8 @@ def bench_training(
     dtypes: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:
-    """One row for each provider: seconds of `steps` steps of batch `batch` on random latents; epsilon, AdamW, clipping,
-    EMA, no dropout.
+    """One row for each provider: seconds of `steps` steps of batch `batch` on random latents; what the preset
+    predicts, AdamW, clipping, EMA, no dropout.
 
     The model is our UNet in every loop. `plain PyTorch`: F.group_norm, F.silu, torch.randn, mse_loss, torch.optim.AdamW
     and AveragedModel as they come, `loss.item()` each step; and the same through torch.compile, each in `dtypes` of
@@ -189,7 +189,8 @@ def _plain(model: UNet2D, latents: Tensor, scheduler: SchedulerConfig, amp: str,
         noise = philox_normal(x0.shape, 0, stream=number, device=device) if number < CHECKED else torch.randn_like(x0)
         autocast: AbstractContextManager[Any] = torch.autocast(device.type, dtype) if dtype else nullcontext()
         with backend("torch"), autocast:
-            loss = F.mse_loss(forward(ddpm.add_noise(x0, noise, t), t).float(), noise)
+            target = ddpm.get_velocity(x0, noise, t) if scheduler.prediction_type == "v_prediction" else noise
+            loss = F.mse_loss(forward(ddpm.add_noise(x0, noise, t), t).float(), target)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)

@@ -59,7 +59,7 @@ def test_the_notebook_runs_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mon
     client.execute()
     printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
     assert "installed; PyTorch is still" in printed
-    assert "mode auto    16 images of 50 steps: " in printed
+    assert "mode auto    16 images of 12 steps: " in printed
     assert re.search(r"\| 2 \| FastSampler eager float32 \| [\d.]+†? \| [\d.]+ \|", printed)
     shown = [
         o["data"]["text/html"]
