@@ -137,7 +137,7 @@ def distill_loss(
     """`|x0 - x0*|^2`, x0* that from which one DDIM step lands where the teacher does.
 
     Every segment weighs the same: with `max(alpha^2 / sigma^2, 1)`, its authors' weight, a student of four calls was
-    nearly all of its error from the first two, which weigh least there (benchmarks/LOG.md 39).
+    nearly all of its error from the first two, which weigh least there (benchmarks/LOG.md 40).
     """
     alphas_cumprod = DDPMScheduler.from_config(scheduler).alphas_cumprod.to(data.latents.device)
     plain = Predict(scheduler, data.latents.device)
@@ -279,6 +279,9 @@ def _train(
 def _check(pipeline: Pipeline, steps: int, guidance_scale: float | None) -> None:
     """Refuse, as `UserError`, what would be found out after the slices are encoded."""
     whole_number("steps", steps)
+    if not isinstance(pipeline.scheduler.config, SchedulerConfig):
+        got = type(pipeline.scheduler).__name__
+        raise UserError(f"scheduler: got another library's {got}, allowed for a teacher is one of ours")
     if (kind := pipeline.scheduler.config.prediction_type) == "flow_prediction":
         raise UserError(f"prediction_type: got {kind}, allowed for a teacher are epsilon, sample, v_prediction")
     of, own = pipeline.unet.config, pipeline.unet.config.distilled_steps

@@ -195,6 +195,19 @@ def test_what_cannot_be_distilled_is_named(
     assert not (tmp_path / "s").exists()
 
 
+def test_a_teacher_with_a_scheduler_of_another_library_is_refused_before_anything_is_made(
+    told: Path, tmp_path: Path
+) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers brings this scheduler")
+    pipe = teacher()
+    pipe.scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(
+        ValueError, match="scheduler: got another library's DDIMScheduler, allowed for a teacher is one"
+    ):
+        distill_pipeline(pipe, told, tmp_path / "s", 4, config(2), views=1)
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_broken_teacher_ends_the_run_before_its_first_checkpoint(told: Path, tmp_path: Path) -> None:
     pipe = teacher()
     with torch.no_grad():
