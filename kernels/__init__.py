@@ -7,6 +7,7 @@ from .ddim_step import ddim_step
 from .diffuse import diffuse
 from .frequency_loss import frequency_loss
 from .group_norm_silu import GroupNormSiLU, group_norm_silu
+from .mix_slices import mix_slices
 from .philox_normal import philox_normal
 from .solver_step import solver_step
 from .spectral_mse import spectral_mse
@@ -18,6 +19,7 @@ __all__ = [
     "diffuse",
     "frequency_loss",
     "group_norm_silu",
+    "mix_slices",
     "philox_normal",
     "solver_step",
     "spectral_mse",

@@ -78,6 +78,8 @@ class UNetConfig(Config):
     their values in 0 to 1; `"concat"`, as planes of these values beside x. Document 003's brains have the last two
     (Pinaya et al. 2022, arXiv:2209.07162). `concat_channels` counts maps that are concatenated to x as they are given.
 
+    `slice_mixing` adds layers that mix the slices of a volume along z (`models.slices`).
+
     `distilled_steps` are the model calls that a distilled network knows, 0 of another; `distilled_guidance` is the
     guidance scale that was folded into it.
     """
@@ -96,6 +98,7 @@ class UNetConfig(Config):
     covariates: tuple[Covariate, ...] = ()
     conditioning: tuple[str, ...] = ("adaln",)
     concat_channels: int = 0
+    slice_mixing: bool = False
     distilled_steps: int = 0
     distilled_guidance: float = 1.0
 
@@ -117,6 +120,7 @@ class UNetConfig(Config):
             ("covariates", ()),
             ("conditioning", ("adaln",)),
             ("concat_channels", 0),
+            ("slice_mixing", False),
             ("distilled_steps", 0),
             ("distilled_guidance", 1.0),
         ):

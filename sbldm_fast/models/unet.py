@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,7 @@ from ..errors import UserError
 from .config import UNetConfig
 from .covariates import MAPS, CovariateEmbedding, encode, unit_range
 from .layers import Attention, CrossAttention, Downsample, ResBlock, Sum, Upsample, convolve, normalize
+from .slices import SLICE, SliceAttention, SliceMix, number_volumes
 from .weights import Pretrained
 
 
@@ -50,18 +51,32 @@ class TimeEmbedding(nn.Module):
 
 
 class _Block(nn.Module):
-    """A residual block that takes time's scale and shift, then attention if there is any."""
+    """A residual block that takes time's scale and shift, then attention and mixing along z if there are any."""
 
-    def __init__(self, block: ResBlock, attention: Attention | None, cross: CrossAttention | None) -> None:
+    def __init__(
+        self,
+        block: ResBlock,
+        attention: Attention | None,
+        cross: CrossAttention | None,
+        mixing: Sequence[SliceMix | SliceAttention] = (),
+    ) -> None:
         super().__init__()
         self.block, self.attention = block, attention or nn.Identity()
         self.cross = cross
+        self.mixing = nn.ModuleList(mixing)
 
-    def forward(self, x: Sum, scale: Tensor, shift: Tensor, keys_values: Tensor | None) -> tuple[Tensor, Sum]:
+    def forward(
+        self, x: Sum, scale: Tensor, shift: Tensor, keys_values: Tensor | None, volumes: Tensor | None
+    ) -> tuple[Tensor, Sum]:
         """The block's input, added up, and its output."""
         entered, h = self.block(x, scale, shift)
         h = self.attention(h)
-        return entered, h if self.cross is None or keys_values is None else self.cross(h, keys_values)
+        if self.cross is not None and keys_values is not None:
+            h = self.cross(h, keys_values)
+        if volumes is not None:
+            for mix in self.mixing:
+                h = mix(h, volumes)
+        return entered, h
 
 
 class Conditioning(nn.Module):
@@ -121,7 +136,10 @@ class UNet2D(Pretrained[UNetConfig]):
             width, head_dim = widths[level], config.attention_head_dim
             attention = Attention(width, head_dim, groups) if attends else None
             cross = CrossAttention(width, head_dim, groups, context_dim) if attends and context_dim else None
-            return _Block(ResBlock(in_channels, width, groups, config.dropout), attention, cross)
+            mixing: list[SliceMix | SliceAttention] = [SliceMix(width)] if config.slice_mixing else []
+            if config.slice_mixing and attends and level == last:
+                mixing.append(SliceAttention(width, head_dim, groups))
+            return _Block(ResBlock(in_channels, width, groups, config.dropout), attention, cross, mixing)
 
         def attends(level: int) -> bool:
             return config.sample_size >> level in config.attention_resolutions
@@ -168,10 +186,13 @@ class UNet2D(Pretrained[UNetConfig]):
         """What `forward_rows` takes of a condition, the same at every step: a sampler makes it before its loop.
 
         `cond` maps names of covariates to `[N]`, categories by their place in `values`, NaN where unknown; `maps` to
-        `[N, concat_channels, H, W]`. Of these, `rows` `[N, R]` is added to the rows of time, `keys_values` `[N, L, S]`
-        are those of all cross-attentions, `planes` `[N, K, 1, 1]` and `maps` go beside x.
+        `[N, concat_channels, H, W]`, `slice` to numbers of slices `[N]`. Of what is made `rows` `[N, R]` is added to
+        the rows of time, `keys_values` `[N, L, S]` are those of all cross-attentions, `planes` `[N, K, 1, 1]` and
+        `maps` go beside x, `volumes` int32 `[N]` tells which rows are slices of one volume.
         """
         made: dict[str, Tensor] = {}
+        if SLICE in cond:
+            made["volumes"] = number_volumes(cond[SLICE])
         if self.config.concat_channels:
             made[MAPS] = cond[MAPS]
         if self.conditioning is None:
@@ -205,10 +226,13 @@ class UNet2D(Pretrained[UNetConfig]):
         widths = [2 * cross.to_q.out_features for cross in self._crosses]
         keys = iter(given["keys_values"].split(widths, dim=2) if widths else ())
         h = convolve(self.conv_in, x)
+        volumes = given.get("volumes")
 
         def run(block: nn.Module, h: Sum) -> tuple[Tensor, Sum]:
             assert isinstance(block, _Block)
-            out: tuple[Tensor, Sum] = block(h, next(time), next(time), None if block.cross is None else next(keys))
+            out: tuple[Tensor, Sum] = block(
+                h, next(time), next(time), None if block.cross is None else next(keys), volumes
+            )
             return out
 
         # what enters each block and each downsampling; a block's output is one when the next has added it up
@@ -233,9 +257,16 @@ class UNet2D(Pretrained[UNetConfig]):
         out: Tensor = self.conv_out(normalize(self.norm_out, h))
         return out
 
-    def forward(self, x: Tensor, t: Tensor | int, cond: Mapping[str, Any] | Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | int,
+        cond: Mapping[str, Any] | Tensor | None = None,
+        slices: Tensor | None = None,
+    ) -> Tensor:
         """The prediction for timestep `t`: an int, a scalar tensor or `[N]`; `cond` as `read_condition` takes it, or
-        unchecked `[N, K]`, the covariates in their order, NaN where unknown.
+        unchecked `[N, K]`, the covariates in their order, NaN where unknown; `slices` `[N]`, unchecked, the numbers of
+        slices that mix with their neighbours.
 
         Raises:
             ValueError: a wrong shape of `x` or `t`, or a `cond` that this model has no input for.
@@ -253,6 +284,8 @@ class UNet2D(Pretrained[UNetConfig]):
         else:
             named: Any = cond  # refused there if it is no mapping
             given = {k: v.to(x.device) for k, v in self.read_condition(named, x.shape[0]).items()}
+        if slices is not None:
+            given[SLICE] = slices
         return self.forward_rows(x, self.time_rows(t), self.condition(given))
 
     def read_condition(
@@ -264,11 +297,12 @@ class UNet2D(Pretrained[UNetConfig]):
             ValueError: as `covariates.encode`; a `cond` for a model without one; maps of another shape, or none where
                 the model was given a condition and needs them.
         """
+        numbers, cond = self._numbers(cond, n, argument)
         if not self.config.conditional:
             if cond is not None:
                 raise UserError(f"{argument}: got a value, allowed is None: this model is unconditional")
-            return {}
-        found = encode(
+            return numbers
+        found = numbers | encode(
             self.config.covariates, {} if cond is None else cond, n, extrapolate=extrapolate, argument=argument
         )
         channels, size = self.config.concat_channels, self.config.sample_size
@@ -281,3 +315,17 @@ class UNet2D(Pretrained[UNetConfig]):
             allowed = f"[{n}, {channels}, H, W]" if channels else "none"
             raise UserError(f"{argument}[{MAPS!r}]: got {got}, allowed is {allowed}")
         return found
+
+    def _numbers(
+        self, cond: Mapping[str, Any] | None, n: int, argument: str
+    ) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
+        """The slices' numbers of a condition, where there are any, and the rest of it."""
+        if not self.config.slice_mixing or not isinstance(cond, Mapping) or SLICE not in cond:
+            return {}, cond
+        try:
+            numbers = torch.as_tensor(cond[SLICE], dtype=torch.float32).reshape(-1)
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"{argument}[{SLICE!r}]: got {cond[SLICE]!r:.100}, allowed are numbers of slices") from None
+        if len(numbers) != n:
+            raise UserError(f"{argument}[{SLICE!r}]: got {len(numbers)} numbers, allowed is one for each of {n}")
+        return {SLICE: numbers}, {k: v for k, v in cond.items() if k != SLICE} or None

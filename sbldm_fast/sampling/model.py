@@ -18,6 +18,7 @@ from sbldm_fast.kernels import group_norm_silu
 from sbldm_fast.models import UNet2D
 from sbldm_fast.models.covariates import MAPS
 from sbldm_fast.models.layers import Attention, ResBlock, Upsample, added_by_norms, attend_in_three, is_bare_conv
+from sbldm_fast.models.slices import SLICE
 
 from ..errors import UserError
 
@@ -131,11 +132,14 @@ def predictor(model: Callable[..., Any], each: bool = False) -> Predict:
         names = [c.name for c in model.config.covariates]
 
         def call(x: Tensor, row: Tensor, cond: TensorDict) -> Tensor:
+            numbers = cond.get(SLICE)
             if MAPS in cond or not names:
-                given = {k: v if k == MAPS else [None if n != n else n for n in v.tolist()] for k, v in cond.items()}
+                given = {
+                    k: v if k in (MAPS, SLICE) else [None if n != n else n for n in v.tolist()] for k, v in cond.items()
+                }
                 out: Tensor = model(x, row, given or None)
             else:  # checked already, also what was extrapolated
-                out = model(x, row, torch.stack([cond[k] for k in names], 1))
+                out = model(x, row, torch.stack([cond[k] for k in names], 1), numbers)
             return out
 
         return call

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ from ..errors import UserError
 from .content import fingerprint
 from .request import whole_number
 from .sampler import MAX_LOOPS, FastSampler
+from .volume import find_positions, sample_volume
 
 SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -247,6 +249,48 @@ class Pipeline:
             disable=not progress,
         )
         return torch.cat([batch.cpu() for batch in batches])[:n]
+
+    def sample_volume(
+        self,
+        slices: int | None = None,
+        *,
+        positions: Sequence[float] | Tensor | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        mode: str = "auto",
+        scheduler: Any = None,
+        dtype: torch.dtype | None = None,
+        cond: Mapping[str, Any] | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        extrapolate: bool = False,
+        window: int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """The slices `[D, 1, H, W]` of one volume from the bottom up, in [-1, 1], on the CPU. Synthetic, not for
+        diagnosis.
+
+        Neighbours begin from noise that is much the same, one field along z for a seed; a network with `slice_mixing`
+        also lets them see each other at every step. Without, each is still the slice that the network would make.
+
+        Args:
+            slices: how many.
+            positions: where they lie, mm; None: all over the range that the model knows of `position`, `slices` of
+                them, or one every 2 mm.
+            window: slices at a time; None: all. A longer volume is made in overlapping windows of one field.
+            seed, steps, mode, scheduler, dtype, cond, guidance_scale, guidance_interval, extrapolate: as of `sample`.
+            progress: whether a bar is shown.
+
+        Raises:
+            ValueError: positions that do not rise by one distance; a scheduler with noise in its steps; as `sample`.
+            MemoryError: out of memory, with the largest window that fits.
+        """
+        found = find_positions(self.unet.config.covariates, slices, positions)
+        given: dict[str, Any] = {"cond": cond, "guidance_scale": guidance_scale, "extrapolate": extrapolate}
+        given["guidance_interval"] = guidance_interval
+        sampler = self.sampler(steps, mode, scheduler=scheduler, dtype=dtype)
+        bar = partial(tqdm, desc="sample", unit="window", disable=not progress)
+        return sample_volume(sampler, found, whole_number("seed", seed, 0), window, given, bar)
 
 
 def _default_scheduler(config: SchedulerConfig, unet: UNet2D) -> Any:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sbldm_fast.models.slices import SLICE
+
 from ..errors import UserError
 from .model import Cond, TensorDict, read_cond, reads_condition
 from .noise import draw
@@ -105,6 +107,8 @@ class SampleRequest:
         others = read_cond(model, uncond, count, extrapolate=extrapolate, argument="uncond") if known else {}
         if uncond is None:
             others = {k: others.get(k, torch.zeros_like(v)) for k, v in conds.items()}
+        if SLICE in conds and reads_condition(model):  # the same slices, whatever else they are told
+            others[SLICE] = conds[SLICE]
         self.uncond = others
         unlike = sorted(conds.keys() ^ others.keys())
         unlike = unlike or [k for k, v in conds.items() if others[k].shape != v.shape or len(v) != count]

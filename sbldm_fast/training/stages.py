@@ -39,7 +39,7 @@ class Told(NamedTuple):
     values: Tensor | None = None
 
 
-def _noise_levels(scheduler: SchedulerConfig, device: torch.device) -> tuple[Tensor, int]:
+def noise_levels(scheduler: SchedulerConfig, device: torch.device) -> tuple[Tensor, int]:
     """The table that `diffuse` is given, `[T]`, and the timestep that its first entry is: 1 for a flow, whose 0 is
     data."""
     if scheduler.prediction_type == "flow_prediction":
@@ -59,7 +59,7 @@ def unet_loss(
     under the condition `values` `[N, K]`, with some of it dropped."""
     ranks = ranks or Ranks()
     device = latents.device
-    alphas_cumprod, first = _noise_levels(scheduler, device)
+    alphas_cumprod, first = noise_levels(scheduler, device)
     kind, T = scheduler.prediction_type, scheduler.num_train_timesteps
     weights = objective.weights(alphas_cumprod, kind)
 
@@ -93,7 +93,7 @@ def prediction_error(
     noise, under the whole condition `values` `[N, K]`."""
     model.eval()
     device = next(model.parameters()).device
-    alphas_cumprod, start = _noise_levels(scheduler, device)
+    alphas_cumprod, start = noise_levels(scheduler, device)
     kind = scheduler.prediction_type
     losses = []
     every = max(1, len(latents) // VALIDATION)

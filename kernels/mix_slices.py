@@ -1,0 +1,173 @@
+"""Slices of a volume mixed along z: a depth-wise convolution over each slice and its two neighbours.
+
+    y_n = h_n + w_0 h_(n-1) + w_1 h_n + w_2 h_(n+1),   h = x + conv_bias + residual
+
+A neighbour counts where it is of the same volume; beyond a volume's ends there is nothing. With w = 0 it is h, to the
+bit. Rows of a batch are slices: nothing is turned round in memory to bring z to an axis of its own.
+
+Layout: dense, contiguous or channels_last. Source: the volumetric layers of Zhu et al. 2023, arXiv:2307.10094, section
+3.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._arguments import check_contiguous, check_first_derivative, check_float, check_like, check_shape
+from ._backend import resolve, tl, triton
+
+TAPS = 3
+BLOCK_BYTES = 2048  # of a program: 16 bytes a thread
+
+
+def mix_slices_reference(
+    x: Tensor, weight: Tensor, volumes: Tensor, conv_bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """The specification of `mix_slices`: in float32, of an h that is rounded to the dtype of x."""
+    h = _add_up(x, conv_bias, residual)
+    if len(h) == 0:
+        return h
+    below, own, above = weight.float()[:, None, :, None, None]
+    meet = _meet(volumes)
+    f = h.float()
+    nothing = torch.zeros_like(f[:1])
+    lower = torch.cat([nothing, torch.where(meet, f[:-1], 0.0)])
+    upper = torch.cat([torch.where(meet, f[1:], 0.0), nothing])
+    return (f + (below * lower + own * f + above * upper)).to(x.dtype)
+
+
+def _add_up(x: Tensor, conv_bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if conv_bias is None and residual is None:
+        return x
+    h = x.float() if conv_bias is None else x.float() + conv_bias.float()[:, None, None]
+    return (h if residual is None else h + residual.float()).to(x.dtype)
+
+
+def _meet(volumes: Tensor) -> Tensor:
+    meet: Tensor = volumes[1:] == volumes[:-1]
+    return meet[:, None, None, None]
+
+
+@triton.jit
+def _load(x, conv_bias, residual, at, c, mask):
+    h = tl.load(x + at, mask=mask, other=0.0)
+    if conv_bias is None and residual is None:
+        return h.to(tl.float32)
+    v = h.to(tl.float32)
+    if conv_bias is not None:
+        v += tl.where(mask, tl.load(conv_bias + c, mask=mask, other=0.0).to(tl.float32), 0.0)
+    if residual is not None:
+        v += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    return v.to(h.dtype).to(tl.float32)
+
+
+@triton.jit
+def _mix_slices_kernel(
+    x, conv_bias, residual, weight, volumes, y, N, C, HW, numel, LAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    # one grid axis: the others end at 65,535
+    blocks = tl.cdiv(numel, BLOCK)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = i < numel
+    c = i % C if LAST else i // HW
+    at = n * numel + i
+    volume = tl.load(volumes + n)
+    lower = (tl.load(volumes + n - 1, mask=n > 0, other=0) == volume) & (n > 0)
+    upper = (tl.load(volumes + n + 1, mask=n < N - 1, other=0) == volume) & (n < N - 1)
+    v = _load(x, conv_bias, residual, at, c, mask)
+    out = tl.load(weight + C + c, mask=mask, other=0.0).to(tl.float32) * v
+    w = tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+    out += w * _load(x, conv_bias, residual, at - numel, c, mask & lower)
+    w = tl.load(weight + 2 * C + c, mask=mask, other=0.0).to(tl.float32)
+    out += w * _load(x, conv_bias, residual, at + numel, c, mask & upper)
+    tl.store(y + at, (v + out).to(y.dtype.element_ty), mask=mask)
+
+
+torch.library.define(
+    "sbldm_fast::mix_slices", "(Tensor x, Tensor weight, Tensor volumes, Tensor? conv_bias, Tensor? residual) -> Tensor"
+)
+
+
+@torch.library.register_fake("sbldm_fast::mix_slices")
+def _fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _launch(x: Tensor, weight: Tensor, volumes: Tensor, conv_bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = x.contiguous(memory_format=layout)
+    residual = None if residual is None else residual.contiguous(memory_format=layout)
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    N, C, H, W = x.shape
+    block = BLOCK_BYTES // x.element_size()
+    with torch.cuda.device_of(x):
+        _mix_slices_kernel[(N * triton.cdiv(C * H * W, block),)](
+            x, conv_bias, residual, weight, volumes, y, N, C, H * W, C * H * W, LAST=last, BLOCK=block
+        )
+    return y
+
+
+torch.library.impl("sbldm_fast::mix_slices", ("cpu", "cuda"), _launch)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, volumes, conv_bias, residual = inputs
+    ctx.save_for_backward(x, weight, volumes, conv_bias, residual)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    check_first_derivative("mix_slices")
+    x, weight, volumes, conv_bias, residual = ctx.saved_tensors
+    dx = torch.ops.sbldm_fast.mix_slices(dy, weight.flip(0).contiguous(), volumes, None, None)
+    dweight = None
+    if ctx.needs_input_grad[1]:
+        h, meet, d = _add_up(x, conv_bias, residual).float(), _meet(volumes), dy.float()
+        pairs = (h[:-1] * meet, d[1:]), (h, d), (h[1:] * meet, d[:-1])
+        dweight = torch.stack([(a * b).sum((0, 2, 3)) for a, b in pairs]).to(weight.dtype)
+    dbias = None if conv_bias is None else dx.sum((0, 2, 3), dtype=torch.float32).to(conv_bias.dtype)
+    return dx, dweight, None, dbias, None if residual is None else dx
+
+
+torch.library.register_autograd("sbldm_fast::mix_slices", _backward, setup_context=_setup_context)
+
+
+def mix_slices(
+    x: Tensor, weight: Tensor, volumes: Tensor, conv_bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """Each slice of a batch, and what its neighbours in its volume, and it itself, add to it.
+
+    `y_n = h_n + w_0 h_(n-1) + w_1 h_n + w_2 h_(n+1)`, `h = x + conv_bias + residual`; in the dtype of `x`, computed in
+    float32. Differentiable in every tensor but `volumes`.
+
+    Args:
+        x: `[N, C, H, W]`, float32, float16 or bfloat16, contiguous or channels_last, else copied.
+        weight: `[3, C]`, contiguous: of the slice below, of the slice itself, of the slice above.
+        volumes: int32 `[N]`: neighbouring rows of one number are neighbours in one volume; others do not meet.
+        conv_bias: `[C]`, the bias of the convolution that made `x` without it.
+        residual: like `x` in any layout.
+
+    Raises:
+        ValueError: naming the argument, what came and what is allowed.
+
+    Source: Zhu et al. 2023, arXiv:2307.10094, section 3.2.
+    """
+    check_float("x", x, "[N, C, H, W]")
+    N, C = x.shape[:2]
+    check_shape("weight", weight, ((TAPS, C),), x)
+    check_shape("volumes", volumes, ((N,),), x, (torch.int32,))
+    check_contiguous(weight=weight, volumes=volumes)
+    if conv_bias is not None:
+        check_shape("conv_bias", conv_bias, ((C,),), x)
+    if residual is not None:
+        check_like("residual", residual, x)
+    if resolve(x.device)[0] == "torch":
+        return mix_slices_reference(x, weight, volumes, conv_bias, residual)
+    out: Tensor = torch.ops.sbldm_fast.mix_slices(x, weight, volumes, conv_bias, residual)
+    return out

@@ -1,0 +1,67 @@
+"""What lets the slices of a volume know each other: mixing along z, zero at first, between the layers of a 2-D network.
+
+The rows of a batch are slices. Each has a number, and rows whose numbers follow on one another are neighbours; so any
+number of volumes, of any length, may lie in a batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sbldm_fast.kernels import GroupNormSiLU, mix_slices
+
+from .layers import Sum
+
+SLICE = "slice"  # the name of the slices' numbers in a condition
+
+
+def number_volumes(numbers: Tensor) -> Tensor:
+    """Which volume each slice is of, int32 `[N]`, from the slices' numbers `[N]`, NaN where one stands alone."""
+    follows = numbers[1:] == numbers[:-1] + 1
+    return F.pad((~follows).cumsum(0), (1, 0)).to(torch.int32)
+
+
+class SliceMix(nn.Module):
+    """A depth-wise convolution over three slices, added to its input; see `mix_slices`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, channels))
+
+    def forward(self, x: Sum, volumes: Tensor) -> Sum:
+        return Sum(mix_slices(x.x, self.weight, volumes, x.conv_bias, x.residual))
+
+
+class SliceAttention(nn.Module):
+    """Self-attention over the slices of a volume, pixel by pixel of `[N, C, H, W]`, added to its input.
+
+    A head's logits fall by its slope with each slice between two, so that a volume may be longer than those that were
+    trained on. Source: Press et al. 2022, arXiv:2108.12409 (slopes).
+    """
+
+    slopes: Tensor
+
+    def __init__(self, channels: int, head_dim: int, num_groups: int) -> None:
+        super().__init__()
+        self.heads = channels // head_dim
+        self.norm = GroupNormSiLU(num_groups, channels, activation="none")
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+        self.register_buffer(
+            "slopes", torch.tensor([2.0 ** (-8 * (i + 1) / self.heads) for i in range(self.heads)]), persistent=False
+        )
+
+    def forward(self, x: Sum, volumes: Tensor) -> Sum:
+        N, C, H, W = x.x.shape
+        y, entered = self.norm(x.x, conv_bias=x.conv_bias, residual=x.residual, return_sum=True)
+        h = y.flatten(2).permute(2, 0, 1)
+        q, k, v = self.to_qkv(h).reshape(H * W, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        at = torch.arange(N, device=volumes.device)
+        falls = -self.slopes.float()[:, None, None] * (at[:, None] - at).abs()
+        falls = falls.masked_fill(volumes[:, None] != volumes, float("-inf")).to(q.dtype)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=falls).transpose(1, 2).reshape(H * W, N, C)
+        return Sum(entered, residual=self.to_out(h).permute(1, 2, 0).reshape(N, C, H, W).to(entered.dtype))
