@@ -47,8 +47,7 @@ def _add_up(x: Tensor, conv_bias: Tensor | None, residual: Tensor | None) -> Ten
 
 
 def _meet(volumes: Tensor) -> Tensor:
-    meet: Tensor = volumes[1:] == volumes[:-1]
-    return meet[:, None, None, None]
+    return torch.eq(volumes[1:], volumes[:-1]).view(-1, 1, 1, 1)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from .cli_bench import bench, report
 from .cli_evaluate import ablate, evaluate
 from .cli_export import export
 from .cli_options import Eta, Json, OutFolder, PipelineFolder, Seed, Solver, Steps, count, place, say
-from .cli_train import distill, prepare, train
+from .cli_train import distill, prepare, train, train_volume
 from .errors import MissingExtra, UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
@@ -276,7 +276,21 @@ def _ask_for_54(pipe: Any, path: Path) -> str:
 
 
 # in the order of --help
-for command in (doctor, prepare, train, distill, sample, population, evaluate, ablate, export, bench, report, demo):
+for command in (
+    doctor,
+    prepare,
+    train,
+    train_volume,
+    distill,
+    sample,
+    population,
+    evaluate,
+    ablate,
+    export,
+    bench,
+    report,
+    demo,
+):
     app.command(**(ASKING if command in (sample, population) else {}))(command)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -251,35 +252,75 @@ def distill(
 
     Its teacher takes four steps for each of its own; one that is a student takes its own, so that 8 become 4, then 2.
     """
-    from sbldm_fast.training import TrainConfig
+    from sbldm_fast.training import TrainConfig, distill_pipeline
 
     shared: dict[str, Any] = {"save_every": save_every, "keep": keep, "seed": seed, "amp": amp.value}
     shared |= {"warmup": min(warmup, train_steps // 10), "weight_decay": 0.0, "ema_decay": ema_decay}
     config = TrainConfig(train_steps, batch_size, lr, **shared)
     options: dict[str, Any] = {"guidance_scale": guidance, "views": views, "resume": resume, "progress": not as_json}
-    _distill(pipeline, data, out, steps, config, options)
-
-
-def _distill(pipeline: str, data: Path, out: Path, steps: int, config: Any, options: dict[str, Any]) -> None:
-    """Distill on the devices that torchrun gave, and say what came of it."""
-    import torch
-
-    from sbldm_fast import Pipeline
-    from sbldm_fast.training import Stopped, distill_pipeline, torchrun
-
-    with torchrun() as device:
-        teacher = Pipeline.from_pretrained(pipeline).to(device)
-        try:
-            result = distill_pipeline(teacher, data, out, steps, config, **options)
-        except Stopped as stopped:
-            say(f"sbldm-fast: {stopped}; the same command with --resume continues")
-            raise typer.Exit(130) from None
-        if torch.distributed.is_initialized() and torch.distributed.get_rank():
-            return
+    result = _train_from(pipeline, lambda teacher: distill_pipeline(teacher, data, out, steps, config, **options))
+    if result is None:
+        return
     unipc = result["unipc_rms"]
     if unipc is not None and result["rms"] >= unipc:
         say(f"warning: UniPC by {steps} calls of the teacher is nearer to its converged images: train longer")
     beside = "" if unipc is None else f", UniPC by as many {unipc:.4f}"
     text = f"{count(steps, 'call')}: {result['rms']:.4f} RMS from the teacher's converged latents{beside}"
     result |= {"pipeline": str(out / "pipeline")}
-    print(f"{text}: {result['pipeline']}" if options["progress"] else json.dumps(result))
+    print(json.dumps(result) if as_json else f"{text}: {result['pipeline']}")
+
+
+def train_volume(
+    pipeline: PipelineFolder,
+    data: PreparedFolder,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", callback=place, help="Run folder: log, checkpoints and, at the end, pipeline/."),
+    ],
+    resume: Resume = False,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 4000,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Slices a step, a multiple of 64: windows of 32, 16, 8 and 8.")
+    ] = 64,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
+    warmup: Warmup = 50,
+    ema_decay: EMADecay = 0.999,
+    amp: AmpName = Amp.auto,
+    save_every: SaveEvery = 500,
+    keep: Keep = 3,
+    seed: TrainSeed = 0,
+    as_json: Json = False,
+) -> None:
+    """Let the slices of a volume know each other. Example: sbldm-fast train-volume demo --data data -o volume
+
+    Trains layers that mix neighbours along z, and no others: without its neighbours a slice is what it was.
+    """
+    from sbldm_fast.training import TrainConfig
+    from sbldm_fast.training import train_volume as run
+
+    shared: dict[str, Any] = {"save_every": save_every, "keep": keep, "seed": seed, "amp": amp.value}
+    shared |= {"warmup": min(warmup, steps // 10), "weight_decay": 0.0, "ema_decay": ema_decay}
+    config = TrainConfig(steps, batch_size, lr, **shared)
+    options: dict[str, Any] = {"resume": resume, "progress": not as_json}
+    result = _train_from(pipeline, lambda slices: run(slices, data, out, config, **options))
+    if result is None:
+        return
+    text = f"{count(result['volumes'], 'volume')}: error {result['error']:.4f}, {result['error_2d']:.4f} without"
+    result |= {"pipeline": str(out / "pipeline")}
+    print(json.dumps(result) if as_json else f"{text} neighbours: {result['pipeline']}")
+
+
+def _train_from(pipeline: str, run: Callable[[Any], dict[str, Any]]) -> dict[str, Any] | None:
+    """Run on a pipeline, on the devices that torchrun gave; None in a process that has nothing to say."""
+    import torch
+
+    from sbldm_fast import Pipeline
+    from sbldm_fast.training import Stopped, torchrun
+
+    with torchrun() as device:
+        try:
+            result = run(Pipeline.from_pretrained(pipeline).to(device))
+        except Stopped as stopped:
+            say(f"sbldm-fast: {stopped}; the same command with --resume continues")
+            raise typer.Exit(130) from None
+        return None if torch.distributed.is_initialized() and torch.distributed.get_rank() else result

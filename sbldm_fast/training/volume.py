@@ -6,6 +6,7 @@ is that of a volume in sampling (`sampling.field`). Source: Zhu et al. 2023, arX
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from sbldm_fast.errors import UserError
 from sbldm_fast.models import UNet2D
 from sbldm_fast.models.slices import SliceAttention, SliceMix
 from sbldm_fast.models.weights import digest_weights
-from sbldm_fast.sampling.field import field_weights
+from sbldm_fast.sampling.field import node_weights, to_slices
 from sbldm_fast.sampling.pipeline import Pipeline
 
 from . import checkpoint, conditions
@@ -77,13 +78,18 @@ class Windows:
 
     def cut(self, starts: Tensor) -> Tensor:
         """The slices of windows that begin at `starts` `[4 n]`, or as near before as the volume is long enough:
-        `[n PART]`."""
-        lengths = torch.tensor(LENGTHS, device=starts.device).repeat(len(starts) // len(LENGTHS))
-        back = (lengths - self.after[starts]).clamp(min=0)
-        offsets = torch.cat([torch.arange(n, device=starts.device) for n in LENGTHS]).repeat(
-            len(starts) // len(LENGTHS)
-        )
-        return (starts - back).repeat_interleave(lengths, output_size=len(offsets)) + offsets
+        `[64 n]`."""
+        of, number, lengths = places(len(starts), starts.device)
+        return (starts - (lengths - self.after[starts]).clamp(min=0))[of] + number
+
+
+@functools.cache  # what is made on a CPU cannot be captured
+def places(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each slice of `count` windows, the window and the number in it, `[N]`; and the windows' lengths."""
+    lengths = LENGTHS * (count // len(LENGTHS))
+    of = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    number = torch.cat([torch.arange(n) for n in lengths])
+    return of.to(device), number.to(device), torch.tensor(lengths, device=device)
 
 
 def volume_loss(windows: Windows, scheduler: SchedulerConfig, ranks: Ranks, mixed: bool = True) -> LossOf:
@@ -101,15 +107,16 @@ def volume_loss(windows: Windows, scheduler: SchedulerConfig, ranks: Ranks, mixe
         starts = index[: len(index) // PART * len(LENGTHS)]
         count = len(starts)
         t = torch.randint(T, (count,), device=device)
-        normals = torch.randn(count, table.shape[2], *windows.told.latents.shape[1:], device=device)
+        normals = torch.randn(count, 1 + table.shape[2], *windows.told.latents.shape[1:], device=device)
         draws = None
         if windows.told.values is not None:
             draws = torch.rand(count, 1 + windows.told.values.shape[1], device=device)
         starts, t, normals = ranks.own(starts), ranks.own(t), ranks.own(normals)
         at = windows.cut(starts)
-        of, number = places(len(starts), device)
-        which = (windows.spacing[starts][:, None] == spacings).int().argmax(1)
-        e = torch.einsum("nj,njchw->nchw", table[which[of], number], normals[of])
+        of, number, _ = places(len(starts), device)
+        made_of = table.index_select(0, (windows.spacing[starts][:, None] == spacings).int().argmax(1))
+        own = (made_of[of, number][:, None] @ normals[of, 1:].flatten(2)).view(len(of), *normals.shape[2:])
+        e = to_slices(normals[of, 0], own)
         cond: tuple[Any, ...] = (None,)
         if draws is not None and windows.told.values is not None:
             cond = (conditions.drop(windows.told.values[at], ranks.own(draws)[of]),)
@@ -121,16 +128,9 @@ def volume_loss(windows: Windows, scheduler: SchedulerConfig, ranks: Ranks, mixe
     return loss_of
 
 
-def places(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each slice of `count` windows, the window and the number in it, `[N]`."""
-    lengths = LENGTHS * (count // len(LENGTHS))
-    of = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
-    return of.to(device), torch.cat([torch.arange(n) for n in lengths]).to(device)
-
-
 def mixtures(spacings: Sequence[float]) -> Tensor:
-    """How the slices of the longest window mix normals, at each distance in mm: `[len(spacings), 32, 1 + J]`."""
-    found = [field_weights([mm * i for i in range(max(LENGTHS))])[0] for mm in spacings]
+    """How the slices of the longest window are made of normals, at each distance in mm: `[len(spacings), 32, J]`."""
+    found = [node_weights([mm * i for i in range(max(LENGTHS))])[0] for mm in spacings]
     most = max(w.shape[1] for w in found)
     return torch.stack([F.pad(w, (0, most - w.shape[1])) for w in found])
 
