@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sbldm_fast.errors import UserError
+
 from ._arguments import check_contiguous, check_first_derivative, check_float, check_like, check_shape
 from ._backend import resolve, tl, triton
 
@@ -30,7 +32,7 @@ def mix_slices_reference(
     h = _add_up(x, conv_bias, residual)
     if len(h) == 0:
         return h
-    below, own, above = weight.float()[:, None, :, None, None]
+    below, own, above = weight.float()[..., None, None].unbind(1)
     meet = _meet(volumes)
     f = h.float()
     nothing = torch.zeros_like(f[:1])
@@ -65,7 +67,7 @@ def _load(x, conv_bias, residual, at, c, mask):
 
 @triton.jit
 def _mix_slices_kernel(
-    x, conv_bias, residual, weight, volumes, y, N, C, HW, numel, LAST: tl.constexpr, BLOCK: tl.constexpr
+    x, conv_bias, residual, weight, volumes, y, weight_stride, N, C, HW, numel, LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
     # one grid axis: the others end at 65,535
     blocks = tl.cdiv(numel, BLOCK)
@@ -74,6 +76,7 @@ def _mix_slices_kernel(
     mask = i < numel
     c = i % C if LAST else i // HW
     at = n * numel + i
+    weight += n * weight_stride
     volume = tl.load(volumes + n)
     lower = (tl.load(volumes + n - 1, mask=n > 0, other=0) == volume) & (n > 0)
     upper = (tl.load(volumes + n + 1, mask=n < N - 1, other=0) == volume) & (n < N - 1)
@@ -106,9 +109,10 @@ def _launch(x: Tensor, weight: Tensor, volumes: Tensor, conv_bias: Tensor | None
         return y
     N, C, H, W = x.shape
     block = BLOCK_BYTES // x.element_size()
+    stride = 0 if len(weight) == 1 else weight.stride(0)
     with torch.cuda.device_of(x):
         _mix_slices_kernel[(N * triton.cdiv(C * H * W, block),)](
-            x, conv_bias, residual, weight, volumes, y, N, C, H * W, C * H * W, LAST=last, BLOCK=block
+            x, conv_bias, residual, weight, volumes, y, stride, N, C, H * W, C * H * W, LAST=last, BLOCK=block
         )
     return y
 
@@ -124,12 +128,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     check_first_derivative("mix_slices")
     x, weight, volumes, conv_bias, residual = ctx.saved_tensors
-    dx = torch.ops.sbldm_fast.mix_slices(dy, weight.flip(0).contiguous(), volumes, None, None)
+    f, meet, d = weight.float().expand(len(x), -1, -1), _meet(volumes), dy.float()
+    below, own, above = f[..., None, None].unbind(1)
+    # a slice gave to the one above by that one's weight of below, and to the one below by its weight of above
+    dx = d + own * d
+    dx[:-1] += torch.where(meet, below[1:] * d[1:], 0.0)
+    dx[1:] += torch.where(meet, above[:-1] * d[:-1], 0.0)
+    dx = dx.to(x.dtype)
     dweight = None
     if ctx.needs_input_grad[1]:
-        h, meet, d = _add_up(x, conv_bias, residual).float(), _meet(volumes), dy.float()
-        pairs = (h[:-1] * meet, d[1:]), (h, d), (h[1:] * meet, d[:-1])
-        dweight = torch.stack([(a * b).sum((0, 2, 3)) for a, b in pairs]).to(weight.dtype)
+        h = _add_up(x, conv_bias, residual).float()
+        terms = d.new_zeros(len(x), TAPS, x.shape[1])
+        terms[1:, 0] = (torch.where(meet, h[:-1], 0.0) * d[1:]).sum((2, 3))
+        terms[:, 1] = (h * d).sum((2, 3))
+        terms[:-1, 2] = (torch.where(meet, h[1:], 0.0) * d[:-1]).sum((2, 3))
+        dweight = (terms.sum(0, keepdim=True) if len(weight) == 1 else terms).to(weight.dtype)
     dbias = None if conv_bias is None else dx.sum((0, 2, 3), dtype=torch.float32).to(conv_bias.dtype)
     return dx, dweight, None, dbias, None if residual is None else dx
 
@@ -147,7 +160,8 @@ def mix_slices(
 
     Args:
         x: `[N, C, H, W]`, float32, float16 or bfloat16, contiguous or channels_last, else copied.
-        weight: `[3, C]`, contiguous: of the slice below, of the slice itself, of the slice above.
+        weight: `[N, 3, C]` or `[1, 3, C]`, its last two axes contiguous: of the slice below,
+            of the slice itself, of the slice above.
         volumes: int32 `[N]`: neighbouring rows of one number are neighbours in one volume; others do not meet.
         conv_bias: `[C]`, the bias of the convolution that made `x` without it.
         residual: like `x` in any layout.
@@ -159,9 +173,11 @@ def mix_slices(
     """
     check_float("x", x, "[N, C, H, W]")
     N, C = x.shape[:2]
-    check_shape("weight", weight, ((TAPS, C),), x)
+    check_shape("weight", weight, ((N, TAPS, C), (1, TAPS, C)), x)
     check_shape("volumes", volumes, ((N,),), x, (torch.int32,))
-    check_contiguous(weight=weight, volumes=volumes)
+    check_contiguous(volumes=volumes)
+    if weight.stride()[1:] != (C, 1) and weight.numel():
+        raise UserError(f"weight: got strides {weight.stride()}, allowed is [3, C] side by side: call .contiguous()")
     if conv_bias is not None:
         check_shape("conv_bias", conv_bias, ((C,),), x)
     if residual is not None:

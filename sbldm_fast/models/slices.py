@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbldm_fast.kernels import GroupNormSiLU, mix_slices
+from sbldm_fast.kernels import GroupNormSiLU
 
 from .layers import Sum
 
@@ -21,17 +21,6 @@ def number_volumes(numbers: Tensor) -> Tensor:
     """Which volume each slice is of, int32 `[N]`, from the slices' numbers `[N]`, NaN where one stands alone."""
     follows = numbers[1:] == numbers[:-1] + 1
     return F.pad((~follows).cumsum(0), (1, 0)).to(torch.int32)
-
-
-class SliceMix(nn.Module):
-    """A depth-wise convolution over three slices, added to its input; see `mix_slices`."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(3, channels))
-
-    def forward(self, x: Sum, volumes: Tensor) -> Sum:
-        return Sum(mix_slices(x.x, self.weight, volumes, x.conv_bias, x.residual))
 
 
 class SliceAttention(nn.Module):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbldm_fast.kernels import GroupNormSiLU
+from sbldm_fast.kernels import GroupNormSiLU, mix_slices
 
 from ..errors import UserError
 from .config import UNetConfig
 from .covariates import MAPS, CovariateEmbedding, encode, unit_range
 from .layers import Attention, CrossAttention, Downsample, ResBlock, Sum, Upsample, convolve, normalize
-from .slices import SLICE, SliceAttention, SliceMix, number_volumes
+from .slices import SLICE, SliceAttention, number_volumes
 from .weights import Pretrained
 
 
@@ -58,15 +58,14 @@ class _Block(nn.Module):
         block: ResBlock,
         attention: Attention | None,
         cross: CrossAttention | None,
-        mixing: Sequence[SliceMix | SliceAttention] = (),
+        slices: SliceAttention | None,
     ) -> None:
         super().__init__()
         self.block, self.attention = block, attention or nn.Identity()
-        self.cross = cross
-        self.mixing = nn.ModuleList(mixing)
+        self.cross, self.slices = cross, slices
 
     def forward(
-        self, x: Sum, scale: Tensor, shift: Tensor, keys_values: Tensor | None, volumes: Tensor | None
+        self, x: Sum, scale: Tensor, shift: Tensor, keys_values: Tensor | None, taps: Tensor, volumes: Tensor | None
     ) -> tuple[Tensor, Sum]:
         """The block's input, added up, and its output."""
         entered, h = self.block(x, scale, shift)
@@ -74,8 +73,8 @@ class _Block(nn.Module):
         if self.cross is not None and keys_values is not None:
             h = self.cross(h, keys_values)
         if volumes is not None:
-            for mix in self.mixing:
-                h = mix(h, volumes)
+            h = Sum(mix_slices(h.x, taps.unflatten(1, (3, -1)), volumes, h.conv_bias, h.residual))
+            h = h if self.slices is None else self.slices(h, volumes)
         return entered, h
 
 
@@ -136,10 +135,9 @@ class UNet2D(Pretrained[UNetConfig]):
             width, head_dim = widths[level], config.attention_head_dim
             attention = Attention(width, head_dim, groups) if attends else None
             cross = CrossAttention(width, head_dim, groups, context_dim) if attends and context_dim else None
-            mixing: list[SliceMix | SliceAttention] = [SliceMix(width)] if config.slice_mixing else []
-            if config.slice_mixing and attends and level == last:
-                mixing.append(SliceAttention(width, head_dim, groups))
-            return _Block(ResBlock(in_channels, width, groups, config.dropout), attention, cross, mixing)
+            slices = config.slice_mixing and attends and level == last
+            along_z = SliceAttention(width, head_dim, groups) if slices else None
+            return _Block(ResBlock(in_channels, width, groups, config.dropout), attention, cross, along_z)
 
         def attends(level: int) -> bool:
             return config.sample_size >> level in config.attention_resolutions
@@ -174,13 +172,26 @@ class UNet2D(Pretrained[UNetConfig]):
         self._row_widths = [widths[level] for level in levels for _ in ("scale", "shift")]
         self.row_offsets = nn.Parameter(torch.zeros(sum(self._row_widths)))
         self.conditioning = conditioning
+        self._mix_widths = [3 * widths[level] for level in levels] if config.slice_mixing else []
+        if config.slice_mixing:
+            self.time_to_mix = nn.ModuleList(nn.Linear(config.time_embed_dim, 3 * width) for width in widths)
+            for linear in self.time_to_mix:  # at first a model of single slices
+                assert isinstance(linear, nn.Linear)
+                nn.init.zeros_(linear.weight)
+                nn.init.zeros_(linear.bias)
+            self.mix_offsets = nn.Parameter(torch.zeros(sum(self._mix_widths)))
         self._crosses = [m for m in self.modules() if isinstance(m, CrossAttention)]
 
     def time_rows(self, t: Tensor) -> Tensor:
-        """The scale and shift of every block: `[N]` timesteps to `[N, R]`, block after block, each scale then shift."""
+        """The scale and shift of every block: `[N]` timesteps to `[N, R]`, block after block, each scale then shift;
+        with `slice_mixing` the three weights of each block's channels along z follow."""
         h = F.silu(self.time_embedding(t))
         rows = [linear(h) for linear in self.time_to_row]
-        return torch.cat([rows[level] for level in self._levels], dim=1) + self.row_offsets
+        out = torch.cat([rows[level] for level in self._levels], dim=1) + self.row_offsets
+        if not self.config.slice_mixing:
+            return out
+        taps = [linear(h) for linear in self.time_to_mix]
+        return torch.cat([out, torch.cat([taps[level] for level in self._levels], dim=1) + self.mix_offsets], dim=1)
 
     def condition(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `forward_rows` takes of a condition, the same at every step: a sampler makes it before its loop.
@@ -216,6 +227,7 @@ class UNet2D(Pretrained[UNetConfig]):
         """The prediction from a latent and its row of `time_rows`, `[N, R]` or `[1, R]` for a shared timestep, and what
         `condition` made."""
         given = condition or {}
+        rows, taps = rows.split([sum(self._row_widths), sum(self._mix_widths)], dim=1)
         if "rows" in given:
             rows = rows + given["rows"]
         beside = [given["planes"].expand(-1, -1, *x.shape[2:])] if "planes" in given else []
@@ -227,12 +239,12 @@ class UNet2D(Pretrained[UNetConfig]):
         keys = iter(given["keys_values"].split(widths, dim=2) if widths else ())
         h = convolve(self.conv_in, x)
         volumes = given.get("volumes")
+        mixing = iter(taps.split(self._mix_widths, dim=1) if self._mix_widths else [taps] * len(self._levels))
 
         def run(block: nn.Module, h: Sum) -> tuple[Tensor, Sum]:
             assert isinstance(block, _Block)
-            out: tuple[Tensor, Sum] = block(
-                h, next(time), next(time), None if block.cross is None else next(keys), volumes
-            )
+            key = None if block.cross is None else next(keys)
+            out: tuple[Tensor, Sum] = block(h, next(time), next(time), key, next(mixing), volumes)
             return out
 
         # what enters each block and each downsampling; a block's output is one when the next has added it up

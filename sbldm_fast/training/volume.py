@@ -7,6 +7,7 @@ is that of a volume in sampling (`sampling.field`). Source: Zhu et al. 2023, arX
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +22,6 @@ from sbldm_fast.data import Slices
 from sbldm_fast.diffusion import SchedulerConfig
 from sbldm_fast.errors import UserError
 from sbldm_fast.models import UNet2D
-from sbldm_fast.models.slices import SliceAttention, SliceMix
 from sbldm_fast.models.weights import digest_weights
 from sbldm_fast.sampling.field import node_weights, to_slices
 from sbldm_fast.sampling.pipeline import Pipeline
@@ -36,6 +36,7 @@ from .step import LossOf
 
 LENGTHS = (32, 16, 8, 8)  # slices of the windows in each part of a batch
 PART = sum(LENGTHS)
+MIXING = re.compile(r"time_to_mix|mix_offsets|\.slices\.")  # the names of their parameters
 JUDGED = 16 * PART  # slices that the validation loss is taken on
 
 
@@ -149,11 +150,8 @@ def train_layers(
     unet: UNet2D, windows: dict[str, Windows], scheduler: SchedulerConfig, config: TrainConfig, context: Context
 ) -> UNet2D:
     """Train the mixing layers in place, nothing else; return the EMA."""
-    for p in unet.parameters():
-        p.requires_grad_(False)
-    for module in unet.modules():
-        if isinstance(module, (SliceMix, SliceAttention)):
-            module.requires_grad_(True)
+    for name, p in unet.named_parameters():
+        p.requires_grad_(bool(MIXING.search(name)))
     held_out = windows.get("val")
 
     def validate(model: nn.Module) -> float:
