@@ -101,7 +101,7 @@ def record_step(
             module.attend = _attend
     vae = AutoencoderKL(p.vae).eval().to("meta")
     with torch.no_grad():
-        x = torch.empty(batch, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size, device="meta")
+        x = torch.empty(batch, *p.unet.shape, device="meta")
         rows = torch.empty(50, unet.row_offsets.numel(), dtype=dtype, device="meta")
         table = torch.empty(50, 6, device="meta")
         buffers = Buffers(torch.zeros(2, dtype=torch.int32, device="meta"), None, None, None, None, None, None, None)
@@ -130,24 +130,24 @@ def _run_models(p: Preset, batch: int, layout: torch.memory_format, mixed: bool,
     def ready(model: nn.Module) -> Any:
         return model.train(training).to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
 
-    def new(channels: int, side: int) -> Tensor:
-        return torch.empty(batch, channels, side, side, dtype=dtype).to(memory_format=layout)
+    def new(*shape: int) -> Tensor:
+        return torch.empty(batch, *shape, dtype=dtype).to(memory_format=layout)
 
     with torch.device("meta"), torch.set_grad_enabled(training), Autocast() if mixed else nullcontext():
         unet, vae = ready(UNet2D(p.unet)), ready(AutoencoderKL(p.vae))
-        noise = unet(new(p.unet.in_channels, p.unet.sample_size), torch.zeros(batch, dtype=torch.int64))
-        image = vae.decode(vae.encode(new(p.vae.in_channels, p.vae.sample_size)).mean)
+        noise = unet(new(*p.unet.shape), torch.zeros(batch, dtype=torch.int64))
+        image = vae.decode(vae.encode(new(p.vae.in_channels, *p.vae.size)).mean)
     if training:
         (noise.float().square().mean() + image.float().square().mean()).backward()
 
 
 def _run_losses(p: Preset, batch: int) -> None:
     """What the objective of training may be, on predictions in float16 and on images in their place."""
-    latent, image = (p.unet.in_channels, p.unet.sample_size), (p.vae.in_channels, p.vae.sample_size)
-    for (channels, side), layout, grad in product((latent, image), LAYOUTS, (False, True)):
-        pred = torch.empty(batch, channels, side, side, dtype=torch.float16, device="meta").to(memory_format=layout)
+    latent, image = p.unet.shape, (p.vae.in_channels, *p.vae.size)
+    for shape, layout, grad in product((latent, image), LAYOUTS, (False, True)):
+        pred = torch.empty(batch, *shape, dtype=torch.float16, device="meta").to(memory_format=layout)
         pred.requires_grad_(grad)
-        target = torch.empty(batch, channels, side, side, device="meta")
+        target = torch.empty(batch, *shape, device="meta")
         frequency_loss(pred, target, low_weight=1.0, high_weight=0.5)
         for norm in ("ortho", "backward"):
             spectral_mse(pred, target, norm=norm)
@@ -155,7 +155,7 @@ def _run_losses(p: Preset, batch: int) -> None:
 
 def _run_noise(p: Preset, batch: int) -> None:
     """Noise, noised pairs, and the step that `ddim_step` makes alone."""
-    shape = (batch, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size)
+    shape = (batch, *p.unet.shape)
     philox_normal(shape, 0, device="meta")
     z, alphas = torch.empty(shape, dtype=torch.float16, device="meta"), torch.empty(1000, 2, device="meta")
     t = torch.empty(batch, dtype=torch.int64, device="meta")
@@ -183,7 +183,7 @@ def solver_uses(batch: int) -> Iterator[tuple[int, bool, bool, bool, bool]]:
 
 def _run_solver(p: Preset, batch: int, steps: int) -> None:
     """`solver_step` in each of `solver_uses`."""
-    shape = (batch, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size)
+    shape = (batch, *p.unet.shape)
 
     def new(wanted: bool, *size: int, dtype: torch.dtype = torch.float32) -> Any:
         return torch.empty(size, dtype=dtype, device="meta") if wanted else None

@@ -23,10 +23,8 @@ class SamplingSetup:
     def __init__(self, preset_name: str, steps: int, batch: int, device: torch.device) -> None:
         self.preset, self.steps, self.device = preset(preset_name), steps, device
         c = self.preset.unet
-        self.noise = philox_normal((batch, c.in_channels, c.sample_size, c.sample_size), 0, device=device)
-        self.attends: list[bool] = [
-            c.sample_size >> i in c.attention_resolutions for i in range(len(c.block_out_channels))
-        ]
+        self.noise = philox_normal((batch, *c.shape), 0, device=device)
+        self.attends: list[bool] = [c.attends(level) for level in range(len(c.block_out_channels))]
 
     @cached_property
     def ours(self) -> tuple[UNet2D, DDIMScheduler]:

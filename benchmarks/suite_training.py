@@ -70,7 +70,7 @@ def bench_training(
         dict.fromkeys(("off", *([AMP[name] for name in dtypes] or ([AMP[str(half)[6:]]] if half else []))))
     )
     cases, c = training_cases(preset_name, batch, steps, device, compiled, precisions), preset(preset_name).unet
-    shape = [batch, c.in_channels, c.sample_size, c.sample_size]
+    shape = [batch, *c.shape]
     common = head("training", preset=preset_name, batch=batch, steps=steps, device=str(device), shape=shape)
     for row in measure(cases, Timing(rounds, seconds), base=PLAIN, device=device, say=say):
         ms = 1e3 * row["median_s"] / steps if "median_s" in row else None
@@ -93,7 +93,7 @@ def training_cases(
     config = replace(p.unet, dropout=0.0)
     torch.manual_seed(0)
     weights = UNet2D(config).to(device)
-    latents = torch.randn(CHECKED * batch, config.in_channels, config.sample_size, config.sample_size, device=device)
+    latents = torch.randn(CHECKED * batch, *config.shape, device=device)
     order = torch.arange(CHECKED * batch, device=device).roll(1).split(batch)
     cases: dict[str, Case] = {}
     for dtype in precisions:

@@ -139,9 +139,8 @@ def example_condition(model: UNet2D, cond: Cond) -> TensorDict:
             for c in model.config.covariates
         }
         if channels := model.config.concat_channels:
-            size = model.config.sample_size
             seeds = torch.tensor([[1, i] for i in range(EXAMPLES)])
-            cond[MAPS] = draw(seeds, (channels, size, size), torch.device("cpu"))
+            cond[MAPS] = draw(seeds, (channels, *model.config.size), torch.device("cpu"))
     return model.read_condition(cond, EXAMPLES)  # type: ignore[arg-type]  # whatever was given is looked at there
 
 

@@ -33,6 +33,15 @@ def prepare(
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the synthetic brains.")] = 42,
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of 4-D files.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Keep every n-th slice.")] = 1,
+    size: Annotated[
+        str | None, typer.Option(help="Width x height of a slice in pixels, as 160x224, or one side (default: 128).")
+    ] = None,
+    spacing: Annotated[
+        float | None, typer.Option(help="Side of a pixel in mm (default: 220 mm lie along the smaller side).")
+    ] = None,
+    volumes: Annotated[
+        bool, typer.Option("--volumes", help="Keep each scan as a volume: all slices in order, none left out.")
+    ] = False,
     subject: Annotated[
         str | None, typer.Option(help="Regular expression: its group is the subject in a file's name.")
     ] = None,
@@ -47,14 +56,17 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Turn scans into training slices. Example: sbldm-fast prepare scans/ synthetic:20 -o data"""
+    from sbldm_fast.data import Frame
     from sbldm_fast.data import prepare as run
     from sbldm_fast.data.prepare import was_prepared
 
+    frame = Frame.of(size, spacing)
     if split == "slice":
         say("warning: --split slice puts slices of one subject into train and test")
     if was_prepared(out):
         say(f"{out} holds the slices of an earlier prepare; they are replaced when this one ends")
     reading: dict[str, Any] = {"volume": volume, "every": every, "subject": subject, "covariates": covariates}
+    reading |= {"frame": frame, "volumes": volumes}
     workers = workers or os.cpu_count() or 1
     manifest = run(
         sources, out, split=split.value, seed=seed, **reading, strict=strict, workers=workers, progress=not as_json
@@ -103,7 +115,7 @@ RunFolder = Annotated[
     Path, typer.Argument(callback=place, help="Run folder: log, checkpoints and, at the end, pipeline/.")
 ]
 PreparedFolder = Annotated[Path, typer.Option(help="A folder that prepare wrote.")]
-PresetName = Annotated[str, typer.Option(help="paper, template, covariates or demo.")]
+PresetName = Annotated[str, typer.Option(help="paper, template, covariates, demo or brain.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")]
 UNetSteps = Annotated[int, typer.Option(min=1, help="Optimizer steps of the UNet.")]
 VAESteps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps of the VAE (default: as --steps).")]

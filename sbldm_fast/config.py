@@ -14,11 +14,13 @@ from .errors import UserError
 class Config:
     """A frozen dataclass that goes to and from the JSON of a `config.json`.
 
-    Each field is held to the type of its default, or of its entry in `LIKE`, and to its entry in `BOUNDS`.
+    Each field is held to the type of its default, or of its entry in `LIKE`, and to its entry in `BOUNDS`; one in
+    `PAIRS` may be two of it instead.
     """
 
     LIKE: ClassVar[dict[str, Any]] = {}
     BOUNDS: ClassVar[dict[str, tuple[float, float]]] = {}
+    PAIRS: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, tuples as lists, with the class's name as diffusers writes it."""
@@ -47,11 +49,16 @@ class Config:
             value, likes = getattr(self, f.name), self.LIKE.get(f.name, f.default)
             if f.default is None and value is None:
                 continue
-            several = isinstance(likes, tuple)
+            paired = f.name in self.PAIRS and isinstance(value, (tuple, list))
+            if paired and len(value) != 2:
+                raise UserError(
+                    f"{type(self).__name__}: {f.name} is {short(value)}, allowed is one like {likes!r}, or two"
+                )
+            several = paired or isinstance(likes, tuple)
             if several and not isinstance(value, (tuple, list)):
                 raise UserError(f"{type(self).__name__}: {f.name} is {short(value)}, allowed is one like {likes!r}")
             for one in value if several else (value,):
-                like = likes[0] if several else likes
+                like = likes[0] if isinstance(likes, tuple) else likes
                 kinds = (int, float) if isinstance(like, float) else type(like)
                 # True is an int to Python, and to nobody else
                 if not isinstance(one, kinds) or isinstance(one, bool) != isinstance(like, bool):

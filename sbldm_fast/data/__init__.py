@@ -1,6 +1,7 @@
 """Scans to training slices, and a synthetic population."""
 
 from .dataset import Slices
+from .frame import Frame
 from .prepare import prepare
 
-__all__ = ["Slices", "prepare"]
+__all__ = ["Frame", "Slices", "prepare"]

@@ -22,10 +22,10 @@ from sbldm_fast.files import read_json, whole_folder, write_json
 from sbldm_fast.images import save_grid, to_uint8
 
 from .covariates import MEASURED, Covariates, Value, describe
+from .frame import FRAME, Frame
 from .readers import LABELS, ReadOptions, Scan, Skipped, read_all
 from .sources import PREPARED, Job, Subjects, expand, subject_of
 from .synthetic import DEFINITIONS
-from .volumes import SIZE
 
 FORMAT = 2
 CONVENTION = (
@@ -55,14 +55,15 @@ def prepare(
     seed: int = 42,
     volume: int | None = None,
     every: int = 1,
+    frame: Frame = FRAME,
+    volumes: bool = False,
     subject: str | None = None,
     covariates: str | Path | None = None,
     strict: bool = False,
     workers: int = 1,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write `slices.npy` (`[N, 128, 128]` float16 in [-1, 1]), `manifest.json` and `contact_sheet.png` to the folder
-    `out`.
+    """Write `slices.npy` (`[N, H, W]` float16 in [-1, 1]), `manifest.json` and `contact_sheet.png` to the folder `out`.
 
     A folder that `prepare` wrote is replaced; one that holds anything else is refused.
 
@@ -73,6 +74,9 @@ def prepare(
         seed: of the split and of the synthetic population.
         volume: which volume of 4-D files.
         every: keep every n-th slice.
+        frame: the pixels of a slice and their mm.
+        volumes: keep each scan as a volume: all slices from the lowest to the highest with enough head, from the bottom
+            up; rows say of which `volume` they are, and the `distance_mm` of its slices.
         subject: a regular expression whose first group is the subject in a file's name, where `subject_of` reads it
             wrongly.
         covariates: a CSV file, see `Covariates`.
@@ -85,10 +89,13 @@ def prepare(
 
     Raises:
         UserError: a source that does not exist, has nothing to read or lies in the folder to be replaced, a folder
-            with other files, an ambiguous table, an argument out of its bounds, or (`strict`) a broken file.
+            with other files, an ambiguous table, an argument out of its bounds, `volumes` and a split by slice, or
+            (`strict`) a broken file.
     """
     if split not in ("subject", "slice"):
         raise UserError(f"split: got {split!r}, allowed are subject, slice")
+    if volumes and split == "slice":
+        raise UserError("split: got slice, allowed with volumes is subject: slices of a volume stay together")
     for name, value, least in (("every", every, 1), ("workers", workers, 1), ("volume", volume or 0, 0)):
         if value < least:
             raise UserError(f"{name}: got {value}, allowed is {least} or more")
@@ -102,13 +109,13 @@ def prepare(
     people = [subject_of(job, pattern) if job.files else job.name for job in jobs]
     with whole_folder(out) as folder:
         found = tqdm(
-            read_all(jobs, ReadOptions(seed, volume, every), workers),
+            read_all(jobs, ReadOptions(seed, volume, every, frame, volumes), workers),
             "prepare",
             len(jobs),
             unit="file",
             disable=not progress,
         )
-        stored, names, skipped = _write_slices(folder / "slices.npy", people, found, strict)
+        stored, names, skipped = _write_slices(folder / "slices.npy", frame, people, found, strict)
         if not stored:
             reasons = "; ".join(f"{s['source']}: {s['reason']}" for s in skipped[:3])
             raise UserError(f"no usable slice in {', '.join(sources)}" + (f" ({reasons})" if reasons else ""))
@@ -119,6 +126,9 @@ def prepare(
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "convention": CONVENTION,
+            "size": list(frame.size),
+            # of pictures alone it is not known
+            "spacing": frame.spacing if any(row["position_mm"] is not None for row in rows) else 0.0,
             "split": {"by": split, "seed": seed, "slices": dict(Counter(row["split"] for row in rows))},
             "subjects": len({row["subject"] for row in rows}),
             "skipped": skipped,
@@ -176,7 +186,7 @@ def was_prepared(out: str | Path) -> bool:
 
 
 def _write_slices(
-    path: Path, people: list[str], found: Iterable[tuple[list[Scan], Skipped]], strict: bool
+    path: Path, frame: Frame, people: list[str], found: Iterable[tuple[list[Scan], Skipped]], strict: bool
 ) -> tuple[list[Stored], dict[tuple[str, ...], str], Skipped]:
     """Write the array, scan by scan; return the scans, the subject of each node, and what was left out."""
     stored: list[Stored] = []
@@ -184,7 +194,7 @@ def _write_slices(
     subjects = Subjects()
     count = 0
     with path.open("wb") as f:
-        _write_header(f, 0)
+        _write_header(f, 0, frame)
         for person, (scans, left_out) in zip(people, found, strict=True):
             broken = [s for s in left_out if s["reason"] != LABELS]
             if broken and strict:
@@ -197,13 +207,13 @@ def _write_slices(
                 node = subjects.add(person, scan.patient, checksums)
                 stored.append(Stored(replace(scan, slices=scan.slices[:0].copy()), checksums, node))
         f.seek(0)
-        _write_header(f, count)
+        _write_header(f, count, frame)
     return stored, subjects.names(), skipped
 
 
-def _write_header(file: Any, count: int) -> None:
+def _write_header(file: Any, count: int, frame: Frame) -> None:
     # numpy leaves room for the first axis to grow in place
-    npy.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (count, SIZE, SIZE)})
+    npy.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (count, *frame.size)})
 
 
 def _join(
@@ -230,8 +240,9 @@ def _manifest_rows(
     units = subjects if split == "subject" else [str(i) for i in range(len(subjects))]
     splits = assign_splits(units, seed)
     rows: list[dict[str, Any]] = []
-    for one in stored:
+    for number, one in enumerate(stored):
         subject, scan = names[one.node], one.scan
+        whole = {} if scan.distance is None else {"volume": number, "distance_mm": round(scan.distance, 3)}
         for position, level, checksum in zip(scan.positions, scan.levels, one.checksums, strict=True):
             measured: dict[str, Value] = {} if level is None else {"position": round(float(level), 3)}
             row = {
@@ -240,6 +251,7 @@ def _manifest_rows(
                 "modality": scan.modality,
                 "position_mm": None if position is None else round(float(position), 3),
                 "tilt_deg": round(scan.tilt, 1),
+                **whole,
                 "covariates": joined.get(subject, scan.covariates) | measured,
                 "sha256": checksum,
                 "split": splits[units[len(rows)]],

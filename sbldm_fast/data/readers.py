@@ -20,9 +20,10 @@ from sbldm_fast.errors import MissingExtra, UserError
 from sbldm_fast.files import printable
 
 from .dicom import load_dicom
+from .frame import FRAME, Frame
 from .sources import Job, modality_of
 from .synthetic import mni152, synthetic_brain
-from .volumes import SIZE, Unusable, Volume, axial_slices, load_nifti, silent
+from .volumes import Unusable, Volume, axial_slices, load_nifti, silent, whole_volume
 
 LABELS = "a label map, by its name"
 MAX_SIDE = 8192  # pixels of a picture
@@ -31,16 +32,19 @@ TOP = 71.0  # mm, the height of the highest axial slice of the ICBM 152 template
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What `prepare` asks of every reader: the seed of synthetic brains, the volume of 4-D files, every n-th slice."""
+    """What `prepare` asks of every reader: the seed of synthetic brains, the volume of 4-D files, every n-th slice, the
+    frame of slices, and whether volumes are kept whole."""
 
     seed: int
     volume: int | None
     every: int
+    frame: Frame = FRAME
+    whole: bool = False
 
 
 @dataclass(frozen=True)
 class Scan:
-    """The slices of one volume or picture, float16 `[N, 128, 128]`, and what the manifest says of them."""
+    """The slices of one volume or picture, float16 `[N, H, W]`, and what the manifest says of them."""
 
     source: str
     modality: str
@@ -50,6 +54,7 @@ class Scan:
     tilt: float = 0.0
     covariates: dict[str, float | str] = field(default_factory=dict)
     patient: str = ""  # DICOM's PatientID, to tell people apart; in memory only
+    distance: float | None = None  # mm between the slices of a volume that is kept whole
 
 
 Skipped = list[dict[str, str]]
@@ -116,15 +121,15 @@ def _refuse_labels(job: Job, options: ReadOptions, skipped: Skipped) -> Iterator
 
 def _make_synthetic(job: Job, options: ReadOptions, skipped: Skipped) -> Iterator[Scan]:
     brain, modality, covariates = synthetic_brain(job.index, options.seed)
-    yield _slice("synthetic", modality, brain, options.every, covariates=covariates)
+    yield _slice("synthetic", modality, brain, options, covariates=covariates)
 
 
 def _read_mni152(job: Job, options: ReadOptions, skipped: Skipped) -> Iterator[Scan]:
-    yield _slice("mni152", "T1", mni152(), options.every)
+    yield _slice("mni152", "T1", mni152(), options)
 
 
 def _read_nifti(job: Job, options: ReadOptions, skipped: Skipped) -> Iterator[Scan]:
-    yield _slice(job.name, _modality(job), load_nifti(job.files[0], options.volume), options.every)
+    yield _slice(job.name, _modality(job), load_nifti(job.files[0], options.volume), options)
 
 
 def _read_dicom(job: Job, options: ReadOptions, skipped: Skipped) -> Iterator[Scan]:
@@ -136,13 +141,16 @@ def _read_dicom(job: Job, options: ReadOptions, skipped: Skipped) -> Iterator[Sc
         name = f"{parent or job.name}#{number}" if len(series) > 1 else parent or job.name
         modality = modality_of(one.description) or _modality(job)
         try:
-            yield _slice(name, modality, one.volume, options.every, patient=one.patient)
+            yield _slice(name, modality, one.volume, options, patient=one.patient)
         except Unusable as reason:
             skipped.append({"source": name, "reason": str(reason)})
 
 
 def _read_picture(job: Job, options: ReadOptions, skipped: Skipped) -> Iterator[Scan]:
-    yield Scan(job.name, _modality(job) or "unknown", load_picture(job.files[0])[None].astype(np.float16))
+    if options.whole:
+        raise Unusable("a picture, which is no slice of a volume")
+    picture = load_picture(job.files[0], options.frame.size)
+    yield Scan(job.name, _modality(job) or "unknown", picture[None].astype(np.float16))
 
 
 READERS: dict[str, Reader] = {
@@ -166,28 +174,33 @@ def _slice(
     name: str,
     modality: str | None,
     volume: Volume,
-    every: int,
+    options: ReadOptions,
     covariates: dict[str, float | str] | None = None,
     patient: str = "",
 ) -> Scan:
-    slices, positions = axial_slices(volume)
+    slices, positions = (whole_volume if options.whole else axial_slices)(volume, options.frame)
     if not len(slices):
-        raise Unusable("no slice has 10 % of its pixels above the background")
-    kept, heights = slices[::every].astype(np.float16), positions[::every]
+        raise Unusable(f"no slice has {100 * options.frame.enough:.0f} % of its pixels above the background")
+    kept, heights = slices[:: options.every].astype(np.float16), positions[:: options.every]
+    if options.whole and len(kept) < 2:
+        raise Unusable("a volume of one slice, allowed are two or more")
     levels = list(heights - positions.max() + TOP)
-    return Scan(name, modality or "unknown", kept, list(heights), levels, volume.tilt, covariates or {}, patient)
+    distance = volume.rise * options.every if options.whole else None
+    return Scan(
+        name, modality or "unknown", kept, list(heights), levels, volume.tilt, covariates or {}, patient, distance
+    )
 
 
 @silent()
-def load_picture(path: Path) -> np.ndarray:
-    """A PNG or JPEG file as grey, its longer side fitted: `[128, 128]` float32 in [-1, 1].
+def load_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """A PNG or JPEG file as grey, whole and in the middle of `size` `(H, W)`: `[H, W]` float32 in [-1, 1].
 
     Raises:
         Unusable: another file, a damaged one, one that is too large, or one of a single value.
     """
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
-            if max(image.size) > MAX_SIDE:  # it becomes a square of its longer side
+            if max(image.size) > MAX_SIDE:
                 raise Unusable(f"a picture of {image.width} x {image.height} pixels, allowed are {MAX_SIDE} a side")
             upright = ImageOps.exif_transpose(image)
             grey = upright.convert("F") if upright.mode.startswith(("I", "F")) else upright.convert("L").convert("F")
@@ -195,13 +208,17 @@ def load_picture(path: Path) -> np.ndarray:
         raise
     except Exception as error:  # Pillow meets a broken picture with any; its text may quote it
         raise Unusable(f"not a readable picture, allowed are PNG and JPEG ({type(error).__name__})") from None
-    side = max(grey.size)
+    height, width = size
+    across, down = (
+        max(grey.width, -(-grey.height * width // height)),
+        max(grey.height, -(-grey.width * height // width)),
+    )
     values = np.asarray(grey)
     low, high = float(values.min()), float(values.max())
     if low == high:
         raise Unusable("every pixel has the same value")
-    square = Image.new("F", (side, side), low)
-    square.paste(grey, ((side - grey.width) // 2, (side - grey.height) // 2))
-    array = np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC), dtype=np.float32)
+    canvas = Image.new("F", (across, down), low)
+    canvas.paste(grey, ((across - grey.width) // 2, (down - grey.height) // 2))
+    array = np.asarray(canvas.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
     scaled: np.ndarray = (2 * (array - low) / (high - low) - 1).clip(-1, 1)
     return scaled

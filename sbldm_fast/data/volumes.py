@@ -1,4 +1,4 @@
-"""One scan, turned to RAS by its affine, to axial slices of 128 x 128 square pixels in [-1, 1]."""
+"""One scan, turned to RAS by its affine, to axial slices of square pixels in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -21,11 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import MissingExtra, UserError
+from .frame import Frame
 
-SIZE = 128
-FIELD_OF_VIEW = 220.0  # mm: an adult head is about 200 long
 FOREGROUND = -0.8  # intensities above this count as head
-MIN_FOREGROUND = 0.10
 MAX_TILT = 20.0  # degrees: up to this the planes that were acquired are what a radiologist calls axial
 MAX_PIXEL = 4.0  # mm: a thick sagittal or coronal stack makes axial stripes
 # a whole head that is straightened takes 5 times its voxels at most, at any angle and voxel size; a thin slab more
@@ -305,20 +303,38 @@ def robust_range(array: np.ndarray) -> tuple[float, float]:
     return low, max(high, low + 1e-6)
 
 
-def axial_slices(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
+def axial_slices(volume: Volume, frame: Frame) -> tuple[np.ndarray, np.ndarray]:
     """The slices that hold enough head, and their positions in mm; see `axial_slices_with`."""
-    slices, positions, _ = axial_slices_with(volume, None)
+    slices, positions, _ = axial_slices_with(volume, None, frame)
     return slices, positions
 
 
-def axial_slices_with(volume: Volume, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """The slices that hold enough head, their positions in mm, and a map of labels `[x, y, z]` cut in the same way.
+def whole_volume(volume: Volume, frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+    """As `axial_slices`, and what lies between the lowest and the highest of these slices.
 
-    Row 0 is anterior, column 0 is the patient's left (RAS order seen from above: not mirrored). The field of view is
-    centred on the head and the same in mm along rows and columns, so pixels are square whatever the scan's were.
+    Raises:
+        Unusable: as there, or an empty slice between others.
+    """
+    slices, positions, _ = axial_slices_with(volume, None, frame, least=0.0)
+    head = (slices > FOREGROUND).mean(axis=(1, 2))
+    inside = np.flatnonzero(head >= frame.enough)
+    between = slice(inside[0], inside[-1] + 1) if len(inside) else slice(0)
+    if empty := np.count_nonzero(head[between] == 0):
+        raise Unusable(f"a gap: {empty} of {len(head[between])} slices between the lowest and the highest are empty")
+    return slices[between], positions[between]
+
+
+def axial_slices_with(
+    volume: Volume, labels: np.ndarray | None, frame: Frame, least: float | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The slices that hold enough head (`least`: as a part of their pixels), their positions in mm, and a map of labels
+    `[x, y, z]` cut in the same way.
+
+    Row 0 is anterior, column 0 is the patient's left (RAS order seen from above: not mirrored). The frame's field of
+    view is centred on the head, to half a voxel, so pixels are square whatever the scan's were.
 
     Returns:
-        `[N, 128, 128]` float32 in [-1, 1], `[N]` float64, and `[N, 128, 128]` float32 in [0, 1] of labels in [0, 1].
+        `[N, H, W]` float32 in [-1, 1], `[N]` float64, and `[N, H, W]` float32 in [0, 1] of labels in [0, 1].
 
     Raises:
         Unusable: nothing stands out from the background, or what does is no head by its size.
@@ -336,13 +352,14 @@ def axial_slices_with(volume: Volume, labels: np.ndarray | None) -> tuple[np.nda
         for axis, across in enumerate(((0, 2), (0, 1))):
             inside[axis] += np.count_nonzero(head, axis=across)
     rows, columns = (
-        _window(head > 0.01 * head.max(), zoom) for head, zoom in zip(inside, volume.zooms[1::-1], strict=True)
+        _window(head > 0.01 * head.max(), zoom, field)
+        for head, zoom, field in zip(inside, volume.zooms[1::-1], frame.field, strict=True)
     )
 
     def cut(image: np.ndarray, air: float) -> np.ndarray:
         padded = np.pad(image, ((0, 0), rows[1], columns[1]), constant_values=air)[:, rows[0], columns[0]]
         square = F.interpolate(
-            torch.from_numpy(np.ascontiguousarray(padded))[:, None], (SIZE, SIZE), mode="bicubic", antialias=True
+            torch.from_numpy(np.ascontiguousarray(padded))[:, None], frame.size, mode="bicubic", antialias=True
         )
         done: np.ndarray = square[:, 0].clamp(air, 1).numpy()
         return done
@@ -350,7 +367,7 @@ def axial_slices_with(volume: Volume, labels: np.ndarray | None) -> tuple[np.nda
     slices, positions, maps = [], [], []
     for start, image in images():
         done = cut(image, -1.0)
-        keep = (done > FOREGROUND).mean(axis=(1, 2)) >= MIN_FOREGROUND
+        keep = (done > FOREGROUND).mean(axis=(1, 2)) >= (frame.enough if least is None else least)
         slices.append(done[keep])
         positions.append(volume.origin_z + volume.rise * (start + np.flatnonzero(keep)))
         if labels is not None:
@@ -359,16 +376,16 @@ def axial_slices_with(volume: Volume, labels: np.ndarray | None) -> tuple[np.nda
     return np.concatenate(slices), np.concatenate(positions), np.concatenate(maps) if maps else None
 
 
-def _window(head: np.ndarray, zoom: float) -> tuple[slice, tuple[int, int]]:
-    """Where FIELD_OF_VIEW mm around the middle of the head (places that hold more than a speck) lie along an axis, and
-    the padding."""
+def _window(head: np.ndarray, zoom: float, field: float) -> tuple[slice, tuple[int, int]]:
+    """Where `field` mm around the middle of the head (places that hold more than a speck) lie along an axis, and the
+    padding."""
     inside = np.flatnonzero(head)
     if not inside.size:
         raise Unusable("no voxel stands out from the background")
     extent = (inside[-1] + 1 - inside[0]) * zoom
     if extent < 40:
         raise Unusable(f"what stands out measures {extent:.0f} mm: no head, or wrong voxel sizes")
-    length = round(FIELD_OF_VIEW / zoom)
+    length = round(field / zoom)
     start = round((inside[0] + inside[-1] + 1 - length) / 2)
     before, after = max(0, -start), max(0, start + length - len(head))
     return slice(start + before, start + before + length), (before, after)

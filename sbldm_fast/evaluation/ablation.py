@@ -53,8 +53,11 @@ class _Reduced(Slices):
 
     def __init__(self, folder: str | Path, split: str, side: int) -> None:
         super().__init__(folder, split)
+        if self.size[0] != self.size[1]:
+            raise UserError(f"data: got slices of {self.size[1]} x {self.size[0]} pixels, allowed are squares")
         if self.array.shape[-1] % side:
             raise UserError(f"size: got {side}, allowed are divisors of {self.array.shape[-1]}")
+        self.size, self.spacing = (side, side), self.spacing * (self.size[0] // side)
         chunks = [F.adaptive_avg_pool2d(self[i], side)[:, 0] for i in torch.arange(len(self)).split(256)]
         self.array, self.index = torch.cat(chunks).half(), torch.arange(len(self))
 
@@ -134,7 +137,7 @@ class _Bench:
         keys = ("samples", "kid", "frechet_distance", "precision", "recall")
         self.floor = {k: near[k] for k in keys} | self._unpaired(self.train[some], 0)
         vae = replace(preset.vae, sample_size=budget.side)
-        shrink = preset.vae.latent_size // vae.latent_size
+        shrink = preset.vae.size[0] // vae.size[0]
         sides = tuple(max(1, r // shrink) for r in preset.unet.attention_resolutions)
         widths = tuple(w // budget.narrow for w in preset.unet.block_out_channels)
         if any(
@@ -233,10 +236,7 @@ class _Bench:
     def _sample(self, unet: UNet2D, setting: Setting, seed: int, vae: AutoencoderKL | None) -> tuple[Tensor, float]:
         """The images and seconds an image."""
         scheduler = DDIMScheduler.from_config(self._scheduler(setting))
-        c = unet.config
-        sampler = FastSampler(
-            unet, scheduler, shape=(c.in_channels, c.sample_size, c.sample_size), steps=STEPS, mode="eager"
-        )
+        sampler = FastSampler(unet, scheduler, shape=unet.config.shape, steps=STEPS, mode="eager")
         start = self.clock()
         z = sampler(self.budget.samples, seed=seed, batch_size=50)
         with torch.no_grad():

@@ -194,14 +194,14 @@ def draw_histograms(measures: Mapping[str, Mapping[str, Tensor]]) -> Any:
 
 
 @_styled
-def draw_rescaling(points: Sequence[tuple[float, float]], side: int) -> Any:
+def draw_rescaling(points: Sequence[tuple[float, float]], height: int, width: int) -> Any:
     """001 equation 4 against the mean squared error, at many timesteps: a line of slope H W."""
     figure, axes = _figure(1, 1, 4.2, 3.4)
     ax = axes[0, 0]
     x, y = (np.array(v) for v in zip(*points, strict=True))
     ax.loglog(x, y, "o", ms=4, color=INKS["samples"], label="predictions of this model, by timestep")
     ends = np.array([x.min(), x.max()])
-    ax.loglog(ends, side * side * ends, color=INKS["real"], lw=0.8, label=f"{side} × {side} times the error")
+    ax.loglog(ends, height * width * ends, color=INKS["real"], lw=0.8, label=f"{height} × {width} times the error")
     ax.set(xlabel="mean |ε - ε̂|²", ylabel="mean |FFT(ε) - FFT(ε̂)|²")
     ax.legend(fontsize=7)
     return figure

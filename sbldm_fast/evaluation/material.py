@@ -16,6 +16,7 @@ from sbldm_fast.data import Slices
 from sbldm_fast.files import whole_file
 from sbldm_fast.models.weights import read_tensors, write_tensors
 from sbldm_fast.sampling.pipeline import Pipeline
+from sbldm_fast.training.autoencoder import refuse_misfits
 from sbldm_fast.training.conditions import values_of
 
 from ..errors import UserError
@@ -52,9 +53,7 @@ class Material:
         self.unseen_rows, self.unseen = self._draw_unseen()
         if len(self.train) < settings.n:
             raise UserError(f"n: got {settings.n}, allowed are as many as training slices in {data}, {len(self.train)}")
-        side, own = self.unseen.shape[-1], pipeline.vae.config.sample_size
-        if side != own:
-            raise UserError(f"data: got slices of {side} pixels, allowed with this pipeline are {own}")
+        refuse_misfits(pipeline.vae.config, self.train)
 
     def _draw_unseen(self) -> tuple[list[dict[str, Any]], Tensor]:
         """As many validation and test slices as samples, drawn without replacement."""

@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sbldm_fast.data.frame import FRAME, Frame
 from sbldm_fast.data.readers import TOP
 from sbldm_fast.data.synthetic import CONTRASTS, STEP, synthetic_brain_with_ventricles
-from sbldm_fast.data.volumes import FIELD_OF_VIEW, SIZE, axial_slices_with
-from sbldm_fast.models import AutoencoderKL
+from sbldm_fast.data.volumes import axial_slices_with
+from sbldm_fast.models import AutoencoderKL, VAEConfig
+from sbldm_fast.models.config import check_divides
+
+from ..errors import UserError
 
 MODALITIES = tuple(CONTRASTS)
-PIXEL = FIELD_OF_VIEW / SIZE  # mm
 HALF = 70.0  # mm, by which heights are scaled
 SEED = 1_000_000  # of the brains that it is trained on; those that it is judged by have the next one
 BATCH, RATE = 32, 4e-3
@@ -40,7 +43,7 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Brains:
-    """Slices `[N, 1, 128, 128]` in [-1, 1] of made brains, their ventricles `[N, 1, 128, 128]` in [0, 1], and of each
+    """Slices `[N, 1, H, W]` in [-1, 1] of made brains, their ventricles `[N, 1, H, W]` in [0, 1], and of each
     slice its height, its modality's place and its brain's number, with the volume of each brain's ventricles, ml."""
 
     slices: Tensor
@@ -52,12 +55,14 @@ class Brains:
 
 
 class Measurer(nn.Module):
-    """`[N, 1, 128, 128]` to the share of ventricle in each of 64 x 64 places, a height and a modality."""
+    """`[N, 1, H, W]`, slices of a frame whose sides are multiples of 8, to the share of ventricle in each of H/2 x W/2
+    places, a height and a modality."""
 
     gain: Tensor
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int = 16, frame: Frame = FRAME) -> None:
         super().__init__()
+        self.frame = frame
         self.register_buffer("gain", torch.ones(()))  # of an area as it is to one as read
 
         def block(channels: int, out: int, stride: int = 1) -> nn.Sequential:
@@ -75,7 +80,7 @@ class Measurer(nn.Module):
         self.about = nn.Linear(4 * w * 16, 1 + len(MODALITIES))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of ventricle `[N, 1, 64, 64]`, heights over `HALF` `[N]`, logits of modalities."""
+        """Logits of ventricle `[N, 1, H/2, W/2]`, heights over `HALF` `[N]`, logits of modalities."""
         a = self.first(x)
         b = self.second(a)
         c = self.third(b)
@@ -86,24 +91,37 @@ class Measurer(nn.Module):
 
     @torch.no_grad()
     def read(self, images: Tensor) -> Reading:
-        """What images `[N, 1, 128, 128]` in [-1, 1] show."""
+        """What images `[N, 1, H, W]` in [-1, 1] show."""
         self.eval()
         parts = []
         for x in images.split(64):
             logits, height, modality = self(x)
             share = logits.float().sigmoid()
-            area = (share * (share > FAINT)).sum((1, 2, 3)) * (2 * PIXEL) ** 2
+            area = (share * (share > FAINT)).sum((1, 2, 3)) * (2 * self.frame.spacing) ** 2
             parts.append(Reading(area * self.gain, height * HALF, modality.argmax(1)))
         return Reading(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def make_brains(count: int, seed: int, every: int = 1) -> Brains:
+def frame_of(config: VAEConfig) -> Frame:
+    """What the slices of an autoencoder show; one of 128 x 128 pixels whose spacing is unknown is of an earlier
+    version, which had one.
+
+    Raises:
+        ValueError: another one of unknown spacing, or sides that are no multiples of 8.
+    """
+    check_divides("pipeline: its size", config.size, 8)
+    if not config.spacing and config.size != FRAME.size:
+        raise UserError("pipeline: its spacing is not known, allowed is a vae/config.json with spacing, mm a pixel")
+    return Frame(*config.size, config.spacing or FRAME.spacing)
+
+
+def make_brains(count: int, seed: int, every: int = 1, frame: Frame = FRAME) -> Brains:
     """`count` made brains of a seed, every n-th slice of each."""
     found = []
     volumes = []
     for i in range(count):
         volume, modality, covariates, ventricles = synthetic_brain_with_ventricles(i, seed)
-        slices, positions, maps = axial_slices_with(volume, ventricles)
+        slices, positions, maps = axial_slices_with(volume, ventricles, frame)
         assert maps is not None
         heights = positions - positions.max() + TOP
         kind = np.full(len(slices), MODALITIES.index(modality))
@@ -147,13 +165,14 @@ def reconstruct(vae: AutoencoderKL, images: Tensor, noise: Tensor | None = None)
 def train_measurer(vae: AutoencoderKL, *, brains: int = 64, steps: int = 1200, progress: bool = True) -> Measurer:
     """A measurer trained on every other slice of made brains that nothing else has seen, half of them as the
     autoencoder decodes them from latents that are a little off; some minutes of one core."""
-    made = make_brains(brains, SEED, every=2)
+    frame = frame_of(vae.config)
+    made = make_brains(brains, SEED, every=2, frame=frame)
     generator = torch.Generator().manual_seed(0)
     levels = LATENT_NOISE * torch.rand(len(made.slices), generator=generator)
     shown = torch.cat([made.slices, reconstruct(vae, made.slices, levels)])
     share = F.avg_pool2d(made.ventricles, 2)
     torch.manual_seed(0)
-    model = Measurer()
+    model = Measurer(frame=frame)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)
@@ -174,7 +193,7 @@ def train_measurer(vae: AutoencoderKL, *, brains: int = 64, steps: int = 1200, p
         loss.backward()
         optimizer.step()
         schedule.step()
-    read, known = model.read(shown).area, share.sum((1, 2, 3)).repeat(2) * (2 * PIXEL) ** 2
+    read, known = model.read(shown).area, share.sum((1, 2, 3)).repeat(2) * (2 * frame.spacing) ** 2
     model.gain = (read * known).sum() / read.square().sum().clamp(min=1e-9)
     model.eval()
     return model
@@ -188,7 +207,7 @@ def volumes(area: Tensor, brain: Tensor, count: int, distance: float) -> Tensor:
 def measure_ceiling(model: Measurer, vae: AutoencoderKL | None, brains: int = 40) -> dict[str, float]:
     """How well a measurer reads made brains that nobody has seen, as they are or as the autoencoder gives them back:
     what it says of slices 4 mm apart against what is known."""
-    made = make_brains(brains, SEED + 1, every=2)
+    made = make_brains(brains, SEED + 1, every=2, frame=model.frame)
     read = model.read(made.slices if vae is None else reconstruct(vae, made.slices))
     found = volumes(read.area, made.brain, brains, 2 * STEP)
     return {

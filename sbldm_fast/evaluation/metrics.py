@@ -199,18 +199,16 @@ def _to_255(images: Tensor) -> Tensor:
 
 
 def radial_spectrum(images: Tensor) -> Tensor:
-    """Power by radius, float64 `[N, side // 2]`: the mean of `|FFT(x)|^2 / (H W)` over the frequencies whose distance
-    from 0 rounds to k cycles a side, for k from 0."""
+    """Power by radius, float64 `[N, side // 2]`, `side` the smaller one: the mean of `|FFT(x)|^2 / (H W)` over the
+    frequencies whose distance from 0 rounds to k cycles along it, for k from 0."""
     x = check_images("images", images).double()
-    height, width = x.shape[2:]
-    if height != width:
-        raise UserError(f"images: got {height} x {width} pixels, allowed are squares")
+    side = min(x.shape[2:])
     power = torch.fft.fft2(x, norm="ortho").abs().square()[:, 0]
-    f = torch.fft.fftfreq(height, 1 / height, dtype=torch.float64)
-    radius = (f[:, None] ** 2 + f[None] ** 2).sqrt().round().long().flatten()
+    down, right = (torch.fft.fftfreq(n, 1 / n, dtype=torch.float64) * (side / n) for n in x.shape[2:])
+    radius = (down[:, None] ** 2 + right[None] ** 2).sqrt().round().long().flatten()
     count = torch.bincount(radius).double()
     total = torch.zeros(len(x), len(count), dtype=torch.float64).index_add(1, radius, power.flatten(1))
-    return (total / count)[:, : height // 2]
+    return (total / count)[:, : side // 2]
 
 
 def pairs_of(n: int, seed: int = 0, most: int = PAIRS) -> tuple[Tensor, Tensor]:

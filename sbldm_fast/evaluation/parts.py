@@ -132,7 +132,7 @@ def spectra(m: Material) -> dict[str, Any]:
     """Figure 6: bands end at an eighth, a quarter and a half of the sampling rate."""
     sets = {"real": m.unseen, "reconstructions": m.reconstructions, "samples": m.samples}
     found = {name: metrics.radial_spectrum(x) for name, x in sets.items()}
-    side = m.unseen.shape[-1]
+    side = min(m.unseen.shape[2:])
     bands = {"low": (1, side // 8), "middle": (side // 8, side // 4), "high": (side // 4, side // 2)}
     figures.save_figure(figures.draw_spectra(found, bands), m.out, "spectra", m.note(f"{len(m.samples)} of each"))
     numbers = {
@@ -261,11 +261,13 @@ def findings(m: Material) -> dict[str, Any]:
         for x, t in zip(path[:-1].to(device), times[:-1], strict=True):
             at = torch.full((len(x),), t, device=device)
             rms.append(epsilon_of(x, unet(x, at, *asked), alphas[at], kind).square().mean((1, 2, 3)).sqrt().cpu())
-    side = z.shape[-1]
-    ratio = [y / x / side**2 for x, y in points]
+    height, width = z.shape[2:]
+    ratio = [y / x / (height * width) for x, y in points]
     way = torch.stack(rms)
     stopped = int((way < THRESHOLD).any(0).sum())
-    figures.save_figure(figures.draw_rescaling(points, side), m.out, "rescaling", m.note(f"{len(z)} latents a point"))
+    figures.save_figure(
+        figures.draw_rescaling(points, height, width), m.out, "rescaling", m.note(f"{len(z)} latents a point")
+    )
     figures.save_figure(figures.draw_gamma(), m.out, "gamma", "schedules of 1000 steps")
     figures.save_figure(
         figures.draw_stopping(times[:-1], way, THRESHOLD), m.out, "stopping", m.note(f"{way.shape[1]} samples")
@@ -278,7 +280,7 @@ def findings(m: Material) -> dict[str, Any]:
             f"samples of {way.shape[1]} that fall below {THRESHOLD}": stopped,
         },
         ["rescaling.svg", "gamma.svg", "stopping.svg"],
-        f"001 equation 4 is {side} x {side} times the mean squared error at every timestep: it rescales the loss and"
+        f"001 equation 4 is {height} x {width} times the mean squared error at every timestep: it rescales the loss and"
         " weighs no frequency (Parseval).",
         "000's gamma factor is never above 1: it lowers early noise, raises none, and leaves more signal at the end.",
         f"The RMS of the predicted noise of {stopped} of {way.shape[1]} samples falls below 001's threshold of"

@@ -23,9 +23,11 @@ SHAPE_BOUNDS = {
     "norm_num_groups": (1, 16384),
     "time_embed_dim": (2, 65536),
     "scaling_factor": (1e-6, 1e6),
+    "spacing": (0.0, 100.0),
     "concat_channels": (0, 4096),
 }
 CONDITIONING = ("adaln", "cross_attention", "context", "concat")
+Size = int | tuple[int, int]  # a side of a square, or (height, width)
 
 
 def _check_groups(name: str, widths: tuple[int, ...], num_groups: int) -> None:
@@ -36,41 +38,95 @@ def _check_groups(name: str, widths: tuple[int, ...], num_groups: int) -> None:
             raise UserError(f"{name}: norm_num_groups is {num_groups}, allowed are divisors of every width in {widths}")
 
 
-@dataclass(frozen=True)
-class VAEConfig(Config):
-    """Shape of an `AutoencoderKL`: `[N, in_channels, sample_size, sample_size]` to `latent_channels` at `latent_size`.
+def check_divides(argument: str, size: tuple[int, int], stride: int) -> None:
+    """Refuse, as `UserError`, a `(height, width)` that is no multiple of a stride in pixels, with the nearest that
+    are."""
+    for side in size:
+        if side % stride:
+            below = side // stride * stride
+            nearest = f"{below} or {below + stride}" if below else f"{stride}"
+            raise UserError(
+                f"{argument} is {size[0] if size[0] == size[1] else size}, allowed are multiples of {stride}, the"
+                f" stride: {nearest} for {side}"
+            )
 
-    One stride-2 convolution follows each width but the last. `scaling_factor` is 1/std of the training latents.
+
+class _Sized(Config):
+    """A configuration with a `sample_size`: one number of a square, `(height, width)` of another; two that are alike
+    become one, so that a model has one configuration."""
+
+    PAIRS = ("sample_size",)
+    sample_size: Size
+    block_out_channels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.sample_size, int):
+            height, width = self.sample_size
+            object.__setattr__(self, "sample_size", height if height == width else (height, width))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return (self.sample_size,) * 2 if isinstance(self.sample_size, int) else self.sample_size
+
+    @property
+    def stride(self) -> int:
+        """What divides height and width: `2^downsamplings`, one after each width but the last."""
+        return 1 << (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class VAEConfig(_Sized):
+    """Shape of an `AutoencoderKL`: `[N, in_channels, H, W]` to `latent_channels` at `latent_size`.
+
+    `sample_size` is the side of a square or `(H, W)`. One stride-2 convolution follows each width but the last.
+    `scaling_factor` is 1/std of the training latents, `spacing` the side of a pixel in mm, 0 where it is unknown.
     """
 
     in_channels: int = 1
-    sample_size: int = 128
+    sample_size: Size = 128
     latent_channels: int = 8
     block_out_channels: tuple[int, ...] = (32, 64, 128, 256)
     layers_per_block: int = 2
     norm_num_groups: int = 8
     mid_attention: bool = False
     scaling_factor: float = 1.0
+    spacing: float = 0.0
 
     BOUNDS = SHAPE_BOUNDS
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_groups("VAEConfig", self.block_out_channels, self.norm_num_groups)
-        if self.sample_size % 2 ** (len(self.block_out_channels) - 1):
-            raise UserError(f"VAEConfig: sample_size is {self.sample_size}, allowed are multiples of 2^downsamplings")
+        check_divides("VAEConfig: sample_size", self.size, self.stride)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As every configuration's; without `spacing` where it is unknown."""
+        content = super().to_dict()
+        if not content["spacing"]:
+            del content["spacing"]
+        return content
 
     @property
-    def latent_size(self) -> int:
-        """Side of the latent in pixels."""
-        return self.sample_size >> (len(self.block_out_channels) - 1)
+    def latent_size(self) -> Size:
+        """Side of the latent in pixels, or its `(height, width)`."""
+        height, width = (side // self.stride for side in self.size)
+        return height if height == width else (height, width)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """`(C, h, w)` of one latent."""
+        height, width = self.size
+        return self.latent_channels, height // self.stride, width // self.stride
 
 
 @dataclass(frozen=True)
-class UNetConfig(Config):
-    """Shape of a `UNet2D` on `[N, in_channels, sample_size, sample_size]`.
+class UNetConfig(_Sized):
+    """Shape of a `UNet2D` on `[N, in_channels, H, W]`; `sample_size` is the side of a square or `(H, W)`.
 
-    `attention_resolutions` are sides in pixels; the middle block always attends. `time_embedding_type` is
+    `attention_resolutions` are sides in pixels, of what is not square heights; the middle block always attends.
+    `time_embedding_type` is
     `"positional"` (sinusoids of t) or `"fourier"` (random frequencies of t/1000, as in template 000 section 3.4).
 
     `covariates` are what the model may be asked for, `conditioning` how they enter: `"adaln"`, as rows added to those
@@ -84,7 +140,7 @@ class UNetConfig(Config):
     guidance scale that was folded into it.
     """
 
-    sample_size: int = 16
+    sample_size: Size = 16
     in_channels: int = 8
     out_channels: int = 8
     block_out_channels: tuple[int, ...] = (64, 128, 256)
@@ -129,6 +185,15 @@ class UNetConfig(Config):
         return content
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of one sample."""
+        return self.in_channels, *self.size
+
+    def attends(self, level: int) -> bool:
+        """Whether the blocks of a level attend, as those of the middle always do."""
+        return self.size[0] >> level in self.attention_resolutions
+
+    @property
     def conditional(self) -> bool:
         """Whether there is anything to ask for."""
         return bool(self.covariates or self.concat_channels)
@@ -145,8 +210,7 @@ class UNetConfig(Config):
                 f" {', '.join(CONDITIONING)}, and of cross_attention and context one"
             )
         _check_groups("UNetConfig", self.block_out_channels, self.norm_num_groups)
-        if self.sample_size % 2 ** (len(self.block_out_channels) - 1):
-            raise UserError(f"UNetConfig: sample_size is {self.sample_size}, allowed are multiples of 2^downsamplings")
+        check_divides("UNetConfig: sample_size", self.size, self.stride)
         if self.time_embedding_type not in ("positional", "fourier"):
             raise UserError(
                 f"UNetConfig: time_embedding_type is {self.time_embedding_type!r}, allowed are positional, fourier"

@@ -48,12 +48,27 @@ PRESETS: dict[str, Preset] = {
         ),
         _V,
     ),
+    # document 003's slices: 160 x 224 pixels of 1 mm, latents of 28 x 20
+    "brain": Preset(
+        VAEConfig(sample_size=(224, 160), block_out_channels=(16, 32, 64, 96), layers_per_block=1, spacing=1.0),
+        UNetConfig(
+            sample_size=(28, 20),
+            block_out_channels=(32, 64, 128),
+            attention_resolutions=(14, 7),
+            attention_head_dim=32,
+            norm_num_groups=8,
+            time_embed_dim=256,
+            dropout=0.0,
+            covariates=COVARIATES,
+        ),
+        _V,
+    ),
 }
 
 
 def preset(name: str) -> Preset:
-    """The configurations known as `paper` (001), `template` (000), `covariates` (003) or `demo` (the bundled
-    weights').
+    """The configurations known as `paper` (001), `template` (000), `covariates` (003), `demo` (the bundled weights') or
+    `brain` (the slices of 003).
 
     Raises:
         ValueError: an unknown name.

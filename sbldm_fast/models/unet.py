@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sbldm_fast.kernels import GroupNormSiLU, mix_slices
 
 from ..errors import UserError
-from .config import UNetConfig
+from .config import UNetConfig, check_divides
 from .covariates import MAPS, CovariateEmbedding, encode, unit_range
 from .layers import Attention, CrossAttention, Downsample, ResBlock, Sum, Upsample, convolve, normalize
 from .slices import SLICE, SliceAttention, number_volumes
@@ -111,7 +111,8 @@ class Conditioning(nn.Module):
 class UNet2D(Pretrained[UNetConfig]):
     """The model's prediction (epsilon, x0 or v) from a noisy latent and its timestep.
 
-    `[N, in_channels, S, S]`, t in 0 ... T-1  ->  `[N, out_channels, S, S]`.
+    `[N, in_channels, H, W]`, t in 0 ... T-1  ->  `[N, out_channels, H, W]`, of any height and width that its stride
+    divides.
 
     Time enters each residual block through one scale and shift: a linear layer per width, shared by the blocks of that
     width, plus an offset of the block's own (adaLN-single, Chen et al. 2023, arXiv:2310.00426, section 2.3).
@@ -139,9 +140,6 @@ class UNet2D(Pretrained[UNetConfig]):
             along_z = SliceAttention(width, head_dim, groups) if slices else None
             return _Block(ResBlock(in_channels, width, groups, config.dropout), attention, cross, along_z)
 
-        def attends(level: int) -> bool:
-            return config.sample_size >> level in config.attention_resolutions
-
         self.time_embedding = TimeEmbedding(config)
         self.time_to_row = nn.ModuleList(nn.Linear(config.time_embed_dim, 2 * width) for width in widths)
         self.conv_in = nn.Conv2d(config.in_channels + planes + config.concat_channels, widths[0], 3, padding=1)
@@ -150,7 +148,7 @@ class UNet2D(Pretrained[UNetConfig]):
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             self.down.append(
-                nn.ModuleList(block(channels if i == 0 else width, level, attends(level)) for i in range(layers))
+                nn.ModuleList(block(channels if i == 0 else width, level, config.attends(level)) for i in range(layers))
             )
             channels = width
             skips += [width] * (layers if level == last else layers + 1)
@@ -161,7 +159,7 @@ class UNet2D(Pretrained[UNetConfig]):
         for level in range(last, -1, -1):
             stage = nn.ModuleList()
             for _ in range(layers + 1):
-                stage.append(block(channels + skips.pop(), level, attends(level)))
+                stage.append(block(channels + skips.pop(), level, config.attends(level)))
                 channels = widths[level]
             self.up.append(stage)
             if level > 0:
@@ -285,6 +283,7 @@ class UNet2D(Pretrained[UNetConfig]):
         """
         if x.dim() != 4 or x.shape[1] != self.config.in_channels:
             raise UserError(f"x: got shape {tuple(x.shape)}, allowed is [N, {self.config.in_channels}, H, W]")
+        check_divides("x: its size", (x.shape[2], x.shape[3]), self.config.stride)
         t = torch.as_tensor(t, device=x.device).reshape(-1)
         if t.shape[0] not in (1, x.shape[0]):
             raise UserError(f"t: got {t.shape[0]} timesteps, allowed is 1 or the batch, {x.shape[0]}")
@@ -317,9 +316,9 @@ class UNet2D(Pretrained[UNetConfig]):
         found = numbers | encode(
             self.config.covariates, {} if cond is None else cond, n, extrapolate=extrapolate, argument=argument
         )
-        channels, size = self.config.concat_channels, self.config.sample_size
+        channels = self.config.concat_channels
         if channels and cond is None:
-            found[MAPS] = torch.zeros(n, channels, size, size)
+            found[MAPS] = torch.zeros(n, channels, *self.config.size)
         maps = found.get(MAPS)
         fits = maps is None or (maps.dim() == 4 and tuple(maps.shape[:2]) == (n, channels))
         if (maps is not None) != bool(channels) or not fits:

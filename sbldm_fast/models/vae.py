@@ -30,7 +30,7 @@ class DiagonalGaussian:
 
 
 class AutoencoderKL(Pretrained[VAEConfig]):
-    """A convolutional variational autoencoder: image `[N, 1, 128, 128]` in [-1, 1] to latent and back.
+    """A convolutional variational autoencoder: image `[N, 1, H, W]` in [-1, 1] to latent and back.
 
     Latents are raw here; the pipeline multiplies by `config.scaling_factor`. Source: paper 001 section III.B.1, with
     three downsamplings (four would give 8x8, not the 16x16 that it states).
@@ -74,13 +74,11 @@ class AutoencoderKL(Pretrained[VAEConfig]):
         """The posterior of an image.
 
         Raises:
-            ValueError: `x` is not `[N, in_channels, sample_size, sample_size]`.
+            ValueError: `x` is not `[N, in_channels, H, W]` of the configuration's `sample_size`.
         """
         c = self.config
-        if x.dim() != 4 or tuple(x.shape[1:]) != (c.in_channels, c.sample_size, c.sample_size):
-            raise UserError(
-                f"x: got shape {tuple(x.shape)}, allowed is [N, {c.in_channels}, {c.sample_size}, {c.sample_size}]"
-            )
+        if x.dim() != 4 or tuple(x.shape[1:]) != (c.in_channels, *c.size):
+            raise UserError(f"x: got shape {tuple(x.shape)}, allowed is [N, {c.in_channels}, {c.size[0]}, {c.size[1]}]")
         mean, logvar = self.encoder(x).chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar)
 

@@ -130,8 +130,7 @@ class Pipeline:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """`(C, h, w)` of one latent."""
-        c = self.unet.config
-        return c.in_channels, c.sample_size, c.sample_size
+        return self.unet.config.shape
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents `[N, C, h, w]` to images in [-1, 1]."""
@@ -222,7 +221,7 @@ class Pipeline:
         batch_size: int = 16,
         progress: bool = False,
     ) -> Tensor:
-        """Images `[n, 1, S, S]` in [-1, 1], on the CPU. Synthetic, not for diagnosis.
+        """Images `[n, 1, H, W]` in [-1, 1], on the CPU. Synthetic, not for diagnosis.
 
         Image i depends on `seed`, i and its condition alone, to rounding, whatever the batch size or the device.
         `cond={"age": 70, "modality": ["T1", "T2"]}` names covariates of `unet.config`, a value for all images or one

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sbldm_fast.diffusion.table import SolverTable
+from sbldm_fast.models.config import check_divides
 
 from ..errors import UserError
 from .model import Predict, TensorDict, ours, predictor, prepare_model
@@ -77,8 +78,10 @@ class Network:
         parameter = first_parameter(model)
         device = device if parameter is None else parameter.device
         dtype = dtype or (torch.float32 if parameter is None else parameter.dtype)
-        if ours(model) and tuple(shape[:-2]) != (channels := model.config.in_channels,):
-            raise UserError(f"shape: got {shape}, allowed for this model is ({channels}, H, W)")
+        if ours(model):
+            if tuple(shape[:-2]) != (channels := model.config.in_channels,):
+                raise UserError(f"shape: got {shape}, allowed for this model is ({channels}, H, W)")
+            check_divides("shape: its size", (shape[-2], shape[-1]), model.config.stride)
         model, layout = prepare_model(model, dtype, device, len(shape))
         return cls(model, predictor(model), device, dtype, layout)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sbldm_fast.data import Slices
 from sbldm_fast.errors import UserError
 from sbldm_fast.files import read_json, whole_folder, write_json
-from sbldm_fast.models import AutoencoderKL, DiagonalGaussian
+from sbldm_fast.models import AutoencoderKL, DiagonalGaussian, VAEConfig
 from sbldm_fast.models.weights import digest_weights, read_tensors, write_tensors
 
 from .config import TrainConfig
@@ -26,13 +26,28 @@ KL_EPOCHS = 20  # linear anneal
 EDGE_SCALES = 3
 
 
+def refuse_misfits(config: VAEConfig, data: Slices) -> None:
+    """Refuse, as `UserError`, slices of another size or, where both are known, spacing than an autoencoder's."""
+    apart = config.spacing and data.spacing and not math.isclose(config.spacing, data.spacing, rel_tol=1e-3)
+    if config.size != data.size or apart:
+        got, allowed = (
+            f"{width} x {height} pixels" + (f" of {mm:.4g} mm" if apart else "")
+            for (height, width), mm in ((data.size, data.spacing), (config.size, config.spacing))
+        )
+        spacing = f" --spacing {config.spacing:g}" if config.spacing else ""
+        raise UserError(
+            f"data: got slices of {got}, allowed with this autoencoder are {allowed}:"
+            f" prepare --size {config.size[1]}x{config.size[0]}{spacing}"
+        )
+
+
 def zoom(draws: Tensor) -> Tensor:
     """How many times larger than the image what `augment` samples is, `[N]`, by its `draws`."""
     return 1 + 0.05 * (2 * draws[:, 1] - 1)
 
 
 def augment(x: Tensor, draws: Tensor) -> Tensor:
-    """Flips (left-right), rotations (10 degrees), shifts and scales (5 %) of images `[N, 1, S, S]`, by uniform `draws`
+    """Flips (left-right), rotations (10 degrees), shifts and scales (5 %) of images `[N, 1, H, W]`, by uniform `draws`
     `[N, 5]`.
 
     Source: 001 III.A.
@@ -41,16 +56,18 @@ def augment(x: Tensor, draws: Tensor) -> Tensor:
     angle, scale = within[:, 0] * math.radians(10), zoom(draws)
     flip = torch.where(within[:, 2] < 0, -1.0, 1.0)
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    # a shift of 5 % of the side is 0.1 in grid units of -1 to 1
-    theta = torch.stack([cos * flip, -sin, 0.1 * within[:, 3], sin * flip, cos, 0.1 * within[:, 4]], dim=1).view(
-        len(x), 2, 3
-    )
+    # a shift of 5 % of the side is 0.1 in grid units of -1 to 1; these are of the width along x and of the height along
+    # y, and a turn is one of pixels
+    tall = x.shape[2] / x.shape[3]
+    theta = torch.stack(
+        [cos * flip, -sin * tall, 0.1 * within[:, 3], sin * flip / tall, cos, 0.1 * within[:, 4]], dim=1
+    ).view(len(x), 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, grid, align_corners=False) - 1  # outside the image is air, -1
 
 
 def l1_with_edges(y: Tensor, x: Tensor) -> Tensor:
-    """`|y - x|` plus the mean over three scales of `|grad y - grad x|` of images `[N, 1, S, S]`, per element.
+    """`|y - x|` plus the mean over three scales of `|grad y - grad x|` of images `[N, 1, H, W]`, per element.
 
     Scales are halvings by 2x2 means, gradients differences of neighbours. Source: the multi-scale gradient matching of
     Li & Snavely 2018, arXiv:1804.00607, section 4.2, on intensities.
@@ -104,7 +121,7 @@ def train_vae(
     ranks = context.ranks
     device = next(vae.parameters()).device
     data = data.to(device)
-    latent = vae.config.latent_channels, vae.config.latent_size, vae.config.latent_size
+    latent = vae.config.latent_shape
     anneal = KL_EPOCHS * max(1, len(data) // config.batch_size)
 
     def loss_of(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

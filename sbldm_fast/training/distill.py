@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbldm_fast.data.volumes import SIZE
 from sbldm_fast.diffusion import DDIMScheduler, DDPMScheduler, SchedulerConfig, UniPCMultistepScheduler
 from sbldm_fast.errors import UserError
 from sbldm_fast.kernels import diffuse
@@ -31,7 +30,7 @@ from sbldm_fast.sampling.pipeline import UNIPC, Pipeline
 from sbldm_fast.sampling.request import whole_number
 
 from . import checkpoint, conditions
-from .autoencoder import encode_splits
+from .autoencoder import encode_splits, refuse_misfits
 from .config import TrainConfig
 from .ranks import Ranks
 from .run import Context, Stage, train
@@ -236,6 +235,7 @@ def distill_pipeline(
     ranks.check_batch_size(config.batch_size)
     refuse_a_run(folder, resume)
     slices = find_splits(data)
+    refuse_misfits(pipeline.vae.config, slices["train"])
     made_of = {"data": digest_data(data), "teacher": digest_weights(pipeline.vae, pipeline.unet)}
     context = Context(folder, ranks, made_of, progress)
     with checkpoint.name_last_checkpoint(folder):
@@ -305,9 +305,8 @@ def _check(pipeline: Pipeline, steps: int, guidance_scale: float | None) -> None
             f"guidance_scale: got {guidance_scale}, allowed are finite numbers, for a model with covariates"
         )
     vae = pipeline.vae.config
-    made = (vae.latent_channels, vae.latent_size, vae.latent_size)
-    if made != pipeline.latent_shape or vae.sample_size != SIZE:
+    if vae.latent_shape != pipeline.latent_shape:
         raise UserError(
-            f"pipeline: its autoencoder makes latents {made} of {vae.sample_size} pixels, allowed are"
-            f" {pipeline.latent_shape}, as its UNet takes, of {SIZE}"
+            f"pipeline: its autoencoder makes latents {vae.latent_shape}, allowed are {pipeline.latent_shape}, as its"
+            " UNet takes"
         )

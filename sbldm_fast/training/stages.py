@@ -24,7 +24,7 @@ from sbldm_fast.models.presets import Preset
 from sbldm_fast.sampling.pipeline import Pipeline
 
 from . import checkpoint, conditions
-from .autoencoder import encode_splits, reconstruction_error, train_vae
+from .autoencoder import encode_splits, reconstruction_error, refuse_misfits, train_vae
 from .config import TrainConfig
 from .objective import Objective
 from .ranks import Ranks
@@ -192,8 +192,8 @@ def train_pipeline(
         split); and `val_l1`, the mean absolute reconstruction error of the validation split (None if empty).
 
     Raises:
-        UserError: as `Slices` and `conditions.find_covariates`; a folder that holds a run, without `resume`; a
-            checkpoint of another model or of other settings.
+        UserError: as `Slices`, `refuse_misfits` and `conditions.find_covariates`; a folder that holds a run, without
+            `resume`; a checkpoint of another model or of other settings.
         NotFinite: a loss or gradient that is not finite.
         OSError: a file could not be written, with the last good checkpoint.
         Stopped: on a signal.
@@ -206,6 +206,7 @@ def train_pipeline(
         found_covariates = conditions.find_covariates(read_manifest(data), condition)
         preset = preset._replace(unet=replace(preset.unet, covariates=found_covariates))
     slices = find_splits(data)
+    refuse_misfits(preset.vae, slices["train"])
     if preset.unet.covariates:  # now, and not after the first stage
         conditions.refuse_mixtures((objective or Objective()).cutmix_prob)
         conditions.refuse_unknown(preset.unet.covariates, slices["train"].rows)
@@ -218,7 +219,7 @@ def train_pipeline(
         latents = encode_splits(autoencoder, slices, views, vae.seed, context)
         factor = float(1 / latents["train"].std())
         values = condition_values(preset.unet.covariates, slices, latents)
-        autoencoder.config = replace(preset.vae, scaling_factor=factor)
+        autoencoder.config = replace(preset.vae, scaling_factor=factor, spacing=slices["train"].spacing)
         ema = train_unet(
             network,
             Told(latents["train"] * factor, values.get("train")),
