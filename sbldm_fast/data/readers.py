@@ -192,7 +192,7 @@ def _slice(
 
 
 @silent()
-def load_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
+def load_picture(path: Path, size: tuple[int, int] = FRAME.size) -> np.ndarray:
     """A PNG or JPEG file as grey, whole and in the middle of `size` `(H, W)`: `[H, W]` float32 in [-1, 1].
 
     Raises:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import MissingExtra, UserError
-from .frame import Frame
+from .frame import FRAME, Frame
 
 FOREGROUND = -0.8  # intensities above this count as head
 MAX_TILT = 20.0  # degrees: up to this the planes that were acquired are what a radiologist calls axial
@@ -303,7 +303,7 @@ def robust_range(array: np.ndarray) -> tuple[float, float]:
     return low, max(high, low + 1e-6)
 
 
-def axial_slices(volume: Volume, frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+def axial_slices(volume: Volume, frame: Frame = FRAME) -> tuple[np.ndarray, np.ndarray]:
     """The slices that hold enough head, and their positions in mm; see `axial_slices_with`."""
     slices, positions, _ = axial_slices_with(volume, None, frame)
     return slices, positions
@@ -325,7 +325,7 @@ def whole_volume(volume: Volume, frame: Frame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def axial_slices_with(
-    volume: Volume, labels: np.ndarray | None, frame: Frame, least: float | None = None
+    volume: Volume, labels: np.ndarray | None, frame: Frame = FRAME, least: float | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """The slices that hold enough head (`least`: as a part of their pixels), their positions in mm, and a map of labels
     `[x, y, z]` cut in the same way.

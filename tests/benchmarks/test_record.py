@@ -35,8 +35,8 @@ def test_every_norm_of_every_preset_is_recorded() -> None:
             if isinstance(m, GroupNormSiLU):
                 m.register_forward_pre_hook(note, with_kwargs=True)
         with torch.no_grad(), torch.device("meta"):
-            unet(torch.empty(2, p.unet.in_channels, p.unet.sample_size, p.unet.sample_size), torch.zeros(2).long())
-            vae.decode(vae.encode(torch.empty(2, p.vae.in_channels, p.vae.sample_size, p.vae.sample_size)).mean)
+            unet(torch.empty(2, *p.unet.shape), torch.zeros(2).long())
+            vae.decode(vae.encode(torch.empty(2, p.vae.in_channels, *p.vae.size)).mean)
     norms = [launch.arguments for launch in read_launches(torch.float16) if launch.op == "group_norm_silu"]
     found = {(tuple(a[0].shape[1:]), a[3], a[9], a[1] is not None, a[2] is not None) for a in norms}
     assert len(wanted) > 30

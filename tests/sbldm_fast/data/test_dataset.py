@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from sbldm_fast.data import Slices, prepare
+from sbldm_fast.data import Frame, Slices, prepare
+from sbldm_fast.data.dataset import read_manifest
+from sbldm_fast.data.frame import SIZE
 from sbldm_fast.data.synthetic import CONTRASTS, synthetic_brain
-from sbldm_fast.data.volumes import SIZE, axial_slices
+from sbldm_fast.data.volumes import axial_slices
+
+from .test_volumes import head, save
 
 
 def test_synthetic_population_is_what_it_says() -> None:
@@ -108,3 +116,90 @@ def test_a_hostile_array_is_named(tmp_path: Path) -> None:
     (out / "manifest.json").write_text('{"format": 2, "slices": 5}')
     with pytest.raises(ValueError, match=r"manifest.json lists no slices"):
         Slices(out)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three heads of twelve slices 5 mm apart, of which each second is kept, one of them twice in its split."""
+    folder = tmp_path_factory.mktemp("whole")
+    for i, kind in ((0, "T1w"), (1, "T1w"), (2, "T1w"), (2, "T2w")):
+        save(head(person=i), folder / "in" / f"sub-{i}_{kind}.nii")
+    prepare([str(folder / "in")], folder / "out", frame=Frame(24, 16, 10.0), volumes=True, every=2, progress=False)
+    return folder / "out"
+
+
+def test_volumes_are_told_by_the_manifest(whole: Path) -> None:
+    content = read_manifest(whole)
+    assert (content["size"], content["spacing"]) == ([24, 16], 10.0)
+    assert [row["volume"] for row in content["slices"]] == [n for n in range(4) for _ in range(6)]
+    assert {row["distance_mm"] for row in content["slices"]} == {10.0}
+    for split in ("train", "val", "test"):
+        slices = Slices(whole, split)
+        assert (slices.size, slices.spacing) == ((24, 16), 10.0)
+        assert [v.tolist() for v in slices.volumes] == [list(range(i, i + 6)) for i in range(0, len(slices), 6)], (
+            "a split's own numbers"
+        )
+        for volume in slices.volumes:
+            assert slices[volume].shape == (6, 1, 24, 16)
+            assert np.diff([slices.rows[i]["position_mm"] for i in volume]).tolist() == [10.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.pop(3), r"volume 0: got a gap, 20 mm to the next slice, allowed is 10"),
+        (lambda rows: rows.insert(2, rows.pop(3)), r"volume 0: got a gap, 20 mm to the next slice, allowed is 10"),
+        (lambda rows: rows.__setitem__(slice(0, 6), rows[5::-1]), "volume 0: got slices out of"),
+        (lambda rows: rows.insert(0, rows.pop(6)), "volume 1: got one slice, allowed are two or more"),
+        (lambda rows: rows[2].update(distance_mm=9.0), "volume 0: distance_mm is allowed to be one number above 0"),
+        (lambda rows: [row.update(distance_mm=0) for row in rows], "volume 0: distance_mm is allowed"),
+        (lambda rows: rows[2].update(position_mm=None), "volume 0: got slices out of order, or of another distance"),
+        (lambda rows: [row.update(volume=[1]) for row in rows[:6]], r"volume \[1\]: distance_mm is allowed"),
+        (
+            lambda rows: rows.__setitem__(slice(0, 18), rows[0:3] + rows[6:12] + rows[3:6]),
+            "volumes: the slices of one are not one after another",
+        ),
+    ],
+)
+def test_what_is_no_volume_is_refused(
+    whole: Path, change: Callable[[list[dict[str, Any]]], object], message: str
+) -> None:
+    slices = Slices(whole)
+    slices.rows = copy.deepcopy(read_manifest(whole)["slices"])
+    change(slices.rows)
+    with pytest.raises(ValueError, match=message):
+        _ = slices.volumes
+
+
+def test_runs_of_equally_distant_slices_are_volumes_where_the_manifest_names_none(whole: Path) -> None:
+    def row(position: float | None, subject: str = "a", source: str = "s") -> dict[str, Any]:
+        return {"subject": subject, "source": source, "modality": "T1", "position_mm": position}
+
+    slices = Slices(whole)
+    slices.rows = [
+        *(row(z) for z in (0, 4, 6, 8, 14, 16)),  # 2 mm apart: gaps after the first and the fourth
+        *(row(z) for z in (1, 3)),  # the next scan begins further down
+        *(row(z, "b") for z in (5.0, 7.0009, 9.0)),
+        *(row(None, "c", name) for name in "xyz"),  # pictures
+        row(3, "d"),
+        *(row(z, "d", "t") for z in (5, 7)),
+    ]
+    assert [v.tolist() for v in slices.volumes] == [[1, 2, 3], [4, 5], [6, 7], [8, 9, 10], [15, 16]]
+    assert all(v.dtype == torch.int64 for v in slices.volumes)
+
+
+def test_an_earlier_manifest_is_one_of_128_pixels_of_220_mm(tmp_path: Path) -> None:
+    manifest = prepare(["synthetic:1"], tmp_path / "out", every=20, progress=False)
+    assert (manifest.pop("size"), manifest.pop("spacing")) == ([128, 128], 1.71875)
+    assert not {"volume", "distance_mm"} & manifest["slices"][0].keys()
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    slices = Slices(tmp_path / "out")
+    assert (slices.size, slices.spacing) == ((128, 128), 1.71875)
+    assert [len(v) for v in slices.volumes] == [len(slices)]
+    for key, value in (("size", [128]), ("size", [True, 128]), ("size", "128"), ("spacing", -1), ("spacing", "1")):
+        (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {key: value}))
+        with pytest.raises(ValueError, match="size and spacing are no pixels and mm; run prepare again"):
+            Slices(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"size": [128, 64]}))
+    with pytest.raises(ValueError, match="the manifest lists"):
+        Slices(tmp_path / "out")

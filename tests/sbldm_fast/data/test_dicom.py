@@ -16,8 +16,9 @@ from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, g
 
 from sbldm_fast.data import prepare
 from sbldm_fast.data.dicom import load_dicom
+from sbldm_fast.data.frame import SIZE
 from sbldm_fast.data.sources import Subjects
-from sbldm_fast.data.volumes import SIZE, axial_slices, load_nifti
+from sbldm_fast.data.volumes import axial_slices, load_nifti
 
 from .test_volumes import head, save
 

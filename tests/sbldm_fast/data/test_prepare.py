@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from sbldm_fast.data import Slices, prepare
-from sbldm_fast.data.volumes import SIZE
+from sbldm_fast.data.frame import SIZE
 
 from .test_readers import broken, changed
 from .test_volumes import head, patched, save

@@ -11,8 +11,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from sbldm_fast.data.frame import SIZE
 from sbldm_fast.data.sources import expand
-from sbldm_fast.data.volumes import SIZE, axial_slices, load_nifti
+from sbldm_fast.data.volumes import axial_slices, load_nifti
 
 
 def head(

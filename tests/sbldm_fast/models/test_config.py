@@ -21,25 +21,57 @@ OTHERWISE = replace(ASKED, conditioning=("context", "concat"), concat_channels=3
 
 
 @pytest.mark.parametrize(
-    ("name", "latent"),
-    [("paper", (8, 16, 16)), ("template", (4, 32, 32)), ("covariates", (8, 16, 16)), ("demo", (8, 16, 16))],
+    ("name", "latent", "size"),
+    [
+        ("paper", (8, 16, 16), (128, 128)),
+        ("template", (4, 32, 32), (128, 128)),
+        ("covariates", (8, 16, 16), (128, 128)),
+        ("demo", (8, 16, 16), (128, 128)),
+        ("brain", (8, 28, 20), (224, 160)),
+    ],
 )
-def test_presets_fit_together(name: str, latent: tuple[int, ...]) -> None:
+def test_presets_fit_together(name: str, latent: tuple[int, ...], size: tuple[int, int]) -> None:
     p = preset(name)
-    assert (p.vae.latent_channels, p.vae.latent_size, p.vae.latent_size) == latent
-    assert (p.unet.in_channels, p.unet.sample_size, p.unet.sample_size) == latent
+    assert p.vae.latent_shape == p.unet.shape == latent
+    assert p.vae.latent_size == p.unet.sample_size
+    assert p.vae.size == size
     assert not p.scheduler.clip_sample
     vae = AutoencoderKL(p.vae).eval()
     with torch.no_grad():
-        q = vae.encode(torch.zeros(1, 1, 128, 128))
+        q = vae.encode(torch.zeros(1, 1, *size))
         image = vae.decode(q.mean)
     assert q.mean.shape == q.logvar.shape == (1, *latent)
-    assert image.shape == (1, 1, 128, 128)
+    assert image.shape == (1, 1, *size)
     assert image.abs().max() <= 1
 
 
+def test_the_table_of_presets_is_complete() -> None:
+    assert list(PRESETS) == ["paper", "template", "covariates", "demo", "brain"]
+
+
+def test_slices_of_the_brain_preset_are_those_of_document_003() -> None:
+    p = preset("brain")
+    assert (p.vae.size, p.vae.spacing) == ((224, 160), 1.0)
+    assert p.scheduler.prediction_type == "v_prediction"
+    assert [p.unet.attends(level) for level in range(3)] == [False, True, True]
+    assert p.unet.covariates == preset("covariates").unet.covariates
+
+
+def test_a_square_has_one_configuration_and_its_file_one_number() -> None:
+    square = replace(VAE, sample_size=(16, 16))
+    assert square == VAE
+    assert json.dumps(square.to_dict()) == json.dumps(VAE.to_dict())
+    assert VAE.to_dict()["sample_size"] == 16
+    assert "spacing" not in VAE.to_dict()
+    assert list(replace(VAE, spacing=1.5).to_dict())[-2:] == ["scaling_factor", "spacing"]
+    wide = replace(VAE, sample_size=[16, 24])  # type: ignore[arg-type]  # as JSON has it
+    assert (wide.sample_size, wide.latent_size, wide.latent_shape) == ((16, 24), (8, 12), (4, 8, 12))
+    assert hash(wide) == hash(replace(VAE, sample_size=(16, 24)))
+
+
 @pytest.mark.parametrize(
-    "config", [UNET, ASKED, OTHERWISE, VAE, SchedulerConfig(beta_schedule="gamma"), *PRESETS["template"]]
+    "config",
+    [UNET, ASKED, OTHERWISE, VAE, SchedulerConfig(beta_schedule="gamma"), *PRESETS["template"], *PRESETS["brain"]],
 )
 def test_config_survives_json(config: Any) -> None:
     assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -49,7 +81,20 @@ def test_config_survives_json(config: Any) -> None:
     ("make", "message"),
     [
         (lambda: replace(UNET, norm_num_groups=5), "norm_num_groups is 5, allowed are divisors"),
-        (lambda: replace(UNET, sample_size=9), "sample_size is 9"),
+        (
+            lambda: replace(UNET, sample_size=9),
+            "sample_size is 9, allowed are multiples of 2, the stride: 8 or 10 for 9",
+        ),
+        (lambda: replace(UNET, sample_size=1), "sample_size is 1, allowed are multiples of 2, the stride: 2 for 1"),
+        (
+            lambda: VAEConfig(sample_size=(224, 161)),
+            r"VAEConfig: sample_size is \(224, 161\), allowed are multiples of 8, the stride: 160 or 168 for 161",
+        ),
+        (lambda: VAEConfig(sample_size=(8, 8, 8)), r"sample_size is \(8, 8, 8\), allowed is one like 128, or two"),
+        (lambda: VAEConfig(sample_size=(8, 8.0)), r"sample_size is \(8, 8.0\), allowed is one like 128"),
+        (lambda: VAEConfig(sample_size=(8, True)), r"sample_size is \(8, True\), allowed is one like 128"),
+        (lambda: VAEConfig(sample_size=(0, 8)), r"sample_size is \(0, 8\), allowed is 1 to 8192"),
+        (lambda: VAEConfig(spacing=-1.0), "spacing is -1.0, allowed is 0.0 to 100.0"),
         (lambda: replace(UNET, time_embedding_type="learned"), "time_embedding_type is 'learned'"),
         (lambda: replace(UNET, attention_head_dim=7), "attention_head_dim is 7"),
         (lambda: replace(UNET, dropout=1.0), "dropout is 1.0"),
@@ -70,7 +115,7 @@ def test_config_survives_json(config: Any) -> None:
         (lambda: UNetConfig.from_dict({"covariates": ["age"]}), "covariates are allowed to be a list of mappings"),
         (lambda: UNetConfig.from_dict({"covariates": {"age": 1}}), "covariates are allowed to be a list of mappings"),
         (lambda: UNetConfig.from_dict({"concat_channels": -1}), "concat_channels is -1, allowed is 0 to 4096"),
-        (lambda: preset("large"), "preset: got 'large', allowed are paper, template, covariates, demo"),
+        (lambda: preset("large"), "preset: got 'large', allowed are paper, template, covariates, demo, brain"),
     ],
 )
 def test_bad_config_is_named(make: Any, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sbldm_fast.training import train_pipeline
@@ -46,6 +48,23 @@ def test_what_a_view_shows_is_larger_by_the_factor_that_is_told() -> None:
     assert grown.min() < 0.93
     assert grown.max() > 1.07
     torch.testing.assert_close(grown, zoom(draws).double() ** -2, rtol=2e-3, atol=0)
+
+
+def test_a_turn_is_one_of_pixels_whatever_the_sides() -> None:
+    """A view of the middle is the middle of a view; of a square it is what it was, to the bit."""
+    x = disc(20).clone()
+    x[:, :, 40:44, 30:60] = 0.5
+    draws = torch.rand(20, 5)
+    draws[:, 3:] = 0.5  # shifts go with the side
+    whole = augment(x, draws)
+    torch.testing.assert_close(augment(x[:, :, :, 18:78], draws), whole[:, :, :, 18:78], rtol=0, atol=1e-4)
+    torch.testing.assert_close(augment(x[:, :, 20:76], draws), whole[:, :, 20:76], rtol=0, atol=1e-4)
+    within = 2 * draws - 1
+    angle, flip = within[:, 0] * math.radians(10), torch.where(within[:, 2] < 0, -1.0, 1.0)
+    cos, sin, no = angle.cos() * zoom(draws), angle.sin() * zoom(draws), torch.zeros(20)
+    theta = torch.stack([cos * flip, -sin, no, sin * flip, cos, no], dim=1).view(20, 2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    assert torch.equal(whole, F.grid_sample(x + 1, grid, align_corners=False) - 1)
 
 
 class Discs:
