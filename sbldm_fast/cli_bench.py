@@ -24,7 +24,9 @@ Suite = StrEnum("Suite", ["kernels", "sampling", "training", "export", "memory",
 # The options of bench bear the names of what they choose; `_suite_arguments` gives each suite those that it takes.
 Suites = Annotated[list[Suite] | None, typer.Argument(help="What to measure.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A minute or less: few steps and rounds, nothing that compiles.")]
-Preset = Annotated[str | None, typer.Option(help="paper, template, covariates, demo or brain (default: paper).")]
+Preset = Annotated[
+    str | None, typer.Option(help="paper, template, covariates, volume, demo or brain (default: paper).")
+]
 Counts = Annotated[str | None, typer.Option(help="Solver or training steps, e.g. 50 or 10,50.")]
 BatchSizes = Annotated[str | None, typer.Option(help="Batch sizes, e.g. 1,8.")]
 Rounds = Annotated[int | None, typer.Option(help="Interleaved repetitions.")]

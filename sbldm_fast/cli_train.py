@@ -115,7 +115,7 @@ RunFolder = Annotated[
     Path, typer.Argument(callback=place, help="Run folder: log, checkpoints and, at the end, pipeline/.")
 ]
 PreparedFolder = Annotated[Path, typer.Option(help="A folder that prepare wrote.")]
-PresetName = Annotated[str, typer.Option(help="paper, template, covariates, demo or brain.")]
+PresetName = Annotated[str, typer.Option(help="paper, template, covariates, volume, demo or brain.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")]
 UNetSteps = Annotated[int, typer.Option(min=1, help="Optimizer steps of the UNet.")]
 VAESteps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps of the VAE (default: as --steps).")]

@@ -41,6 +41,7 @@ PRESETS: dict[str, Preset] = {
         SchedulerConfig(beta_schedule="gamma", clip_sample=False),
     ),
     "covariates": Preset(VAEConfig(), UNetConfig(covariates=COVARIATES), _V),
+    "volume": Preset(VAEConfig(), UNetConfig(covariates=COVARIATES, slice_mixing=True), _V),
     "demo": Preset(
         VAEConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1),
         UNetConfig(
@@ -48,7 +49,7 @@ PRESETS: dict[str, Preset] = {
         ),
         _V,
     ),
-    # document 003's slices: 160 x 224 pixels of 1 mm, latents of 28 x 20
+    # document 003's volumes: 160 slices of 160 x 224 pixels of 1 mm, latents of 28 x 20
     "brain": Preset(
         VAEConfig(sample_size=(224, 160), block_out_channels=(16, 32, 64, 96), layers_per_block=1, spacing=1.0),
         UNetConfig(
@@ -60,6 +61,7 @@ PRESETS: dict[str, Preset] = {
             time_embed_dim=256,
             dropout=0.0,
             covariates=COVARIATES,
+            slice_mixing=True,
         ),
         _V,
     ),
@@ -67,8 +69,8 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Preset:
-    """The configurations known as `paper` (001), `template` (000), `covariates` (003), `demo` (the bundled weights') or
-    `brain` (the slices of 003).
+    """The configurations known as `paper` (001), `template` (000), `covariates` (003), `volume` (the same, with layers
+    that mix the slices of a volume), `demo` (the bundled weights') or `brain` (volumes of 003's size).
 
     Raises:
         ValueError: an unknown name.

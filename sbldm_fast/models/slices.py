@@ -6,6 +6,8 @@ number of volumes, of any length, may lie in a batch.
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from sbldm_fast.kernels import GroupNormSiLU
 from .layers import Sum
 
 SLICE = "slice"  # the name of the slices' numbers in a condition
+MIXING = re.compile(r"time_to_mix\.|mix_offsets|\.slices\.")  # in the names of the parameters of what mixes
 
 
 def number_volumes(numbers: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..errors import UserError
 from .config import UNetConfig, check_divides
 from .covariates import MAPS, CovariateEmbedding, encode, unit_range
 from .layers import Attention, CrossAttention, Downsample, ResBlock, Sum, Upsample, convolve, normalize
-from .slices import SLICE, SliceAttention, number_volumes
+from .slices import MIXING, SLICE, SliceAttention, number_volumes
 from .weights import Pretrained
 
 
@@ -172,12 +172,14 @@ class UNet2D(Pretrained[UNetConfig]):
         self.conditioning = conditioning
         self._mix_widths = [3 * widths[level] for level in levels] if config.slice_mixing else []
         if config.slice_mixing:
-            self.time_to_mix = nn.ModuleList(nn.Linear(config.time_embed_dim, 3 * width) for width in widths)
+            dim = config.time_embed_dim
+            self.time_to_mix = nn.ModuleList(nn.Linear(dim, 3 * width, bias=False) for width in widths)
             for linear in self.time_to_mix:  # at first a model of single slices
                 assert isinstance(linear, nn.Linear)
                 nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)
             self.mix_offsets = nn.Parameter(torch.zeros(sum(self._mix_widths)))
+            for name, parameter in self.named_parameters():  # `training.train_volume` trains these alone, others do not
+                parameter.requires_grad_(not MIXING.search(name))
         self._crosses = [m for m in self.modules() if isinstance(m, CrossAttention)]
 
     def time_rows(self, t: Tensor) -> Tensor:
@@ -188,7 +190,8 @@ class UNet2D(Pretrained[UNetConfig]):
         out = torch.cat([rows[level] for level in self._levels], dim=1) + self.row_offsets
         if not self.config.slice_mixing:
             return out
-        taps = [linear(h) for linear in self.time_to_mix]
+        # a mean over h, not a sum: a step of the optimizer moves it as far as it moves an offset
+        taps = [linear(h / h.shape[1]) for linear in self.time_to_mix]
         return torch.cat([out, torch.cat([taps[level] for level in self._levels], dim=1) + self.mix_offsets], dim=1)
 
     def condition(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:

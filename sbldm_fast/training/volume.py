@@ -7,7 +7,6 @@ is that of a volume in sampling (`sampling.field`). Source: Zhu et al. 2023, arX
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from sbldm_fast.data import Slices
 from sbldm_fast.diffusion import SchedulerConfig
 from sbldm_fast.errors import UserError
 from sbldm_fast.models import UNet2D
+from sbldm_fast.models.slices import MIXING
 from sbldm_fast.models.weights import digest_weights
 from sbldm_fast.sampling.field import node_weights, to_slices
 from sbldm_fast.sampling.pipeline import Pipeline
@@ -36,7 +36,6 @@ from .step import LossOf
 
 LENGTHS = (32, 16, 8, 8)  # slices of the windows in each part of a batch
 PART = sum(LENGTHS)
-MIXING = re.compile(r"time_to_mix|mix_offsets|\.slices\.")  # the names of their parameters
 JUDGED = 16 * PART  # slices that the validation loss is taken on
 
 

@@ -46,7 +46,7 @@ def test_presets_fit_together(name: str, latent: tuple[int, ...], size: tuple[in
 
 
 def test_the_table_of_presets_is_complete() -> None:
-    assert list(PRESETS) == ["paper", "template", "covariates", "demo", "brain"]
+    assert list(PRESETS) == ["paper", "template", "covariates", "volume", "demo", "brain"]
 
 
 def test_slices_of_the_brain_preset_are_those_of_document_003() -> None:
@@ -115,7 +115,7 @@ def test_config_survives_json(config: Any) -> None:
         (lambda: UNetConfig.from_dict({"covariates": ["age"]}), "covariates are allowed to be a list of mappings"),
         (lambda: UNetConfig.from_dict({"covariates": {"age": 1}}), "covariates are allowed to be a list of mappings"),
         (lambda: UNetConfig.from_dict({"concat_channels": -1}), "concat_channels is -1, allowed is 0 to 4096"),
-        (lambda: preset("large"), "preset: got 'large', allowed are paper, template, covariates, demo, brain"),
+        (lambda: preset("large"), "preset: got 'large', allowed are paper, template, covariates, volume, demo, brain"),
     ],
 )
 def test_bad_config_is_named(make: Any, message: str) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sbldm_fast import UNet2D
 from sbldm_fast.models.layers import Sum
+from sbldm_fast.models.slices import MIXING as MIXED
 from sbldm_fast.models.slices import SliceAttention, number_volumes
-from sbldm_fast.training.volume import MIXING as MIXED
 
 from ..small import ASKED, SHAPE, UNET, trained
 

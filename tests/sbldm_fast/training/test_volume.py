@@ -12,12 +12,13 @@ from sbldm_fast.kernels import diffuse
 from torch import Tensor
 
 from sbldm_fast import AutoencoderKL, DDPMScheduler, Pipeline, UNet2D
+from sbldm_fast.models.slices import MIXING
 from sbldm_fast.models.weights import digest_weights
 from sbldm_fast.sampling.field import node_weights
 from sbldm_fast.training import train_volume
 from sbldm_fast.training.ranks import Ranks
 from sbldm_fast.training.stages import Told
-from sbldm_fast.training.volume import LENGTHS, MIXING, Windows, mixtures, noised, places, volume_loss
+from sbldm_fast.training.volume import LENGTHS, Windows, mixtures, noised, places, volume_loss
 
 from .test_stages import SMALL, config
 
