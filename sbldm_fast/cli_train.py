@@ -290,11 +290,11 @@ def train_volume(
         typer.Option("-o", "--out", callback=place, help="Run folder: log, checkpoints and, at the end, pipeline/."),
     ],
     resume: Resume = False,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 4000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 6000,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Slices a step, a multiple of 64: windows of 32, 16, 8 and 8.")
     ] = 64,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-3,
     warmup: Warmup = 50,
     ema_decay: EMADecay = 0.999,
     amp: AmpName = Amp.auto,
