@@ -242,7 +242,7 @@ def _manifest_rows(
     rows: list[dict[str, Any]] = []
     for number, one in enumerate(stored):
         subject, scan = names[one.node], one.scan
-        whole = {} if scan.distance is None else {"volume": number, "distance_mm": round(scan.distance, 3)}
+        whole = {} if scan.distance is None else {"volume": number, "distance_mm": round(float(scan.distance), 3)}
         for position, level, checksum in zip(scan.positions, scan.levels, one.checksums, strict=True):
             measured: dict[str, Value] = {} if level is None else {"position": round(float(level), 3)}
             row = {

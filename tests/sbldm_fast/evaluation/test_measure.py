@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sbldm_fast import AutoencoderKL, preset
 from sbldm_fast.data import Slices, prepare
+from sbldm_fast.data.frame import FRAME, Frame
 from sbldm_fast.data.synthetic import synthetic_brain, synthetic_brain_with_ventricles
 from sbldm_fast.evaluation.measure import (
     HALF,
-    PIXEL,
     Measurer,
     correlation,
     distort,
@@ -27,7 +27,7 @@ from sbldm_fast.evaluation.measure import (
 def test_labels_lie_where_the_ventricles_are() -> None:
     """The map, cut and resized as the image is, sums up to the volume that the generator tells."""
     made = make_brains(3, 5)
-    found = volumes(made.ventricles.sum((1, 2, 3)) * PIXEL**2, made.brain, 3, 2.0)
+    found = volumes(made.ventricles.sum((1, 2, 3)) * FRAME.spacing**2, made.brain, 3, 2.0)
     torch.testing.assert_close(found, made.volume, rtol=0.02, atol=0.0)
     inside = (made.ventricles > 0.9)[:, 0]
     t2 = inside & (made.modality == 1)[:, None, None]
@@ -85,3 +85,15 @@ def test_distorted_images_stay_images() -> None:
     y = distort(x, torch.Generator().manual_seed(0))
     assert (y.shape, float(y.min()) >= -1, float(y.max()) <= 1) == (x.shape, True, True)
     assert 0.01 < float((y - x).abs().mean()) < 0.2
+
+
+def test_brains_of_another_frame_have_the_same_ventricles() -> None:
+    """In mm the slices of document 003 show what those of 128 x 128 pixels do."""
+    frame = Frame(224, 160, 1.0)
+    plain, tall = make_brains(1, 5), make_brains(1, 5, frame=frame)
+    assert tall.slices.shape == (len(plain.slices), 1, 224, 160)
+    torch.testing.assert_close(tall.position, plain.position)
+    area = [made.ventricles.sum() * of.spacing**2 for made, of in ((plain, FRAME), (tall, frame))]
+    torch.testing.assert_close(area[1], area[0], rtol=0.01, atol=0)
+    logits, *_ = Measurer(4, frame)(tall.slices[:2])
+    assert logits.shape == (2, 1, 112, 80)
