@@ -59,7 +59,7 @@ class Plan:
 
     source: Pipeline | nn.Module
     model: nn.Module
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     table: SolverTable
     cond: TensorDict
     guided: bool
@@ -97,7 +97,7 @@ def export(
     scheduler: Any = None,
     steps: int | None = None,
     eta: float = 0.0,
-    shape: tuple[int, int, int] | None = None,
+    shape: tuple[int, ...] | None = None,
     cond: Cond = None,
     guidance: bool | None = None,
     license: str = "not stated",
@@ -121,7 +121,7 @@ def export(
         scheduler: a name of `Pipeline.sampler`, a scheduler object or a `SolverTable`; None: a pipeline's own.
         steps, eta: of the table in the manifest, None: as of `Pipeline.sampler`; a `SolverTable` has its own. `step`
             has as many rows; `sampler` takes any number.
-        shape: of one sample, `(C, H, W)`; a pipeline knows its own.
+        shape: of one sample, `(C, H, W)` or `(C, D, H, W)`; a pipeline knows its own.
         cond: an example of the conditioning, `[n, ...]` or a mapping of such; the graphs then take `cond`, `uncond`,
             `guidance_scale`. A model with covariates needs none; its graphs take `cond_NAME` for each, float32 `[N]`,
             NaN where unknown.
@@ -232,16 +232,16 @@ def _copy_to_cpu(source: Pipeline | nn.Module) -> Pipeline | nn.Module:
 
 
 def _resolve(
-    source: Pipeline | nn.Module, shape: tuple[int, int, int] | None, scheduler: Any, steps: int | None, eta: float
-) -> tuple[nn.Module, tuple[int, int, int], SolverTable]:
+    source: Pipeline | nn.Module, shape: tuple[int, ...] | None, scheduler: Any, steps: int | None, eta: float
+) -> tuple[nn.Module, tuple[int, ...], SolverTable]:
     """The model, the shape of a sample, the table."""
     if isinstance(source, Pipeline):
         if shape is not None:
             raise UserError(f"shape: got {shape}, allowed with a pipeline is None: it has its own")
         sampler = source.sampler(steps, "eager", scheduler=scheduler, eta=eta)
         return source.unet, source.latent_shape, sampler.table
-    if shape is None or len(shape) != 3 or isinstance(scheduler, str | None):
-        allowed = "(C, H, W) and a scheduler object or SolverTable"
+    if shape is None or len(shape) not in (3, 4) or isinstance(scheduler, str | None):
+        allowed = "(C, H, W) or (C, D, H, W) and a scheduler object or SolverTable"
         raise UserError(f"shape, scheduler: got {shape}, {scheduler!r}, allowed with a model alone are {allowed}")
     if not isinstance(scheduler, SolverTable):
         scheduler = SolverTable.from_scheduler(scheduler, 50 if steps is None else steps, eta=eta)

@@ -85,7 +85,9 @@ WHOLE: dict[str, Rule] = {
     "opset": Rule(_is_size, "a whole number", "opset of ai.onnx in every graph"),
     "dtype": _one_of(DTYPES, "arithmetic that the export was asked for"),
     "model": Rule(_is(dict), "a mapping", "class of the model; of a pipeline its configs, too"),
-    "latent_shape": Rule(lambda v: _is_shape(v) and len(v) == 3, "[C, H, W]", "one sample of the UNet"),
+    "latent_shape": Rule(
+        lambda v: _is_shape(v) and len(v) in (3, 4), "[C, H, W] or [C, D, H, W]", "one sample of the UNet"
+    ),
     "cond": Rule(
         lambda v: isinstance(v, dict) and all(map(_is_shape, v.values())),
         "a mapping to shapes",

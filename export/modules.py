@@ -128,7 +128,7 @@ def table_inputs(table: SolverTable) -> Tensors:
 
 
 class UNetGraph(nn.Module):
-    """`x [N, C, h, w]`, `t [N]` and any conditioning to the model's prediction."""
+    """`x [N, C, h, w]` or `[N, C, d, h, w]`, `t [N]` and any conditioning to the model's prediction."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()

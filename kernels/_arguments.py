@@ -10,13 +10,15 @@ from sbldm_fast.errors import UserError
 from ._backend import needs_grad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the dimensions of a tensor
 
 
-def check_float(name: str, t: Tensor, layout: str = "[N, ...]") -> None:
-    """`t` is float32, float16 or bfloat16 and has the dimensions of `layout`."""
-    dims = layout.count(",") + 1
-    if t.dtype not in DTYPES or (t.dim() < 1 if "..." in layout else t.dim() != dims):
-        raise UserError(f"{name}: got {t.dtype} {tuple(t.shape)}, allowed is {layout} in float32, float16 or bfloat16")
+def check_float(name: str, t: Tensor, *layouts: str) -> None:
+    """`t` is float32, float16 or bfloat16 and has the dimensions of one of `layouts`; none: any but a number."""
+    dims = [layout.count(",") + 1 for layout in layouts]
+    if t.dtype not in DTYPES or (t.dim() not in dims if layouts else t.dim() < 1):
+        allowed = " or ".join(layouts or ("[N, ...]",))
+        raise UserError(f"{name}: got {t.dtype} {tuple(t.shape)}, allowed is {allowed} in float32, float16 or bfloat16")
 
 
 def check_like(name: str, t: Tensor, x: Tensor, of: str = "x", dtype: bool = True) -> None:
@@ -51,6 +53,11 @@ def check_clip(clip_range: float | None) -> None:
     """`clip_range` is None or above 0."""
     if clip_range is not None and not clip_range > 0:
         raise UserError(f"clip_range: got {clip_range}, allowed is > 0 or None")
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether `t` lies in memory as its indices run, or with its channels side by side, as images or volumes may."""
+    return t.is_contiguous() or (t.dim() in CHANNELS_LAST and t.is_contiguous(memory_format=CHANNELS_LAST[t.dim()]))
 
 
 def check_contiguous(**tensors: Tensor | None) -> None:

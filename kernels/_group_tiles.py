@@ -118,6 +118,17 @@ def load_pairs(pairs, n, c, size, TILE):
     return tl.load(at, mask=mask, other=0.0), tl.load(at + groups, mask=mask, other=0.0)
 
 
+def as_images(x: Tensor) -> Tensor:
+    """`x` `[N, C, *spatial]` as `[N, C, rows, W]`, for a GroupNorm knows no neighbours: a view, but for a volume of
+    which neither D and H nor H and W follow on one another in memory: that is copied."""
+    if x.dim() == 3:
+        return x.unsqueeze(2)
+    if x.dim() == 4:
+        return x
+    D_H, H_W = (x.stride(i) == x.shape[i + 1] * x.stride(i + 1) for i in (2, 3))
+    return x.flatten(2, 3) if D_H or not H_W else x.flatten(3)
+
+
 @functools.cache
 def register_tile(device: torch.device) -> int:
     """Elements of the largest group that one program keeps in registers: as measured on this GPU (crossover.json), else

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sbldm_fast.errors import UserError
 
-from ._arguments import check_clip, check_float, check_like, check_shape
+from ._arguments import check_clip, check_float, check_like, check_shape, is_dense
 from ._backend import needs_grad, resolve, tl, triton
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -199,7 +199,7 @@ def ddim_step(
     )
     _check(x, model_output, a, a_prev, eta, noise, prediction_type, clip_range)
     for name, t in (("x", x), ("model_output", model_output), ("noise", noise)):
-        if t is not None and (_strides(t) != _strides(x) or not _dense(t)):
+        if t is not None and (_strides(t) != _strides(x) or not is_dense(t)):
             raise UserError(
                 f"{name}: got strides {t.stride()}, allowed is one dense layout for x, model_output and noise: call"
                 " .contiguous()"
@@ -215,10 +215,6 @@ def ddim_step(
 
 def _strides(t: Tensor) -> list[int]:
     return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
-
-
-def _dense(t: Tensor) -> bool:
-    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
 def _check(

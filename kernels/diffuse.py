@@ -10,7 +10,8 @@ or, of a rectified flow, on the straight line from z0 to e:
 
 CutMix: with probability p a box of sample n is that of sample n + 1 (of the first, for the last), in z0 and e alike;
 t_n holds for the whole sample, so that z_t and target stay a pair. Four words of Philox, counter (0, sample, stream,
-1), decide: whether, the box's area as a uniform fraction of the image, and its centre, clipped at the border.
+1), decide: whether, the box's area as a uniform fraction of the image, and its centre, clipped at the border. In
+a volume it goes through all of D.
 
 Layout: contiguous. Sources: Ho et al. 2020, arXiv:2006.11239, equation 4; Salimans & Ho 2022, arXiv:2202.00512 (v); Liu
 et al. 2022, arXiv:2209.03003 (flow); Yun et al. 2019, arXiv:1905.04899 (CutMix); 001 section III.B mixes z_t, which
@@ -44,7 +45,7 @@ def diffuse_reference(
 ) -> tuple[Tensor, Tensor]:
     """The specification of `diffuse`: z_t and the target; `key` = (seed, stream), `threshold` = 2^23 times the
     probability of CutMix."""
-    N, _, H, W = z0.shape
+    N, (H, W) = z0.shape[0], z0.shape[-2:]
     seed, stream = key
     sample = torch.arange(first_index, first_index + N, device=z0.device)
     e = normals_reference(seed.expand(N), sample, stream, z0[0].numel() if N else 0).reshape(z0.shape)
@@ -59,10 +60,12 @@ def diffuse_reference(
         start = (length * centre).floor() - (size / 2).floor()
         at = torch.arange(length, device=z0.device).reshape(shape)
         inside = inside & (at >= start[:, None, None]) & (at < (start + size)[:, None, None])
-    e, z = (torch.where(inside[:, None], t.roll(-1, 0), t) for t in (e, z))
+    inside = inside.reshape(N, *[1] * (z.dim() - 3), H, W)
+    e, z = (torch.where(inside, t.roll(-1, 0), t) for t in (e, z))
     t_max = alphas_cumprod.shape[0]
     a = torch.where((timesteps >= 0) & (timesteps < t_max), alphas_cumprod[timesteps.clamp(0, t_max - 1)], torch.nan)
-    a, b = a[:, None, None, None], (1 - a)[:, None, None, None]
+    a = a.reshape(N, *[1] * (z.dim() - 1))
+    b = 1 - a
     if prediction_type == "flow_prediction":
         return (a * z + b * e).to(z0.dtype), (e - z).to(z0.dtype)
     root_a, root_b = a.sqrt(), b.sqrt()
@@ -150,7 +153,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     z_t, target = torch.empty_like(z0), torch.empty_like(z0)
     if z0.numel():
-        N, _, H, W = z0.shape
+        N, (H, W) = z0.shape[0], z0.shape[-2:]
         numel, block = z0.numel() // N, BLOCK_BYTES // z0.element_size() // 4
         with torch.cuda.device_of(z0):
             _diffuse_kernel[(N * triton.cdiv(numel, 4 * block),)](
@@ -196,7 +199,7 @@ def diffuse(
     `z_t = a_t z0 + (1 - a_t) e`.
 
     Args:
-        z0: scaled latents `[N, C, H, W]`, contiguous.
+        z0: scaled latents `[N, C, H, W]` or `[N, C, D, H, W]`, contiguous.
         timesteps: int64 `[N]`, 0 to T - 1; another one gives NaN.
         alphas_cumprod: float32 `[T]`, on the device of `z0`; of a flow the share of z0, `a_t = 1 - s_t`.
         seed, stream: of the noise, as in `philox_normal`; in training, the step is the stream. A tensor of one int64 on
@@ -215,7 +218,7 @@ def diffuse(
     Source: Ho et al. 2020, arXiv:2006.11239, equation 4; Liu et al. 2022, arXiv:2209.03003 (flow); Yun et al. 2019,
     arXiv:1905.04899.
     """
-    check_float("z0", z0, "[N, C, H, W]")
+    check_float("z0", z0, "[N, C, H, W]", "[N, C, D, H, W]")
     check_no_grad(z0=z0)
     check_contiguous(z0=z0, timesteps=timesteps, alphas_cumprod=alphas_cumprod)
     check_shape("timesteps", timesteps, ((z0.shape[0],),), z0, (torch.int64,))

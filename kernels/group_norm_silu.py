@@ -5,7 +5,8 @@ r"""GroupNorm, time modulation and SiLU in one pass over memory; the gradients a
 
 `mean_g`, `var_g` are taken over the C/G channels and all pixels of a group, in float32, centred (never E[x^2] - m^2).
 `conv_bias` is the bias of the convolution before, which cuDNN would add in a kernel of its own, as PyTorch would the
-residual. Layouts: NCHW, channels_last and any strided view, read in place. Source: Wu & He 2018 (GroupNorm), Dhariwal &
+residual. Layouts: NCHW, channels_last and any strided view, read in place; a volume is seen as `[N, C, D H, W]` or
+`[N, C, D, H W]`, and copied only where its strides allow neither. Source: Wu & He 2018 (GroupNorm), Dhariwal &
 Nichol 2021 section 3 (scale and shift from the time embedding), Chan et al. 1979 (merging the statistics of tiles).
 
 A group of up to `register_tile` elements is read once and kept in registers. A larger one is cut into tiles, in two
@@ -27,6 +28,7 @@ from ._arguments import check_first_derivative, check_float, check_like, check_s
 from ._backend import needs_grad, resolve, tl, triton
 from ._group_tiles import (
     affine_arguments,
+    as_images,
     inverse_root,
     is_flat,
     load_affine,
@@ -57,9 +59,9 @@ def group_norm_silu_reference(
     activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
     """The specification of `group_norm_silu`, in float32: y and h."""
-    h = x
+    h, spatial = x, [1] * (x.dim() - 2)
     if conv_bias is not None:  # rounded once, with the residual
-        h = x.float() + conv_bias.float()[:, None, None]
+        h = x.float() + conv_bias.float().reshape(-1, *spatial)
     if residual is not None:
         h = h + residual
     h = h.to(x.dtype)
@@ -69,9 +71,9 @@ def group_norm_silu_reference(
     w, b = (None if t is None else t.float() for t in (weight, bias))
     y = torch.group_norm(h.float(), num_groups, w, b, eps)
     if scale is not None:
-        y = y * (1 + scale.float()[..., None, None])
+        y = y * (1 + scale.float().reshape(*scale.shape, *spatial))
     if shift is not None:
-        y = y + shift.float()[..., None, None]
+        y = y + shift.float().reshape(*shift.shape, *spatial)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype), h
 
 
@@ -322,10 +324,11 @@ def group_norm_silu(
     """GroupNorm with optional time modulation, then SiLU; of a sum, where terms are given.
 
     `y = silu((GN(h) * weight + bias) * (1 + scale) + shift)`, `h = x + conv_bias + residual`; in the dtype and layout
-    of `x`, also under autocast; statistics in float32. Differentiable in every tensor.
+    of `x`, also under autocast (contiguous, where a volume had to be copied); statistics in float32. Differentiable in
+    every tensor.
 
     Args:
-        x: `[N, C, H, W]`, float32, float16 or bfloat16, any strides.
+        x: `[N, C, *spatial]` of one to three spatial axes, float32, float16 or bfloat16, any strides.
         num_groups: a divisor of C.
         weight, bias: `[C]`.
         eps: added to the variance, > 0.
@@ -359,9 +362,14 @@ def group_norm_silu(
         # the gradient is taken at h, which without a term is x
         terms = conv_bias is not None or residual is not None
         keep = terms and (return_sum or needs_grad(x, conv_bias, weight, bias, scale, shift))
+        image = as_images(x)
+        if residual is not None and image is not x:
+            residual = residual.reshape(image.shape)
         y, h, _ = torch.ops.sbldm_fast.group_norm_silu(
-            x, conv_bias, residual, num_groups, weight, bias, eps, scale, shift, activation == "silu", keep
+            image, conv_bias, residual, num_groups, weight, bias, eps, scale, shift, activation == "silu", keep
         )
+        if image is not x:
+            y, h = y.view(x.shape), h.view(x.shape) if keep else h
         h = h if terms else x
     return (y, h) if return_sum else y
 
@@ -378,7 +386,7 @@ def _check(
     residual: Tensor | None,
     activation: str,
 ) -> None:
-    check_float("x", x, "[N, C, H, W]")
+    check_float("x", x, "[N, C, L]", "[N, C, H, W]", "[N, C, D, H, W]")
     N, C = x.shape[:2]
     if num_groups < 1 or C % num_groups:
         raise UserError(f"num_groups: got {num_groups}, allowed are the divisors of the {C} channels of x")

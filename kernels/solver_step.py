@@ -9,9 +9,9 @@ number, stream i + 1. The last program to finish advances the counter, so that o
 number of steps with no traffic between host and device. Of what is x0's or the history's, a term with coefficient 0 is
 not read.
 
-Layout: contiguous; the model's output may also be channels_last. Sources: Song et al. 2021, arXiv:2010.02502 (DDIM); Lu
-et al. 2022, arXiv:2211.01095 and Zhao et al. 2023, arXiv:2302.04867 (multistep solvers are such sums); Ho & Salimans
-2022, arXiv:2207.12598 (w).
+Layout: contiguous; the model's output may also be channels_last or channels_last_3d. Sources: Song et al. 2021,
+arXiv:2010.02502 (DDIM); Lu et al. 2022, arXiv:2211.01095 and Zhao et al. 2023, arXiv:2302.04867 (multistep solvers are
+such sums); Ho & Salimans 2022, arXiv:2207.12598 (w).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sbldm_fast.errors import UserError
 
-from ._arguments import check_clip, check_contiguous, check_float, check_no_grad, check_shape
+from ._arguments import check_clip, check_contiguous, check_float, check_no_grad, check_shape, is_dense
 from ._backend import resolve, tl, triton
 from .philox_normal import normals, normals_reference
 
@@ -260,7 +260,8 @@ def solver_step(
 
     Args:
         x: `[N, ...]`, contiguous.
-        model_output: like `x`, in any float dtype; under guidance `[2 N, ...]`, the unconditional half first.
+        model_output: like `x`, in any float dtype, its channels side by side or not; under guidance `[2 N, ...]`, the
+            unconditional half first.
         table: `[steps, 6 + 2 K]` float32, rows `[c_x, c_m, d, s, a_0, b_0, ..., a_K, b_K]`. A step beyond its end gives
             NaN.
         counter: int32 `[2]`, zero before the first step: the step to take, and a scratch word.
@@ -308,10 +309,9 @@ def _check(
     batch = N if guidance is None else 2 * N
     check_float("model_output", model_output)
     check_shape("model_output", model_output, ((batch, *rest),), x)
-    last = x.dim() == 4 and model_output.is_contiguous(memory_format=torch.channels_last)
     check_contiguous(
         x=x,
-        model_output=None if last else model_output,
+        model_output=None if is_dense(model_output) else model_output,
         table=table,
         counter=counter,
         guidance_scale=guidance,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sbldm_fast.kernels import solver_step
+from sbldm_fast.kernels._arguments import is_dense
 from sbldm_fast.models import UNet2D
 
 from ..errors import UserError
@@ -95,7 +96,7 @@ def make_step(
             raise UserError(
                 f"model: got an output of shape {tuple(m.shape)}, allowed is that of its input, {tuple(h.shape)}"
             )
-        if not (m.is_contiguous() or (m.dim() == 4 and m.is_contiguous(memory_format=torch.channels_last))):
+        if not is_dense(m):
             m = m.contiguous()
         x = solver_step(
             x,

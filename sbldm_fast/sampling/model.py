@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sbldm_fast.kernels import group_norm_silu
+from sbldm_fast.kernels._arguments import CHANNELS_LAST
 from sbldm_fast.models import UNet2D
 from sbldm_fast.models.covariates import MAPS
 from sbldm_fast.models.layers import Attention, ResBlock, Upsample, added_by_norms, attend_in_three, is_bare_conv
@@ -259,8 +260,9 @@ def to_half(model: nn.Module, dtype: torch.dtype, dims: int) -> tuple[nn.Module,
 
     Convolutions in half precision want the channels side by side, on tensor cores as on AMX.
     """
-    images = dims == 3 and any(isinstance(m, nn.Conv2d) for m in model.modules())
-    return _channels_last(copy.deepcopy(model).to(dtype)), torch.channels_last if images else torch.preserve_format
+    kind = {3: nn.Conv2d, 4: nn.Conv3d}.get(dims)
+    found = kind is not None and any(isinstance(m, kind) for m in model.modules())
+    return _channels_last(copy.deepcopy(model).to(dtype)), CHANNELS_LAST[dims + 1] if found else torch.preserve_format
 
 
 def for_cpu(model: nn.Module) -> nn.Module:
@@ -276,7 +278,8 @@ def for_cpu(model: nn.Module) -> nn.Module:
 def _channels_last(model: nn.Module) -> nn.Module:
     # not Module.to, which refuses a model that has weights of volumes among those of images
     for p in model.parameters():
-        p.data = p.data.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p.data
+        if p.dim() in CHANNELS_LAST:
+            p.data = p.data.contiguous(memory_format=CHANNELS_LAST[p.dim()])
     return model
 
 
@@ -308,7 +311,7 @@ def fuse_norms(
             torch.ops.aten.silu.default
         ]:
             continue
-        if norm.args[0].meta["val"].dim() != 4:  # the kernel is one of images
+        if not 3 <= norm.args[0].meta["val"].dim() <= 5:  # what the kernel takes
             continue
         found += 1
         with graph.graph.inserting_before(readers[0]):

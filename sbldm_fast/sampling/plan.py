@@ -47,7 +47,7 @@ class Options:
             raise UserError(f"threshold: got {self.threshold}, allowed is {allowed}")
         object.__setattr__(self, "shape", tuple(whole_number("shape", s, 1) for s in self.shape))
         if not self.shape:
-            raise UserError("shape: got (), allowed is that of one sample, (C, H, W)")
+            raise UserError("shape: got (), allowed is that of one sample, (C, H, W) or (C, D, H, W)")
         if self.stop is not None and self.threshold is None:
             object.__setattr__(self, "threshold", STOPS[self.stop])
 

@@ -65,7 +65,7 @@ class FastSampler:
             timestep `[1]`. A module runs in evaluation mode.
         scheduler: ours, diffusers', MONAI's or a `SolverTable`. One that no table describes is stepped as it is, with a
             warning, and counted in `stats()["fallbacks"]`.
-        shape: of one sample, `(C, H, W)`.
+        shape: of one sample, `(C, H, W)`, of a volume `(C, D, H, W)`.
         steps: for `set_timesteps`; a `SolverTable` brings its own.
         mode: one of the above.
         dtype: of the model's arithmetic, on a copy; norms compute in float32, the solver stays in it. None: as the

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from sbldm_fast.kernels._arguments import CHANNELS_LAST
 from torch import Tensor
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 SEEDS = st.integers(0, 2**32)
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "nchw": lambda x: x.contiguous(),
-    "nhwc": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "nhwc": lambda x: x.contiguous(memory_format=CHANNELS_LAST.get(x.dim(), torch.contiguous_format)),
     "half of a concatenation": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
     "every other row": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
-    "every other column": lambda x: x.repeat_interleave(2, 3)[..., ::2],
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every other column": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "transposed": lambda x: x.transpose(2, -1).contiguous().transpose(2, -1),
     "one sample for all": lambda x: x[:1].expand(x.shape),
 }
 HUGE = {torch.float32: 1e15, torch.bfloat16: 1e15, torch.float16: 3e4}
@@ -30,6 +31,8 @@ VALUES: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
     "denormal": lambda x, dtype: x * TINY[dtype],
     "huge": lambda x, dtype: x.clamp(-1, 1) * HUGE[dtype],
 }
+axes = [st.tuples(*[st.integers(1, most)] * n) for n, most in ((1, 140), (2, 12), (3, 5))]  # of as many elements
+spatial = st.one_of(*axes)
 layouts, values = st.sampled_from(sorted(LAYOUTS)), st.sampled_from(sorted(VALUES))
 bad_values = st.sampled_from([None, None, None, float("nan"), float("inf"), -float("inf")])
 

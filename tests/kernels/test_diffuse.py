@@ -22,12 +22,13 @@ def bars() -> Tensor:
 @BOTH
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("kind", KINDS)
-def test_formula(name: str, kind: str) -> None:
-    z0, t = torch.randn(3, 2, 5, 4), torch.tensor([0, 50, 99])
+@pytest.mark.parametrize("spatial", [(5, 4), (3, 5, 4)], ids=["image", "volume"])
+def test_formula(name: str, spatial: tuple[int, ...], kind: str) -> None:
+    z0, t = torch.randn(3, 2, *spatial), torch.tensor([0, 50, 99])
     with backend(name):
         z_t, target = diffuse(z0, t, bars(), 5, first_index=2, stream=9, prediction_type=kind)
         e = philox_normal(z0.shape, 5, first_index=2, stream=9).double()
-    a = bars()[t].double()[:, None, None, None]
+    a = bars()[t].double().reshape(-1, *[1] * (z0.dim() - 1))
     flow = kind == "flow_prediction"
     noised = a * z0 + (1 - a) * e if flow else a.sqrt() * z0 + (1 - a).sqrt() * e
     torch.testing.assert_close(z_t.double(), noised, rtol=0, atol=1e-6)
@@ -91,6 +92,20 @@ def test_cutmix_replaces_one_rectangle_by_the_neighbour_in_a_quarter_of_the_samp
     assert torch.equal(moved, boxes("torch", 0.25, N))
     assert not boxes(name, 0.0, N).any()
     assert boxes(name, 1.0, N).any((1, 2)).float().mean() > 0.9
+
+
+@BOTH
+@pytest.mark.usefixtures("on_device")
+def test_a_box_goes_through_all_slices_of_a_volume(name: str) -> None:
+    images = torch.arange(20.0)[:, None, None, None].expand(20, 2, 8, 8).contiguous()
+    volumes = images[:, :, None].expand(20, 2, 3, 8, 8).contiguous()
+    t = torch.zeros(20, dtype=torch.int64)
+    with backend(name):
+        flat, deep = (
+            diffuse(z0, t, torch.ones(1), 3, prediction_type="sample", cutmix_prob=0.5)[0] for z0 in (images, volumes)
+        )
+    assert torch.equal(deep, flat[:, :, None].expand_as(deep))
+    assert not torch.equal(flat, images)
 
 
 @BOTH

@@ -29,7 +29,19 @@ from sbldm_fast.kernels.ddim_step import PREDICTION_TYPES
 from sbldm_fast.kernels.diffuse import PREDICTION_TYPES as TARGETS
 from torch import Tensor
 
-from .strategies import DTYPES, LAYOUTS, SEEDS, VALUES, bad_values, layouts, tensor, values, with_gradients
+from .strategies import (
+    DTYPES,
+    LAYOUTS,
+    SEEDS,
+    VALUES,
+    axes,
+    bad_values,
+    layouts,
+    spatial,
+    tensor,
+    values,
+    with_gradients,
+)
 
 norm, backward_of_norm = (
     importlib.import_module(f"sbldm_fast.kernels.group_norm_silu{part}") for part in ("", "_backward")
@@ -41,8 +53,7 @@ norm, backward_of_norm = (
     N=st.integers(0, 3),
     groups=st.integers(1, 6),
     per_group=st.integers(1, 6),
-    H=st.integers(1, 12),
-    W=st.integers(1, 12),
+    spatial=spatial,
     dtype=DTYPES,
     layout=layouts,
     value=values,
@@ -60,8 +71,7 @@ def test_group_norm_silu(
     N: int,
     groups: int,
     per_group: int,
-    H: int,
-    W: int,
+    spatial: tuple[int, ...],
     dtype: torch.dtype,
     layout: str,
     value: str,
@@ -78,7 +88,8 @@ def test_group_norm_silu(
 ) -> None:
     torch.manual_seed(seed)
     C = groups * per_group
-    shape = (N, C, H, W)
+    shape = (N, C, *spatial)
+    ones = [1] * len(spatial)
     x = tensor(shape, dtype, layout, value if N else "normal", bad if N else None)
     of_weights = dtype if half_weights else torch.float32
     others = {
@@ -101,7 +112,7 @@ def test_group_norm_silu(
         return out if "residual" in rest else (out,)
 
     def theirs(x: Tensor, **rest: Tensor) -> tuple[Tensor, ...]:
-        h = x + rest["conv_bias"].to(x.dtype)[:, None, None] if "conv_bias" in rest else x
+        h = x + rest["conv_bias"].to(x.dtype).reshape(-1, *ones) if "conv_bias" in rest else x
         h = h + rest["residual"] if "residual" in rest else h
         out = h
         # the norm is that of the h that is returned: the exact one too starts from h as rounded
@@ -109,8 +120,8 @@ def test_group_norm_silu(
         weight, bias = rest.get("weight"), rest.get("bias")
         weight = torch.ones_like(bias) if weight is None and bias is not None else weight
         y = torch.group_norm(h.contiguous(), groups, *(None if t is None else t.to(h.dtype) for t in (weight, bias)))
-        y = y * (1 + rest["scale"].to(y.dtype)[..., None, None]) if "scale" in rest else y
-        y = y + rest["shift"].to(y.dtype)[..., None, None] if "shift" in rest else y
+        y = y * (1 + rest["scale"].to(y.dtype).reshape(-1, C, *ones)) if "scale" in rest else y
+        y = y + rest["shift"].to(y.dtype).reshape(-1, C, *ones) if "shift" in rest else y
         return (F.silu(y) if silu else y, out)[: 1 + ("residual" in rest)]
 
     with (
@@ -360,7 +371,7 @@ def test_losses(
 
 @pytest.mark.usefixtures("on_device")
 @given(
-    shape=st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)),
+    shape=st.tuples(st.integers(0, 4), st.integers(1, 3), axes[1] | axes[2]).map(lambda s: (*s[:2], *s[2])),
     dtype=DTYPES,
     value=values,
     bad=bad_values,

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from sbldm_fast.kernels import GroupNormSiLU, backend, group_norm_silu
 from torch import Tensor
 
+from .strategies import LAYOUTS
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [  # N, C, H, W, groups
+SHAPES = [  # N, C, spatial, groups
     (2, 64, 16, 16, 32),
     (1, 12, 5, 7, 4),  # three channels a group, odd sides
     (2, 6, 3, 3, 1),  # one group
@@ -19,6 +21,10 @@ SHAPES = [  # N, C, H, W, groups
     (2, 24, 8, 8, 3),
     (1, 4, 96, 90, 2),  # cut into tiles, the last one ragged
     (0, 8, 4, 4, 2),
+    (2, 8, 7, 4),  # one axis
+    (2, 12, 3, 4, 5, 4),  # volumes
+    (1, 2, 20, 24, 18, 1),
+    (0, 8, 2, 2, 2, 2),
 ]
 
 
@@ -29,24 +35,25 @@ def formula(
     x: Tensor, groups: int, weight: Any, bias: Any, scale: Any, shift: Any, conv_bias: Any, residual: Any, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """The formula in PyTorch operators, in whatever dtype the tensors have: y and h."""
-    h = x if conv_bias is None else x + conv_bias[:, None, None]
+    ones = [1] * (x.dim() - 2)
+    h = x if conv_bias is None else x + conv_bias.reshape(-1, *ones)
     h = h if residual is None else h + residual
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # PyTorch 2.13's gradient fails on a bias alone
     # NCHW: channels_last on a CPU computes E[x^2] - m^2 and would allow too much
     y = torch.group_norm(h.contiguous(), groups, weight, bias)
-    y = y if scale is None else y * (1 + scale[..., None, None])
-    y = y if shift is None else y + shift[..., None, None]
+    y = y if scale is None else y * (1 + scale.reshape(*scale.shape, *ones))
+    y = y if shift is None else y + shift.reshape(*shift.shape, *ones)
     return (F.silu(y) if silu else y), h
 
 
 def problem(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, mean: float = 0.0, channels_last: bool = False
 ) -> Problem:
-    N, C, H, W, groups = shape
-    x, residual = (torch.randn(2, N, C, H, W) + mean).to(device, dtype)
+    N, C, *spatial, groups = shape
+    x, residual = (torch.randn(2, N, C, *spatial) + mean).to(device, dtype)
     if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = LAYOUTS["nhwc"](x)
     weight, bias, conv_bias = torch.randn(3, C).to(device, dtype)
     scale, shift = torch.randn(2, N, C).to(device, dtype)
     return (
@@ -99,7 +106,8 @@ def test_parity(
 ) -> None:
     x, *rest = problem(shape, dtype, device, channels_last=channels_last)
     y = compare(x, *rest, True, three_way)
-    assert y.stride() == x.stride()
+    for axis, size in enumerate(x.shape):
+        assert size == 1 or not len(x) or y.stride(axis) == x.stride(axis)
 
 
 @pytest.mark.parametrize("mean", [10.0, 100.0])
@@ -116,19 +124,11 @@ def test_parity_far_from_zero(
     compare(x, groups, {k: v if k in given else None for k, v in others.items()}, silu, three_way)
 
 
-VIEWS = {
-    "half of a concatenation": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "every other row": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
-    "every other column": lambda x: x.repeat_interleave(2, 3)[..., ::2],
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "one sample for all": lambda x: x[:1].expand(3, -1, -1, -1),
-}
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_views_are_read_in_place(view: str, device: torch.device, three_way: Any) -> None:
-    x, groups, others = problem((2, 12, 6, 5, 4), torch.float32, device)
-    x = VIEWS[view](x)
+@pytest.mark.parametrize("view", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 12, 6, 5, 4), (2, 12, 4, 3, 5, 4)], ids=["image", "volume"])
+def test_views_are_read_in_place(shape: tuple[int, ...], view: str, device: torch.device, three_way: Any) -> None:
+    x, groups, others = problem(shape, torch.float32, device)
+    x = LAYOUTS[view](x)
     compare(x, groups, others | {"scale": None, "shift": None, "conv_bias": None, "residual": None}, True, three_way)
     compare(x, groups, others | {"scale": None, "shift": None, "residual": None}, True, three_way)
 
@@ -294,7 +294,11 @@ def test_module_is_group_norm_then_silu() -> None:
 
 X = torch.randn(2, 8, 3, 3)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "three dimensions": ({"x": X[0]}, r"x: got torch.float32 \(8, 3, 3\), allowed is \[N, C, H, W\]"),
+    "two dimensions": (
+        {"x": X[0, 0]},
+        r"x: got torch.float32 \(3, 3\), allowed is \[N, C, L\] or \[N, C, H, W\] or \[N, C, D, H, W\] in float32",
+    ),
+    "six dimensions": ({"x": X[None, None]}, r"x: got torch.float32 \(1, 1, 2, 8, 3, 3\), allowed is"),
     "float64": ({"x": X.double()}, "x: got torch.float64"),
     "groups that do not divide": ({"num_groups": 3}, "num_groups: got 3, allowed are the divisors of the 8 channels"),
     "no groups": ({"num_groups": 0}, "num_groups: got 0"),

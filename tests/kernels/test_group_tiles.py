@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from sbldm_fast.kernels import _group_tiles
+from torch import Tensor
 
+from .strategies import LAYOUTS
 from .test_group_norm_silu import compare, problem
 
 modules = tuple(importlib.import_module(f"sbldm_fast.kernels.group_norm_silu{part}") for part in ("", "_backward"))
@@ -29,6 +31,30 @@ def test_one_launch_and_two_agree(
         assert _group_tiles.plan(x.shape, groups, channels_last, 4, 256)[0][3] == chunks
         torch.testing.assert_close(whole, compare(x, groups, others, True, three_way), rtol=1e-5, atol=1e-5)
     _group_tiles.plan.cache_clear()
+
+
+SHAPES = [(2, 6, 3, 4, 5), (2, 6, 1, 4, 5), (2, 6, 3, 1, 5), (2, 6, 3, 4, 1), (2, 6, 7)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_no_image_is_seen_as_one_where_its_strides_allow_it(shape: tuple[int, ...]) -> None:
+    def window(x: Tensor, *axes: int) -> Tensor:
+        room = x.repeat([3 if i in axes else 1 for i in range(x.dim())])
+        for axis in axes:
+            room = room.narrow(axis, 1, x.shape[axis])
+        return room
+
+    views = LAYOUTS | {"columns": lambda x: window(x, x.dim() - 1), "slices": lambda x: window(x, 2)}
+    volumes = {"rows": lambda x: window(x, 3), "rows and columns": lambda x: window(x, 3, 4)}
+    for name, view in (views | (volumes if len(shape) == 5 else {})).items():
+        x = view(torch.randn(shape))
+        image = _group_tiles.as_images(x)
+        assert image.dim() == 4
+        assert torch.equal(image.flatten(2), x.flatten(2))
+        if shape == SHAPES[0] and name in ("transposed", "rows and columns"):
+            assert image.is_contiguous(), "a copy: neither pair of axes is one"
+        elif 1 not in shape:
+            assert image.data_ptr() == x.data_ptr(), name
 
 
 def test_the_crossover_of_an_unmeasured_device_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sbldm_fast.kernels import backend, ddim_step, philox_normal, solver_step
+from sbldm_fast.kernels._arguments import CHANNELS_LAST
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -198,10 +199,11 @@ def test_a_step_beyond_the_table_is_nan(name: str) -> None:
 @BOTH
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_channels_last_output_is_read_in_place(name: str, guided: bool) -> None:
-    table, x = torch.randn(1, 6), torch.randn(2, 3, 4, 5)
-    m = torch.randn(2 * (1 + guided), 3, 4, 5)
-    last = m.contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("spatial", [(4, 5), (2, 4, 5)], ids=["image", "volume"])
+def test_a_channels_last_output_is_read_in_place(name: str, spatial: tuple[int, ...], guided: bool) -> None:
+    table, x = torch.randn(1, 6), torch.randn(2, 3, *spatial)
+    m = torch.randn(2 * (1 + guided), 3, *spatial)
+    last = m.contiguous(memory_format=CHANNELS_LAST[m.dim()])
     with backend(name):
         ys = [solver_step(x, v, table, new_counter(), guidance_scale=2.0 if guided else None) for v in (m, last)]
     assert torch.equal(*ys)

@@ -132,41 +132,6 @@ def test_whole_numbers_are_the_labels_of_a_monai_model() -> None:
     assert torch.equal(sampler(2, cond=labels), sampler(2, cond={"class_labels": labels}))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"dtype": torch.bfloat16}, {"fuse": True}, {"mode": "compile"}], ids=str)
-def test_volumes_run_in_every_mode(arguments: dict[str, Any]) -> None:
-    """Weights of five dimensions have no channels_last, and the kernel of norms is one of images."""
-    model: nn.Module
-    if arguments.get("mode") == "compile":  # a whole 3-D UNet compiles for half a minute
-
-        class Volumes(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.volume, self.norm, self.image = (
-                    nn.Conv3d(4, 8, 3, padding=1),
-                    nn.GroupNorm(4, 8),
-                    nn.Conv2d(1, 1, 1),
-                )
-                self.out = nn.Conv3d(8, 4, 1)
-
-            def forward(self, x: Tensor, t: Tensor) -> Tensor:
-                out: Tensor = (
-                    self.out(nn.functional.silu(self.norm(self.volume(x)))) + self.image(x[:, :1, 0])[:, :, None]
-                )
-                return out
-
-        torch.manual_seed(0)
-        model = Volumes().eval()
-    else:
-        model = monai_unet(dims=3)
-    shape = (4, 4, 8, 8)
-    plain, sampler = make(model, shape=shape), make(model, shape=shape, **arguments)
-    error = relative(sampler(2), plain(2))
-    assert error < (0.1 if "dtype" in arguments else 1e-4)
-    assert sampler.stats().get("fused", 0) == 0
-    if "mode" in arguments:
-        assert sampler.stats()["compiled"] == 1, sampler.reason
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_conditioning_comes_in_the_models_precision(dtype: torch.dtype) -> None:
     cond = torch.randn(2, 5, 12)
@@ -241,58 +206,3 @@ def test_what_is_no_network_is_refused_with_what_would_be_one() -> None:
         ValueError, match="vae: got diffusers's AutoencoderKL, allowed is sbldm_fast's AutoencoderKL; FastSampler"
     ):
         Pipeline(vae, unet, SchedulerConfig())  # type: ignore[arg-type]  # that is the point
-
-
-class Bundle(nn.Module):
-    """MONAI's network as its published brain bundle calls it: planes beside x, and one token of the same numbers."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        planes = context.mT.reshape(*context.shape[:3:2], *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
-        out: Tensor = self.unet(torch.cat([x, planes], 1), timesteps, context=context)
-        return out
-
-
-def test_the_published_brain_bundle_of_monai_runs_as_its_script_does() -> None:
-    """The options of `brain_image_synthesis_latent_diffusion_model`, its widths apart: 7 = 3 + 4 channels in, a token
-    of 4; its sampler concatenates at each step."""
-    nets = pytest.importorskip("monai.networks.nets", reason="MONAI brings this model")
-    schedulers = pytest.importorskip("monai.networks.schedulers", reason="MONAI brings this scheduler")
-    torch.manual_seed(0)
-    unet = nets.DiffusionModelUNet(
-        spatial_dims=3,
-        in_channels=7,
-        out_channels=3,
-        channels=(8, 16, 16),
-        attention_levels=(False, True, True),
-        num_res_blocks=1,
-        num_head_channels=(0, 16, 16),
-        norm_num_groups=8,
-        resblock_updown=True,
-        with_conditioning=True,
-        cross_attention_dim=4,
-        transformer_num_layers=1,
-        upcast_attention=True,
-    ).eval()
-    for p in unet.parameters():  # a fresh one ends in zeros
-        nn.init.normal_(p, std=0.05)
-    sched = schedulers.DDIMScheduler(
-        beta_start=0.0015, beta_end=0.0205, schedule="scaled_linear_beta", clip_sample=False
-    )
-    values = torch.tensor([[0.0, 0.1, 0.2, 0.4], [1.0, 0.9, 0.6, 0.5]])
-    got = FastSampler(Bundle(unet), sched, shape=(3, 4, 8, 4), steps=4)(2, seed=5, cond={"context": values[:, None]})
-    sched.set_timesteps(4)
-    x = philox_normal((2, 3, 4, 8, 4), 5)
-    with torch.no_grad():
-        for t in sched.timesteps:
-            planes = values[:, :, None, None, None].expand(2, 4, 4, 8, 4)
-            m = unet(torch.cat([x, planes], 1), timesteps=torch.full((2,), float(t)), context=values[:, None])
-            x = sched.step(m, t, x)[0]
-    assert relative(got, x) < 1e-4
-    other = FastSampler(Bundle(unet), sched, shape=(3, 4, 8, 4), steps=4)(
-        2, seed=5, cond={"context": values.flip(0)[:, None]}
-    )
-    assert relative(other, x) > 1e-3
