@@ -204,7 +204,7 @@ OWN: dict[str, dict[str, Rule]] = {
 # the keys that every row of a target has, and those of a row with a figure
 LOOP, TIMED = ("provider", "preset", "batch", "steps"), ("median_s", "p10_s", "p90_s", "n", "raw_s")
 ALWAYS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("sampling", "export", "training", "startup", "memory", "solvers"), LOOP),
+    **dict.fromkeys(("sampling", "export", "training", "startup", "memory", "solvers", "volumes"), LOOP),
     "scaling": (*LOOP, "processes"),
     "kernels": ("provider", "op", "shape", "layout", "dtype"),
     "checks": ("check",),
@@ -212,7 +212,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "launches": ("batch", "dtype", "modelled", "launches", "us"),
 }
 FIGURES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("sampling", "export"), (*TIMED, "dtype", "ms_per_step", "ms_per_image", "parity")),
+    **dict.fromkeys(("sampling", "export", "volumes"), (*TIMED, "dtype", "ms_per_step", "ms_per_image", "parity")),
     "training": (*TIMED, "ms_per_step", "items_per_s", "minutes_per_100k_steps", "parity"),
     "startup": (*TIMED, "parts", "cold_cache_s"),
     "memory": ("peak_bytes", "device"),

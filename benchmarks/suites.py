@@ -12,6 +12,7 @@ from .suite_process import bench_memory, bench_scaling, bench_startup
 from .suite_sampling import bench_sampling
 from .suite_solvers import bench_solvers
 from .suite_training import bench_training
+from .suite_volumes import bench_volumes
 
 
 class Suite(NamedTuple):
@@ -31,5 +32,8 @@ SUITES = {
     "memory": Suite(bench_memory, {"steps": 2, "batches": [1], "compiled": False}),
     "startup": Suite(bench_startup, {"steps": 10, "rounds": 1, "compiled": False}),
     "scaling": Suite(bench_scaling, {"steps": 10, "batch": 4, "seconds": 4.0, "compiled": False}),
+    "volumes": Suite(
+        bench_volumes, {"steps": [2], "rounds": 6, "compiled": False, "dtypes": ["float32"], "small": True}
+    ),
     "solvers": Suite(bench_solvers, {"batch": 1, "steps": [4, 12], "rounds": 6, "judged": 2}),
 }

@@ -390,5 +390,6 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "memory": memory_table,
     "startup": startup_table,
     "scaling": scaling_table,
+    "volumes": sampling_table,
     "solvers": solvers_table,
 }

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from sbldm_fast.diffusion.table import SolverTable
 from sbldm_fast.models import AutoencoderKL, UNet2D
 from sbldm_fast.models.layers import Chain
-from sbldm_fast.sampling.model import TensorDict, predictor, replace_upsampling
+from sbldm_fast.sampling.model import TensorDict, mend_half, predictor, replace_upsampling
 
 Tensors = dict[str, Tensor]
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, GroupNormSiLU)
@@ -89,7 +89,7 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module in model.modules():
         if isinstance(module, NORMS):
             module.float()
-    return model
+    return mend_half(model, dtype)
 
 
 class Solver(NamedTuple):

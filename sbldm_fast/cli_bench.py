@@ -18,7 +18,9 @@ import typer
 from .cli_options import Json, place, say
 from .errors import MissingExtra
 
-Suite = StrEnum("Suite", ["kernels", "sampling", "training", "export", "memory", "startup", "scaling", "solvers"])
+Suite = StrEnum(
+    "Suite", ["kernels", "sampling", "training", "export", "memory", "startup", "scaling", "solvers", "volumes"]
+)
 
 
 # The options of bench bear the names of what they choose; `_suite_arguments` gives each suite those that it takes.

@@ -151,8 +151,10 @@ class Loop:
             model = for_cpu(model)
             predict = predictor(model)
         example = torch.cat([self.x] * (1 + guided)).to(network.dtype), plan.time_rows[:1], self.cond
+        holder: object = model  # of the weights
         if options.fuse:
             predict, counts["fused"] = fuse_norms(predict, model, *example)
+            holder = predict
         self.step = make_step(
             predict, network.dtype, network.layout, plan.table.clip_range, options.stop, options.threshold or 0.0
         )
@@ -160,7 +162,7 @@ class Loop:
         if (compiled or options.fuse) and not isinstance(model, UNet2D):
             with torch.no_grad():
                 network.predict(*example)
-        self.traced = compiled is not None and (network.device.type != "cpu" or not self._ahead(model, compiled))
+        self.traced = compiled is not None and (network.device.type != "cpu" or not self._ahead(holder, compiled))
         if self.traced:
             # a graph break in our own model would be a defect; a foreign model may have its reasons
             whole = isinstance(network.model, UNet2D)

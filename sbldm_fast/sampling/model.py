@@ -262,7 +262,28 @@ def to_half(model: nn.Module, dtype: torch.dtype, dims: int) -> tuple[nn.Module,
     """
     kind = {3: nn.Conv2d, 4: nn.Conv3d}.get(dims)
     found = kind is not None and any(isinstance(m, kind) for m in model.modules())
-    return _channels_last(copy.deepcopy(model).to(dtype)), CHANNELS_LAST[dims + 1] if found else torch.preserve_format
+    half = mend_half(_channels_last(copy.deepcopy(model).to(dtype)), dtype)
+    return half, CHANNELS_LAST[dims + 1] if found else torch.preserve_format
+
+
+def mend_half(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """What a model lacks in `dtype` without autocast, in place, of a copy: MONAI's `upcast_attention` multiplies
+    float32 weights with values, and PyTorch has no mean of volumes in half precision on a CPU."""
+
+    def narrow(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        return out.to(dtype)
+
+    def widen(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(x.float() if x.device.type == "cpu" else x for x in given)
+
+    for module in model.modules():
+        dropout = getattr(module, "drop_weights", None)
+        if getattr(module, "attention_dtype", None) is not None and isinstance(dropout, nn.Module):
+            dropout.register_forward_hook(narrow)
+        if isinstance(module, nn.AvgPool3d):
+            module.register_forward_pre_hook(widen)
+            module.register_forward_hook(narrow)
+    return model
 
 
 def for_cpu(model: nn.Module) -> nn.Module:

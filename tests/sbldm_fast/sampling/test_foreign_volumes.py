@@ -20,23 +20,17 @@ SHAPE = (4, 4, 6, 4)
 
 
 class Volumes(nn.Module):
-    """Convolutions of both kinds about one norm; a whole 3-D UNet compiles for half a minute."""
+    """Convolutions of both kinds about one norm."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.volume, self.norm, self.image = nn.Conv3d(4, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.Conv2d(1, 1, 1)
         self.out = nn.Conv3d(8, 4, 1)
-        self.seen: list[Tensor] = []
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h = nn.functional.silu(self.norm(self.volume(x)))
         return self.out(h) + self.image(x[:, :1, 0])[:, :, None]  # type: ignore[no-any-return]
-
-
-def norms_before_silu(model: nn.Module) -> int:
-    """Of a network of MONAI: two of each block, and the one before the last convolution."""
-    return sum(name.split(".")[-1] in ("norm1", "norm2") for name, _ in model.named_modules()) + 1
 
 
 @pytest.mark.parametrize(
@@ -45,26 +39,40 @@ def norms_before_silu(model: nn.Module) -> int:
         {},
         {"dtype": torch.bfloat16},
         {"fuse": True},
-        {"fuse": True, "dtype": torch.float16},
-        {"mode": "compile", "fuse": True},
-        {"mode": "step-graph"},
-        {"mode": "loop-graph", "fuse": True},
+        {"mode": "loop-graph"},
         {"mode": "step-graph", "stop": "x0_delta", "threshold": 1e-9},
     ],
     ids=str,
 )
-def test_volumes_run_in_every_mode(arguments: dict[str, Any], recorded: Callable[..., FastSampler]) -> None:
-    compiled = arguments.get("mode") == "compile"
-    model: nn.Module = Volumes().eval() if compiled else monai_unet(dims=3)
+def test_a_network_of_monai_runs_in_every_mode(arguments: dict[str, Any], recorded: Callable[..., FastSampler]) -> None:
+    """In half precision its `upcast_attention`, too, which the library itself takes to be under autocast, and its means
+    of volumes, which PyTorch has not in half precision on a CPU."""
+    model = monai_unet(dims=3, upcast_attention=True, resblock_updown=True)
     sampler = recorded(model, shape=SHAPE, **({"mode": "eager"} | arguments))
-    with backend("torch" if compiled else "triton"):
-        got = sampler(2)
-    error = relative(got, make(model, shape=SHAPE)(2))
+    error = relative(sampler(2), make(model, shape=SHAPE)(2))
     assert error < (0.1 if "dtype" in arguments else 1e-4)
     stats = sampler.stats()
-    assert stats.get("fused", 0) == arguments.get("fuse", 0) * (1 if compiled else norms_before_silu(model))
-    assert stats.get("compiled", 0) == compiled, sampler.reason
+    # two norms of each block, and the one before the last convolution
+    blocks = sum(name.split(".")[-1] in ("norm1", "norm2") for name, _ in model.named_modules())
+    assert stats.get("fused", 0) == (blocks + 1 if "fuse" in arguments else 0)
     assert stats.get("captures", 0) == ("graph" in str(sampler.mode))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"dtype": torch.float16}, {"mode": "compile"}, {"mode": "step-graph", "dtype": torch.bfloat16}],
+    ids=str,
+)
+def test_fused_norms_of_volumes_run_in_every_mode(
+    arguments: dict[str, Any], recorded: Callable[..., FastSampler], packages: None
+) -> None:
+    compiled, model = arguments.get("mode") == "compile", Volumes().eval()
+    sampler = recorded(model, shape=SHAPE, fuse=True, **({"mode": "eager"} | arguments))
+    with backend("torch" if compiled else "triton"):
+        error = relative(sampler(2), make(model, shape=SHAPE)(2))
+    assert error < (0.1 if "dtype" in arguments else 1e-4)
+    assert sampler.stats()["fused"] == 1
+    assert sampler.stats().get("compiled", 0) == compiled, sampler.reason
 
 
 def test_half_precision_lies_with_its_channels_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,13 +148,16 @@ def test_a_video_network_of_diffusers_drops_in(fuse: bool) -> None:
         nn.init.normal_(p, std=0.1)
     words, shape = torch.randn(2, 3, 6), (4, 3, 4, 4)
     sampler = make(model, shape=shape, fuse=fuse)
-    with backend("triton" if fuse else "torch"):
-        got = sampler(2, seed=5, cond=words)
+    got = sampler(2, seed=5, cond=words)
     wanted = textbook_loop(
         lambda x, t: model(x, t, encoder_hidden_states=words).sample, scheduler(), 3, philox_normal((2, *shape), 5)
     )
     assert relative(got, wanted) < 1e-4
-    assert sampler.stats().get("fused", 0) == fuse * sum(isinstance(m, nn.SiLU) for m in model.modules())
+    kinds = [type(m).__name__ for m in model.modules()]
+    norms = (
+        2 * kinds.count("ResnetBlock2D") + 4 * kinds.count("TemporalConvLayer") + 1
+    )  # of images, of volumes, the last
+    assert sampler.stats().get("fused", 0) == fuse * norms
 
 
 class Bundle(nn.Module):
