@@ -178,11 +178,11 @@ def foreign(kind: str) -> tuple[nn.Module, Any]:
         )
     conditioned = (
         {"with_conditioning": True, "cross_attention_dim": 8, "transformer_num_layers": 1}
-        if kind == "monai conditioned"
+        if "conditioned" in kind
         else {}
     )
     model = DiffusionModelUNet(
-        spatial_dims=2,
+        spatial_dims=3 if "volumes" in kind else 2,
         in_channels=3,
         out_channels=3,
         num_res_blocks=1,
@@ -198,17 +198,18 @@ def foreign(kind: str) -> tuple[nn.Module, Any]:
     return model, diffusers.DPMSolverMultistepScheduler() if conditioned else DDIMScheduler(clip_sample=True)
 
 
-@pytest.mark.parametrize("kind", ["diffusers", "monai", "monai conditioned"])
+@pytest.mark.parametrize("kind", ["diffusers", "monai", "monai conditioned", "monai conditioned volumes"])
 def test_foreign_models(kind: str, tmp_path: Path) -> None:
     model, scheduler = foreign(kind)
     cond = torch.randn(4, 2, 8) if "conditioned" in kind else None
     target, dtype = ("tensorrt", "fp16") if kind == "monai" else ("ort", "fp32")
-    export(model, tmp_path / "o", target=target, dtype=dtype, scheduler=scheduler, steps=3, shape=(3, 8, 8), cond=cond)
+    shape = (3, 4, 6, 2) if "volumes" in kind else (3, 8, 8)
+    export(model, tmp_path / "o", target=target, dtype=dtype, scheduler=scheduler, steps=3, shape=shape, cond=cond)
     assert check(tmp_path / "o", build=False)["failures"] == []
     if dtype == "fp16":
         return
     asked = {} if cond is None else {"cond": cond[:3], "guidance_scale": torch.tensor([1.0, 2.0, 3.0])}
-    expected = FastSampler(model, scheduler, shape=(3, 8, 8), steps=3, mode="eager")(3, seed=2, **asked)
+    expected = FastSampler(model, scheduler, shape=shape, steps=3, mode="eager")(3, seed=2, **asked)
     for mode in ("step", "sampler"):
         got = ORTSampler(tmp_path / "o", mode=mode)(3, seed=2, **asked)
         assert np.abs(got - expected.numpy()).max() <= 2e-4 * max(1.0, float(expected.abs().max()))

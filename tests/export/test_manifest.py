@@ -92,7 +92,7 @@ def test_every_value_may_be_anything(folder: Path) -> None:
         (("graphs", "../../etc/passwd"), {}, "graphs: got .*allowed is a mapping with names of unet, step, sampler"),
         (("target",), "coreml", "target: got 'coreml', allowed is one of ort, tensorrt"),
         (("opset",), "18", "opset: got '18', allowed is a whole number"),
-        (("latent_shape", 0), -3, r"latent_shape: got \[-3, 8, 8\], allowed is \[C, H, W\]"),
+        (("latent_shape", 0), -3, r"latent_shape: got \[-3, 8, 8\], allowed is \[C, H, W\] or \[C, D, H, W\]"),
         (
             ("graphs", "step", "inputs", "x", "dtype"),
             GONE,

@@ -31,8 +31,8 @@ VALUES: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
     "denormal": lambda x, dtype: x * TINY[dtype],
     "huge": lambda x, dtype: x.clamp(-1, 1) * HUGE[dtype],
 }
-axes = [st.tuples(*[st.integers(1, most)] * n) for n, most in ((1, 140), (2, 12), (3, 5))]  # of as many elements
-spatial = st.one_of(*axes)
+lines, images, volumes = (st.tuples(*[st.integers(1, most)] * n) for n, most in ((1, 140), (2, 12), (3, 5)))
+latents = st.tuples(st.integers(0, 4), st.integers(1, 3), images | volumes).map(lambda s: (*s[:2], *s[2]))
 layouts, values = st.sampled_from(sorted(LAYOUTS)), st.sampled_from(sorted(VALUES))
 bad_values = st.sampled_from([None, None, None, float("nan"), float("inf"), -float("inf")])
 

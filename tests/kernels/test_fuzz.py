@@ -29,19 +29,8 @@ from sbldm_fast.kernels.ddim_step import PREDICTION_TYPES
 from sbldm_fast.kernels.diffuse import PREDICTION_TYPES as TARGETS
 from torch import Tensor
 
-from .strategies import (
-    DTYPES,
-    LAYOUTS,
-    SEEDS,
-    VALUES,
-    axes,
-    bad_values,
-    layouts,
-    spatial,
-    tensor,
-    values,
-    with_gradients,
-)
+from . import strategies
+from .strategies import DTYPES, LAYOUTS, SEEDS, VALUES, bad_values, layouts, tensor, values, with_gradients
 
 norm, backward_of_norm = (
     importlib.import_module(f"sbldm_fast.kernels.group_norm_silu{part}") for part in ("", "_backward")
@@ -53,7 +42,7 @@ norm, backward_of_norm = (
     N=st.integers(0, 3),
     groups=st.integers(1, 6),
     per_group=st.integers(1, 6),
-    spatial=spatial,
+    spatial=strategies.lines | strategies.images | strategies.volumes,
     dtype=DTYPES,
     layout=layouts,
     value=values,
@@ -371,7 +360,7 @@ def test_losses(
 
 @pytest.mark.usefixtures("on_device")
 @given(
-    shape=st.tuples(st.integers(0, 4), st.integers(1, 3), axes[1] | axes[2]).map(lambda s: (*s[:2], *s[2])),
+    shape=strategies.latents,
     dtype=DTYPES,
     value=values,
     bad=bad_values,
