@@ -22,6 +22,7 @@ from .diffusion import (
 )
 from .models import AutoencoderKL, UNet2D, UNetConfig, VAEConfig, preset
 from .sampling import FastSampler, Pipeline
+from .volume_files import save_volume
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "UniPCMultistepScheduler",
     "VAEConfig",
     "preset",
+    "save_volume",
 ]

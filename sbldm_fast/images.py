@@ -13,6 +13,8 @@ from torch import Tensor
 
 from sbldm_fast.files import whole_file
 
+from .errors import MissingExtra
+
 NOTICE = "synthetic, not for diagnosis"
 
 
@@ -61,15 +63,38 @@ def save_grid(
     save_picture(sheet, Path(path), notice)
 
 
-def save_nifti(images: np.ndarray, path: str | Path) -> None:
-    """Write `[N, H, W]` float as a NIfTI stack in RAS, pixels of 1 mm, sample number along the third axis."""
-    import nibabel
+def save_nifti(
+    images: np.ndarray,
+    path: str | Path,
+    affine: np.ndarray | None = None,
+    said: str = f"{NOTICE}; unrelated slices, no volume",
+) -> None:
+    """Write `[N, H, W]` float as NIfTI, float32 `[x, y, z]` in RAS, compressed where the name ends in `.gz`.
+
+    Args:
+        images: row 0 anterior, column 0 the patient's left.
+        path: the file.
+        affine: 4 x 4, from voxels to mm; by default pixels of 1 mm, the number of an image along the third axis.
+        said: in the header's comment, and as far as 80 bytes go in `descrip`.
+
+    Raises:
+        ImportError: nibabel is missing (extra data).
+    """
+    try:
+        import nibabel
+    except ImportError:
+        raise MissingExtra("writing NIfTI", "nibabel", "data") from None
 
     # rows run from anterior to posterior in a picture, from posterior to anterior in RAS
-    stack = nibabel.Nifti1Image(images[:, ::-1].transpose(2, 1, 0).astype(np.float32), np.eye(4))
-    stack.header["descrip"] = f"{NOTICE}; unrelated slices, no volume".encode()
+    array = images[:, ::-1].transpose(2, 1, 0).astype(np.float32)
+    stack = nibabel.Nifti1Image(array, np.eye(4) if affine is None else affine)
+    stack.set_qform(stack.affine, "aligned")  # some programs read this form, some the other
+    stack.header.set_xyzt_units("mm")
+    stack.header["descrip"] = said.encode("ascii", "replace")[:80]
+    stack.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", said.encode()))
+    content = stack.to_bytes()
     with whole_file(path) as aside:
-        aside.write_bytes(gzip.compress(stack.to_bytes(), mtime=0))
+        aside.write_bytes(gzip.compress(content, mtime=0) if str(path).lower().endswith(".gz") else content)
 
 
 def save_picture(image: Image.Image, path: Path, notice: str = NOTICE) -> None:

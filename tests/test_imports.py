@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = ("sbldm_fast.errors", "sbldm_fast.machine", "sbldm_fast.files", "sbldm_fast.images", "sbldm_fast.config")
+GROUND = tuple(f"sbldm_fast.{name}" for name in ("errors", "machine", "files", "images", "volume_files", "config"))
 FLOORS = {"kernels": 0, "sbldm_fast": 1, "export": 2, "benchmarks": 3}
 # from the ground to the roof: each room imports from those before it
 ROOMS = (
