@@ -23,11 +23,12 @@ from .cli_evaluate import ablate, evaluate
 from .cli_export import export
 from .cli_options import Eta, Json, OutFolder, PipelineFolder, Seed, Solver, Steps, count, place, say
 from .cli_train import distill, prepare, train, train_volume
+from .cli_volume import Positions, Volume, check_options, sample_volumes
 from .errors import MissingExtra, UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
 
-Format = StrEnum("Format", ["png", "npy", "nifti"])
+Format = StrEnum("Format", ["png", "npy", "nifti", "dicom"])
 Dtype = StrEnum("Dtype", ["float32", "float16", "bfloat16"])
 
 
@@ -85,13 +86,16 @@ Interval = Annotated[
     typer.Option(metavar="LOW HIGH", help="Guide between these timesteps alone, which go from 0, no noise, up."),
 ]
 Extrapolate = Annotated[bool, typer.Option("--extrapolate", help="Take values outside the trained range.")]
+Mode = Annotated[
+    str, typer.Option(help="auto, eager, compile, step-graph, loop-graph, a torch.compile mode, or graph+mode.")
+]
 Count = Annotated[
     int | None,
     typer.Option(
         "-n",
         min=1,
         max=2**31 - 1,
-        help="How many (default: the table's rows; without one 16, and 100 in a population).",
+        help="How many (default: the table's rows; without one 16, 1 volume, and 100 in a population).",
     ),
 ]
 Table = Annotated[Path | None, typer.Option(help="CSV or TSV file: a column a covariate, a row an image.")]
@@ -103,21 +107,24 @@ def sample(
     context: typer.Context,
     pipeline: PipelineFolder,
     out: Annotated[
-        Path, typer.Option("-o", "--out", callback=place, help="Folder for the images; run again, it is completed.")
+        Path,
+        typer.Option(
+            "-o", "--out", callback=place, help="Folder for images, run again it is completed; a volume's file."
+        ),
     ],
     n: Count = None,
     seed: Seed = 0,
     steps: Steps = None,
     scheduler: Solver = None,
-    mode: Annotated[
-        str, typer.Option(help="auto, eager, compile, step-graph, loop-graph, a torch.compile mode, or graph+mode.")
-    ] = "auto",
+    mode: Mode = "auto",
     eta: Eta = 0.0,
     batch_size: Processed = 16,
     dtype: Annotated[Dtype | None, typer.Option(help="Arithmetic of the UNet (default: float32).")] = None,
     format: Annotated[
-        Format, typer.Option(help="A PNG each, one array, or one NIfTI stack of unrelated slices.")
-    ] = Format.png,
+        Format | None, typer.Option(help="png each, one npy array, or one nifti stack; of a volume nifti or dicom.")
+    ] = None,
+    volume: Volume = False,
+    positions: Positions = None,
     table: Table = None,
     guidance: Guidance = None,
     guidance_interval: Interval = None,
@@ -132,6 +139,8 @@ def sample(
 
     What a pipeline can be asked for, as --modality here, `sbldm-fast sample PIPELINE --help` lists.
 
+    A whole brain: sbldm-fast sample demo --volume --age 70 -o brain.nii.gz
+
     On several devices: torchrun --nproc-per-node=2 -m sbldm_fast sample demo -n 64 -o images
     """
     import torch
@@ -143,13 +152,17 @@ def sample(
         pipeline = "demo-student" if pipeline == "demo" else str(Path(pipeline) / "student")
         if pipeline not in BUNDLED and not Path(pipeline).is_dir():
             raise UserError(f"student: got none in {pipeline}, allowed is demo, or a folder with student/")
-    asked, n = ask(pipeline, context.args, table, n, 16, extrapolate=extrapolate)
+    check_options(context, volume, format and format.value)
+    asked, n = ask(pipeline, context.args, table, n, 1 if volume else 16, extrapolate=extrapolate)
     precision = None if dtype is None else getattr(torch, dtype.value)
-    settings = Settings(
-        seed, steps, scheduler and scheduler.value, mode, eta, precision, batch_size, format.value, asked
-    )
+    form = "png" if volume or format is None else format.value
+    settings = Settings(seed, steps, scheduler and scheduler.value, mode, eta, precision, batch_size, form, asked)
     settings = replace(settings, guidance_scale=guidance, guidance_interval=guidance_interval, extrapolate=extrapolate)
-    _run(pipeline, out, n, settings, as_json)
+    if volume:
+        _check_guidance(settings, True)
+        sample_volumes(pipeline, out, n, settings, "dicom" if format == Format.dicom else "nifti", positions, as_json)
+    else:
+        _run(pipeline, out, n, settings, as_json)
 
 
 def population(
@@ -178,17 +191,21 @@ def population(
     _run(pipeline, out, n, replace(settings, guidance_scale=guidance, extrapolate=extrapolate), as_json)
 
 
-def _run(pipeline: str, out: Path, n: int, settings: Any, as_json: bool) -> None:
-    """Make the missing images of a job, and say what came of it."""
-    from sbldm_fast.images import NOTICE
-    from sbldm_fast.sampling.job import sample_to_folder
-
-    if settings.guidance_scale is not None and not settings.asked:
+def _check_guidance(settings: Any, asked: bool) -> None:
+    if settings.guidance_scale is not None and not asked:
         raise typer.BadParameter(
             "got a value, allowed where the pipeline is asked for something", param_hint="--guidance"
         )
     if settings.guidance_interval is not None and settings.guidance_scale is None:
         raise typer.BadParameter("got a value, allowed with --guidance", param_hint="--guidance-interval")
+
+
+def _run(pipeline: str, out: Path, n: int, settings: Any, as_json: bool) -> None:
+    """Make the missing images of a job, and say what came of it."""
+    from sbldm_fast.images import NOTICE
+    from sbldm_fast.sampling.job import sample_to_folder
+
+    _check_guidance(settings, bool(settings.asked))
     start = time.monotonic()
     try:
         done = sample_to_folder(pipeline, out, n, settings, progress=not as_json)

@@ -151,10 +151,10 @@ def sample_to_folder(pipeline: str, out: Path, n: int, settings: Settings, *, pr
 def _record_of(pipe: Pipeline, settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
     """What the folder's record says of the images in it."""
     told = {"guidance": settings.guidance_scale, "guidance_interval": settings.guidance_interval}
-    cond = {k: v[0] if len({*v}) == 1 else _hash(v) for k, v in settings.asked.items()}
+    cond = {k: v[0] if len({*v}) == 1 else hash_values(v) for k, v in settings.asked.items()}
     return {
         **({"cond": cond, **{k: v for k, v in told.items() if v is not None}} if cond else {}),
-        "pipeline": _identity(pipe),
+        "pipeline": identify(pipe),
         "seed": settings.seed,
         "steps": settings.steps,
         "scheduler": settings.scheduler or pipe.scheduler_name,
@@ -166,7 +166,7 @@ def _record_of(pipe: Pipeline, settings: Settings, dtype: torch.dtype) -> dict[s
     }
 
 
-def _hash(values: Sequence[Any]) -> str:
+def hash_values(values: Sequence[Any]) -> str:
     """Stands for the values of all images in a record."""
     return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()[:16]
 
@@ -181,7 +181,8 @@ def _missing_for_all(out: Path, n: int, settings: Settings, world: int) -> list[
     return shared[0]
 
 
-def _identity(pipe: Pipeline) -> str:
+def identify(pipe: Pipeline) -> str:
+    """The digest of a pipeline's weights and configurations."""
     configs = [part.config.to_dict() for part in (pipe.vae, pipe.unet, pipe.scheduler)]
     return digest_weights(pipe.vae, pipe.unet, beside=json.dumps(configs, sort_keys=True).encode())
 
@@ -202,7 +203,7 @@ def _claim(out: Path, format: str, settings: dict[str, Any]) -> int:
         except BlockingIOError:  # others are at work: with these settings, or this run is refused
             fcntl.flock(lock, fcntl.LOCK_SH)
             if (out / RECORD).exists() and (there := read_json(out / RECORD)) != settings:
-                raise UserError(f"{out} is where images of {_unlike(there, settings)} are being made") from None
+                raise UserError(f"{out} is where images of {difference(there, settings)} are being made") from None
             return lock
         except OSError:  # a file system without locks
             pass
@@ -229,14 +230,14 @@ def _record(out: Path, format: str, settings: dict[str, Any]) -> None:
     images += [f"parts/{p.name}" for p in (out / "parts").glob("[0-9]" * 6 + ".npy")]
     if images and not ours:
         raise UserError(f"{out} holds {min(images)}, which no run of this command made; allowed is another folder")
-    if images and (unlike := _unlike(there, settings)):
-        raise UserError(f"{out} holds images of {unlike}; allowed is another folder")
+    if images and (other := difference(there, settings)):
+        raise UserError(f"{out} holds images of {other}; allowed is another folder")
     if stray := [name for name in images if name in WHOLE.values() and name != WHOLE[str(used)]]:
         raise UserError(f"{out} holds {stray[0]}, which no run of format {used} makes; allowed is another folder")
     write_json(out / RECORD, settings)
 
 
-def _unlike(there: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def difference(there: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The first setting in which two records differ, in words; nothing where they do not. What one says and the other
     does not is a difference, too."""
     for k in (*settings, *there):
