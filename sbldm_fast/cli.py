@@ -99,7 +99,9 @@ Count = Annotated[
     ),
 ]
 Table = Annotated[Path | None, typer.Option(help="CSV or TSV file: a column a covariate, a row an image.")]
-Processed = Annotated[int, typer.Option(min=1, help="Images at a time, at most.")]
+Processed = Annotated[
+    int, typer.Option(min=1, help="Images at a time, at most; of a volume slices, else all at a time.")
+]
 ASKING: dict[str, Any] = {"cls": Asking, "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
 
 
@@ -152,7 +154,7 @@ def sample(
         pipeline = "demo-student" if pipeline == "demo" else str(Path(pipeline) / "student")
         if pipeline not in BUNDLED and not Path(pipeline).is_dir():
             raise UserError(f"student: got none in {pipeline}, allowed is demo, or a folder with student/")
-    check_options(context, volume, format and format.value)
+    given = check_options(context, volume, format and format.value)
     asked, n = ask(pipeline, context.args, table, n, 1 if volume else 16, extrapolate=extrapolate)
     precision = None if dtype is None else getattr(torch, dtype.value)
     form = "png" if volume or format is None else format.value
@@ -160,7 +162,8 @@ def sample(
     settings = replace(settings, guidance_scale=guidance, guidance_interval=guidance_interval, extrapolate=extrapolate)
     if volume:
         _check_guidance(settings, True)
-        sample_volumes(pipeline, out, n, settings, "dicom" if format == Format.dicom else "nifti", positions, as_json)
+        form, window = "dicom" if format == Format.dicom else "nifti", batch_size if "batch_size" in given else None
+        sample_volumes(pipeline, out, n, settings, form, positions, window, as_json)
     else:
         _run(pipeline, out, n, settings, as_json)
 

@@ -24,15 +24,14 @@ Positions = Annotated[
     ),
 ]
 FORMS = {"nifti": ".nii.gz", "dicom": ""}  # and what the names of several end in
-DISTANCE = 2.0  # mm between slices
 MOST = 4096  # slices
 
 
-def check_options(context: typer.Context, volume: bool, format: str | None) -> None:
-    """Refuse by name what means nothing with, or without, --volume."""
+def check_options(context: typer.Context, volume: bool, format: str | None) -> set[str]:
+    """Refuse by name what means nothing with, or without, --volume; return which of some options were given."""
     told = [(name, context.get_parameter_source(name)) for name in ("eta", "batch_size", "positions")]
     given = {name for name, source in told if source is not None and source.name == "COMMANDLINE"}
-    for name in given & ({"eta", "batch_size"} if volume else {"positions"}):
+    for name in given & ({"eta"} if volume else {"positions"}):
         with_or = "without" if volume else "with"
         raise typer.BadParameter(f"got a value, allowed {with_or} --volume", param_hint=f"--{name.replace('_', '-')}")
     if format is not None and volume and format not in FORMS:
@@ -41,10 +40,11 @@ def check_options(context: typer.Context, volume: bool, format: str | None) -> N
         )
     if format == "dicom" and not volume:
         raise typer.BadParameter("got dicom, allowed with --volume", param_hint="--format")
+    return given
 
 
 def sample_volumes(
-    pipeline: str, out: Path, n: int, settings: Any, form: str, positions: str | None, as_json: bool
+    pipeline: str, out: Path, n: int, settings: Any, form: str, positions: str | None, window: int | None, as_json: bool
 ) -> None:
     """Make volumes 0 to n - 1, each of a seed of its own, and three views beside each; those that are there stay."""
     from .images import NOTICE
@@ -60,7 +60,7 @@ def sample_volumes(
     package = "pydicom" if form == "dicom" else "nibabel"
     if importlib.util.find_spec(package) is None:  # before it is made
         raise MissingExtra(f"format {form}", package, "data")
-    pipe: Any = Pipeline.from_pretrained(pipeline).to(default_device())
+    pipe = Pipeline.from_pretrained(pipeline).to(default_device())
     heights = _heights(pipe, positions)
     record = _record_of(pipe, settings, form, heights)
     missing = _missing(out, places, record)
@@ -80,6 +80,7 @@ def sample_volumes(
                 guidance_scale=settings.guidance_scale,
                 guidance_interval=settings.guidance_interval,
                 extrapolate=settings.extrapolate,
+                window=window,
                 progress=not as_json,
             )
             said = _describe(record, settings.seed + k, asked)
@@ -130,22 +131,26 @@ def _views(place: Path) -> Path:
 
 def _heights(pipe: Any, text: str | None) -> list[float]:
     """The heights that are asked for, or those that the model knows, from the bottom up."""
-    known = next((c for c in pipe.unet.config.covariates if c.name == "position"), None)
-    if known is None:
-        raise UserError("volume: got a pipeline that knows no position, allowed is one that was trained on it")
-    low, high, step = known.low, known.high, DISTANCE
-    if text is not None:
-        try:
-            low, high, step = map(float, text.split(":"))
-        except ValueError:
-            low = high = step = math.nan
+    from .sampling.volume import POSITION, find_positions
+
+    covariates = pipe.unet.config.covariates
+    if text is None:
+        if POSITION not in [c.name for c in covariates]:
+            raise typer.BadParameter(
+                "got none, allowed for a pipeline that knows no position is LOW:HIGH:STEP", param_hint="--positions"
+            )
+        return find_positions(covariates, None, None)
+    try:
+        low, high, step = map(float, text.split(":"))
+    except ValueError:
+        low = high = step = math.nan
     steps = (high - low) / step if step > 0 else math.nan
     if not 1 <= steps + 1e-6 < MOST:
         raise typer.BadParameter(
             f"got {text}, allowed is LOW:HIGH:STEP in mm, such as -50:72:2, of 2 to {MOST} slices",
             param_hint="--positions",
         )
-    return [low + step * k for k in range(math.floor(steps + 1e-6) + 1)]
+    return find_positions(covariates, None, [low + step * k for k in range(math.floor(steps + 1e-6) + 1)])
 
 
 def _record_of(pipe: Any, settings: Any, form: str, heights: list[float]) -> dict[str, Any]:

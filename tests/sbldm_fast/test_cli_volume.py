@@ -38,12 +38,25 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
         generator = torch.Generator().manual_seed(how["seed"])
         return torch.rand(len(how["positions"]), 1, 16, 16, generator=generator)
 
-    monkeypatch.setattr(Pipeline, "sample_volume", sample_volume, raising=False)
+    monkeypatch.setattr(Pipeline, "sample_volume", sample_volume)
     return made
 
 
 def test_a_volume_is_a_file_with_its_request_in_it_and_a_picture(run: Any, calls: list[dict[str, Any]]) -> None:
-    words = ("--age", "70", "--modality", "T2", "--seed", "3", "--guidance", "2", "--positions", "-8:8.5:4")
+    words = (
+        "--age",
+        "70",
+        "--modality",
+        "T2",
+        "--seed",
+        "3",
+        "--guidance",
+        "2",
+        "--positions",
+        "-8:8.5:4",
+        "--batch-size",
+        "3",
+    )
     code, out, err = run("sample", "brain", "--volume", "-o", "b.nii.gz", *words, "--scheduler", "unipc", *QUICK)
     assert code == 0, err
     done = json.loads(out)
@@ -51,7 +64,7 @@ def test_a_volume_is_a_file_with_its_request_in_it_and_a_picture(run: Any, calls
     (asked,) = calls
     assert asked["positions"] == [-8, -4, 0, 4, 8]
     assert (asked["seed"], asked["steps"], asked["scheduler"], asked["guidance_scale"]) == (3, 2, "unipc", 2.0)
-    assert asked["cond"] == {"age": 70.0, "modality": "T2"}
+    assert (asked["cond"], asked["window"]) == ({"age": 70.0, "modality": "T2"}, 3)
     found = nib.load("b.nii.gz")
     spacing = 220 / 16
     np.testing.assert_allclose(found.header.get_zooms(), (spacing, spacing, 4))
@@ -71,7 +84,7 @@ def test_without_positions_it_is_what_the_model_knows(run: Any, calls: list[dict
     code, out, err = run("sample", "brain", "--volume", "-o", "b.nii", "--steps", "2")
     assert code == 0, err
     assert calls[0]["positions"] == [-10 + 2 * k for k in range(11)]
-    assert calls[0]["cond"] == {}
+    assert (calls[0]["cond"], calls[0]["window"]) == ({}, None)
     assert "1 volume of 11 slices in " in out
     assert f"b.nii, views b.png; {NOTICE}" in out
 
@@ -145,12 +158,15 @@ def test_what_is_there_is_not_written_over(run: Any, calls: list[dict[str, Any]]
         (("brain", "--volume", "-o", "x.nii.gz", "--format", "dicom"), 2, "allowed is a folder for a series"),
         (("brain", "--volume", "-o", "x.nii", "--format", "png"), 2, "got png, allowed with --volume are nifti and"),
         (("brain", "--volume", "-o", "x.nii", "--eta", "1"), 2, "--eta: got a value, allowed without --volume"),
-        (("brain", "--volume", "-o", "x.nii", "--batch-size", "8"), 2, "--batch-size: got a value, allowed without"),
         (("brain", "--volume", "-o", "x.nii", "--position", "3"), 2, "--position: got a value, allowed with --volume"),
         (("brain", "--volume", "-o", "x.nii", "--guidance-interval", "0", "9"), 2, "allowed with --guidance"),
         (("brain", "-o", "x", "--positions", "0:4:2"), 2, "--positions: got a value, allowed with --volume"),
         (("brain", "-o", "x", "--format", "dicom"), 2, "got dicom, allowed with --volume"),
-        (("plain", "--volume", "-o", "x.nii"), 1, "volume: got a pipeline that knows no position"),
+        (
+            ("plain", "--volume", "-o", "x.nii"),
+            2,
+            "--positions: got none, allowed for a pipeline that knows no position",
+        ),
         *(
             (("brain", "--volume", "-o", "x.nii", "--positions", text), 2, f"got {text}, allowed is LOW:HIGH:STEP in")
             for text in ("1", "0:4", "4:0:2", "0:4:0", "4:0:-2", "0:1:2", "0:nan:1", "a:b:c", "0:inf:1", "0:4097:1")
