@@ -93,16 +93,17 @@ def sample_volumes(
     seconds = round(time.monotonic() - start, 2)
     done = {"out": str(out), "n": n, "made": len(missing), "kept": n - len(missing), "slices": len(heights)}
     done |= {"spacing_mm": [spacing, spacing, heights[1] - heights[0]], "seconds": seconds, "notice": NOTICE}
-    text = f"{count(len(missing), 'volume')} of {len(heights)} slices in {seconds:.1f} s, {done['kept']} were there"
+    kept = f", {done['kept']} were there" if n > 1 else ""
+    text = f"{count(len(missing), 'volume')} of {len(heights)} slices in {seconds:.1f} s{kept}"
     print(json.dumps(done) if as_json else f"{text}: {out}, views {_views(places[0])}; {NOTICE}")
 
 
 def pixel_spacing(pipe: Any) -> float:
-    """mm of a pixel: the model's own, or what prepare makes of 220 mm."""
-    from .data.volumes import FIELD_OF_VIEW
+    """mm of a pixel: the model's own, or of one that does not say it what prepare shows, 220 mm."""
+    from .data.frame import FIELD_OF_VIEW
 
     config = pipe.vae.config
-    return float(getattr(config, "spacing", 0.0) or FIELD_OF_VIEW / config.sample_size)
+    return float(config.spacing or FIELD_OF_VIEW / min(config.size))
 
 
 def _places(out: Path, n: int, form: str) -> list[Path]:

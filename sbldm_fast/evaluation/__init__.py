@@ -1,5 +1,6 @@
 """How good samples are, and whether they are copies."""
 
+from .coherence import gradients, neighbour_ssim, spectrum_along
 from .distribution import Features, compare, frechet_distance, kid, precision_recall
 from .features import extract
 from .material import Settings
@@ -28,13 +29,16 @@ __all__ = [
     "fft_sharpness",
     "four_g_r_ssim",
     "frechet_distance",
+    "gradients",
     "kid",
     "laplacian_variance",
     "ms_ssim",
     "nearest",
+    "neighbour_ssim",
     "nrmse",
     "precision_recall",
     "psnr",
     "radial_spectrum",
+    "spectrum_along",
     "ssim",
 ]

@@ -22,7 +22,9 @@ from sbldm_fast.images import NOTICE
 from ..errors import MissingExtra
 
 P = ParamSpec("P")
+BESIDE = "real slices and what a network made of them; not for diagnosis"
 INKS = {"real": "#1c2430", "samples": "#0b7a75", "reconstructions": "#c2410c", "training": "#6b7484"}
+INKS |= {"reconstructed": "#c2410c", "together": "#0b7a75", "independent": "#6b7484"}
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -174,6 +176,35 @@ def draw_spectra(spectra: Mapping[str, Tensor], bands: Mapping[str, tuple[int, i
         ax.axvline(stop, color="#d9dde3", lw=0.8)
         ax.text(max(1, start) * 1.05, ax.get_ylim()[0] * 1.5, name, fontsize=7, color="#6b7484")
     ax.set(xlabel="cycles a side", ylabel="|FFT|² / pixels")
+    ax.legend()
+    return figure
+
+
+@_styled
+def draw_reformats(volumes: Mapping[str, Tensor], tall: float) -> Any:
+    """A coronal and a sagittal plane through the middle of each volume `[D, 1, H, W]`, whose slices are `tall` pixels
+    apart."""
+    figure, axes = _figure(2, len(volumes), 2.1 * len(volumes), 3.6)
+    for (upper, lower), (name, volume) in zip(axes.T, volumes.items(), strict=True):
+        up = volume[:, 0].flip(0)
+        _picture(upper, up[:, up.shape[1] // 2], name, aspect=tall)
+        _picture(lower, up[:, :, up.shape[2] // 2], aspect=tall)
+    for ax, name in zip(axes[:, 0], ("coronal", "sagittal, front left"), strict=True):
+        _name_row(ax, name)
+    return figure
+
+
+@_styled
+def draw_axis_spectra(spectra: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> Any:
+    """Power along z of each volume of each set, at its frequencies, and the mean of the set."""
+    figure, axes = _figure(1, 1, 7, 3.6)
+    ax = axes[0, 0]
+    for name, volumes in spectra.items():
+        least = min((f for f, _ in volumes), key=len).numpy()
+        each = np.stack([np.interp(least, f.numpy(), power.numpy()) for f, power in volumes])
+        ax.semilogy(least[1:], np.nanmean(each, 0)[1:], color=INKS[name], label=name)
+        ax.semilogy(least[1:], each[:, 1:].T, color=INKS[name], lw=0.4, alpha=0.3)
+    ax.set(xlabel="cycles a mm along z", ylabel="power, mm")
     ax.legend()
     return figure
 

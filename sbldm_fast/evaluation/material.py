@@ -50,6 +50,7 @@ class Material:
             raise UserError(f"n: got {settings.n}, allowed is {LEAST} or more: fewer have no distribution")
         self.pipeline, self.data, self.out, self.settings = pipeline, Path(data), out, settings
         self.train = Slices(data, "train")
+        self.held: list[Slices] = []  # the splits that no training has seen
         self.unseen_rows, self.unseen = self._draw_unseen()
         if len(self.train) < settings.n:
             raise UserError(f"n: got {settings.n}, allowed are as many as training slices in {data}, {len(self.train)}")
@@ -67,6 +68,7 @@ class Material:
                     raise
                 continue
             rows += held.rows
+            self.held.append(held)
             found.append((held, len(rows) - len(held)))
         if not found:
             raise UserError(f"{self.data} has neither validation nor test slices: nothing to compare with")
@@ -121,7 +123,7 @@ class Material:
         left, found = dict.fromkeys(order), []
         for wanted in self.unseen_rows:
             alike = [i for i in left if self.train.rows[i].get("modality") == wanted.get("modality")] or list(left)
-            found.append(min(alike, key=lambda i: abs(_height(self.train.rows[i]) - _height(wanted))))
+            found.append(min(alike, key=lambda i: abs(height_of(self.train.rows[i]) - height_of(wanted))))
             del left[found[-1]]
         return torch.tensor(found)
 
@@ -158,7 +160,7 @@ class Material:
         return f"{what}; seed {self.settings.seed}"
 
 
-def _height(row: dict[str, Any]) -> float:
+def height_of(row: dict[str, Any]) -> float:
     """Of a slice in mm; 0 where it is unknown."""
     found = row.get("covariates", {}).get("position", 0.0)
     return float(found) if isinstance(found, (int, float)) else 0.0

@@ -51,7 +51,7 @@ def _check_pair(images: Tensor, originals: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _skimage(name: str) -> Any:
+def skimage_metrics(name: str) -> Any:
     try:
         import skimage.metrics
     except ImportError:
@@ -72,14 +72,14 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     By scikit-image. Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861.
     """
     how: dict[str, Any] = {"data_range": RANGE, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    of = _skimage("ssim").structural_similarity
+    of = skimage_metrics("ssim").structural_similarity
     return _of_each(lambda x, y: of(x, y, **how), images, originals)
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
     """Peak signal-to-noise ratio, dB, larger is nearer: `10 log10(2^2 / mean (x - y)^2)`; infinity where equal. By
     scikit-image."""
-    of = _skimage("psnr").peak_signal_noise_ratio
+    of = skimage_metrics("psnr").peak_signal_noise_ratio
     with np.errstate(divide="ignore"):
         return _of_each(lambda x, y: of(x, y, data_range=RANGE), images, originals)
 
@@ -94,7 +94,7 @@ def nrmse(images: Tensor, originals: Tensor) -> Tensor:
     flat = (originals.flatten(1).amax(1) == originals.flatten(1).amin(1)).nonzero().flatten().tolist()
     if flat:
         raise UserError(f"originals: image {flat[0]} has one value, allowed is a range to divide by")
-    of = _skimage("nrmse").normalized_root_mse
+    of = skimage_metrics("nrmse").normalized_root_mse
     return _of_each(lambda x, y: of(x, y, normalization="min-max"), images, originals)
 
 

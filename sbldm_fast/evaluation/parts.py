@@ -17,8 +17,10 @@ from sbldm_fast.kernels.spectral_mse import spectral_mse_reference
 from sbldm_fast.sampling.noise import draw
 
 from . import figures, metrics
+from .coherence import coherence
 from .distribution import compare
 from .features import extract
+from .figures import BESIDE
 from .material import Material, Part, read_stages
 from .memorisation import memorisation
 from .metrics import mean_and_std
@@ -27,7 +29,6 @@ SHOWN = 10  # images beside one another
 TIMES = (1000, 800, 600, 400, 200, 100, 50, 0)  # 001's figure 4
 MEMORISED = 64  # samples whose neighbours are looked for
 FOLLOWED, PREDICTED = 32, 64  # samples whose way is followed, latents that predictions are made of
-BESIDE = "real slices and what a network made of them; not for diagnosis"
 THRESHOLD = 0.05  # 001's, of adaptive stopping
 PAIRED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ssim": metrics.ssim,
@@ -299,6 +300,7 @@ PARTS: dict[str, Part] = {
     "distribution": distribution,
     "sharpness": sharpness,
     "memorisation": neighbours,
+    "coherence": coherence,
     "findings": findings,
 }
 TITLES = {
@@ -312,5 +314,6 @@ TITLES = {
     "distribution": "Distance to unseen slices",
     "sharpness": "Sharpness (002)",
     "memorisation": "Nearest training slices",
+    "coherence": "Coherence of volumes",
     "findings": "What the documents say and what is measured",
 }
