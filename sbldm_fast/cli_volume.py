@@ -47,8 +47,10 @@ def sample_volumes(
     pipeline: str, out: Path, n: int, settings: Any, form: str, positions: str | None, window: int | None, as_json: bool
 ) -> None:
     """Make volumes 0 to n - 1, each of a seed of its own, and three views beside each; those that are there stay."""
+    from .files import write_json
     from .images import NOTICE
     from .machine import default_device, torchrun_number
+    from .sampling.job import RECORD
     from .sampling.pipeline import Pipeline
     from .volume_files import save_volume
 
@@ -62,7 +64,8 @@ def sample_volumes(
         raise MissingExtra(f"format {form}", package, "data")
     pipe = Pipeline.from_pretrained(pipeline).to(default_device())
     heights = _heights(pipe, positions)
-    record = _record_of(pipe, settings, form, heights)
+    sampler = pipe.sampler(settings.steps, settings.mode, scheduler=settings.scheduler, dtype=settings.dtype)
+    record = _record_of(pipe, settings, form, heights) | {"dtype": str(sampler.dtype)[6:], "window": window}
     missing = _missing(out, places, record)
     spacing = pixel_spacing(pipe)
     start = time.monotonic()
@@ -83,16 +86,19 @@ def sample_volumes(
                 window=window,
                 progress=not as_json,
             )
+            if n > 1:  # what is refused before leaves no folder
+                write_json(out / RECORD, record)
             said = _describe(record, settings.seed + k, asked)
             for path in (_views(places[k]), places[k]):  # the volume last: where it is, all of it is
                 save_volume(volume, path, positions=heights, spacing=spacing, description=said)
-            _keep_record(out, n, record)
     except KeyboardInterrupt:
         say(f"sbldm-fast: interrupted; what is finished stays in {out}, the same command makes the rest")
         raise typer.Exit(130) from None
     seconds = round(time.monotonic() - start, 2)
     done = {"out": str(out), "n": n, "made": len(missing), "kept": n - len(missing), "slices": len(heights)}
-    done |= {"spacing_mm": [spacing, spacing, heights[1] - heights[0]], "seconds": seconds, "notice": NOTICE}
+    done |= {"spacing_mm": [spacing, spacing, heights[1] - heights[0]], "seconds": seconds}
+    done |= {"mode": sampler.mode, "reason": sampler.reason, "notice": NOTICE}
+    say(f"mode {sampler.mode}: {sampler.reason}")
     kept = f", {done['kept']} were there" if n > 1 else ""
     text = f"{count(len(missing), 'volume')} of {len(heights)} slices in {seconds:.1f} s{kept}"
     print(json.dumps(done) if as_json else f"{text}: {out}, views {_views(places[0])}; {NOTICE}")
@@ -168,7 +174,6 @@ def _record_of(pipe: Any, settings: Any, form: str, heights: list[float]) -> dic
         "seed": settings.seed,
         "steps": settings.steps or pipe.default_steps(settings.scheduler),
         "scheduler": settings.scheduler or pipe.scheduler_name,
-        "dtype": str(settings.dtype or next(pipe.unet.parameters()).dtype)[6:],
         "format": form,
         "notice": NOTICE,
     }
@@ -202,11 +207,3 @@ def _missing(out: Path, places: list[Path], record: dict[str, Any]) -> list[int]
     elif out.exists() and (found := sorted(p.name for p in out.glob("*"))):
         raise UserError(f"{out} holds {found[0]}, which no run of this command made; allowed is another folder")
     return [k for k, place in enumerate(places) if not place.exists()]
-
-
-def _keep_record(out: Path, n: int, record: dict[str, Any]) -> None:
-    from .files import write_json
-    from .sampling.job import RECORD
-
-    if n > 1:
-        write_json(out / RECORD, record)

@@ -24,12 +24,20 @@ POSITION = Covariate("position", low=-10.0, high=10.0, unit="mm")
 QUICK = ("--steps", "2", "--json")
 
 
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pipelines `brain`, which knows position, and `plain`."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    small_pipeline(replace(ASKED, covariates=(AGE, MODALITY, POSITION))).save(folder / "brain")
+    small_pipeline(UNET).save(folder / "plain")
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """The folder that commands run in has the pipelines `brain`, which knows position, and `plain`; what volumes were
-    asked for."""
-    small_pipeline(replace(ASKED, covariates=(AGE, MODALITY, POSITION))).save(tmp_path / "brain")
-    small_pipeline(UNET).save(tmp_path / "plain")
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pipelines: Path) -> list[dict[str, Any]]:
+    """The folder that commands run in has the two pipelines; what volumes were asked for."""
+    for name in ("brain", "plain"):
+        (tmp_path / name).symlink_to(pipelines / name)
     monkeypatch.chdir(tmp_path)
     made: list[dict[str, Any]] = []
 
@@ -61,6 +69,7 @@ def test_a_volume_is_a_file_with_its_request_in_it_and_a_picture(run: Any, calls
     assert code == 0, err
     done = json.loads(out)
     assert (done["n"], done["made"], done["kept"], done["slices"], done["notice"]) == (1, 1, 0, 5, NOTICE)
+    assert (done["mode"], f"mode eager: {done['reason']}" in err) == ("eager", True)
     (asked,) = calls
     assert asked["positions"] == [-8, -4, 0, 4, 8]
     assert (asked["seed"], asked["steps"], asked["scheduler"], asked["guidance_scale"]) == (3, 2, "unipc", 2.0)
@@ -137,8 +146,8 @@ def test_a_dicom_series(run: Any) -> None:
 
 
 def test_the_student_makes_volumes(run: Any, calls: list[dict[str, Any]]) -> None:
-    small_pipeline(replace(ASKED, covariates=(POSITION,))).save("brain/student")
-    assert run("sample", "brain", "--student", "--volume", "-o", "b.nii.gz", *QUICK)[0] == 0
+    small_pipeline(replace(ASKED, covariates=(POSITION,))).save("own/student")
+    assert run("sample", "own", "--student", "--volume", "-o", "b.nii.gz", *QUICK)[0] == 0
     assert len(calls) == 1
 
 
