@@ -86,6 +86,10 @@ Interval = Annotated[
     typer.Option(metavar="LOW HIGH", help="Guide between these timesteps alone, which go from 0, no noise, up."),
 ]
 Extrapolate = Annotated[bool, typer.Option("--extrapolate", help="Take values outside the trained range.")]
+Images = Annotated[
+    Path,
+    typer.Option("-o", "--out", callback=place, help="Folder for images, run again it is completed; a volume's file."),
+]
 Mode = Annotated[
     str, typer.Option(help="auto, eager, compile, step-graph, loop-graph, a torch.compile mode, or graph+mode.")
 ]
@@ -108,12 +112,7 @@ ASKING: dict[str, Any] = {"cls": Asking, "context_settings": {"allow_extra_args"
 def sample(
     context: typer.Context,
     pipeline: PipelineFolder,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "-o", "--out", callback=place, help="Folder for images, run again it is completed; a volume's file."
-        ),
-    ],
+    out: Images,
     n: Count = None,
     seed: Seed = 0,
     steps: Steps = None,
