@@ -30,8 +30,6 @@ def mix_slices_reference(
 ) -> Tensor:
     """The specification of `mix_slices`: in float32, of an h that is rounded to the dtype of x."""
     h = _add_up(x, conv_bias, residual)
-    if len(h) == 0:
-        return h
     below, own, above = weight.float()[..., None, None].unbind(1)
     meet = _meet(volumes)
     f = h.float()
@@ -95,18 +93,20 @@ torch.library.define(
 
 
 @torch.library.register_fake("sbldm_fast::mix_slices")
-def _fake(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x)
+def _allocate(x: Tensor, *_: object) -> Tensor:
+    # channels_last where x is, else contiguous, whatever its strides
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _launch(x: Tensor, weight: Tensor, volumes: Tensor, conv_bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    y = _allocate(x)
+    if x.numel() == 0:
+        return y
+    last = not y.is_contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
     x = x.contiguous(memory_format=layout)
     residual = None if residual is None else residual.contiguous(memory_format=layout)
-    y = torch.empty_like(x)
-    if x.numel() == 0:
-        return y
     N, C, H, W = x.shape
     block = BLOCK_BYTES // x.element_size()
     stride = 0 if len(weight) == 1 else weight.stride(0)
@@ -143,7 +143,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         terms[:, 1] = (h * d).sum((2, 3))
         terms[:-1, 2] = (torch.where(meet, h[1:], 0.0) * d[:-1]).sum((2, 3))
         dweight = (terms.sum(0, keepdim=True) if len(weight) == 1 else terms).to(weight.dtype)
-    dbias = None if conv_bias is None else dx.sum((0, 2, 3), dtype=torch.float32).to(conv_bias.dtype)
+    dbias = None
+    if conv_bias is not None and ctx.needs_input_grad[3]:
+        dbias = dx.sum((0, 2, 3), dtype=torch.float32).to(conv_bias.dtype)
     return dx, dweight, None, dbias, None if residual is None else dx
 
 
@@ -176,7 +178,7 @@ def mix_slices(
     check_shape("weight", weight, ((N, TAPS, C), (1, TAPS, C)), x)
     check_shape("volumes", volumes, ((N,),), x, (torch.int32,))
     check_contiguous(volumes=volumes)
-    if weight.stride()[1:] != (C, 1) and weight.numel():
+    if not weight[:1].is_contiguous():
         raise UserError(f"weight: got strides {weight.stride()}, allowed is [3, C] side by side: call .contiguous()")
     if conv_bias is not None:
         check_shape("conv_bias", conv_bias, ((C,),), x)
