@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_map_only
 
 from sbldm_fast import UNet2D, preset
 from sbldm_fast.models import AutoencoderKL
-from sbldm_fast.models.layers import Attention
 from sbldm_fast.models.presets import PRESETS, Preset
+from sbldm_fast.models.slices import MIXING, SLICE
 from sbldm_fast.sampling.loop import Buffers, make_step
 from sbldm_fast.sampling.model import merge_biases, predictor, replace_upsampling
 
@@ -89,42 +89,59 @@ class Autocast(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Fused(TorchFunctionMode):
+    """Attention as CUDA has it in half precision: the flash operator, or with a mask the memory-efficient one. Its
+    result lies heads side by side, so that the projection behind it is one launch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        mask = (kwargs or {}).get("attn_mask")
+        if mask is None:
+            out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+        else:
+            mask = mask.expand(*args[0].shape[:-1], args[1].shape[-2])
+            out = torch.ops.aten._scaled_dot_product_efficient_attention(*args, mask, False)[0]
+        return torch.empty_like(out.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
 def record_step(
-    batch: int = 1, dtype: torch.dtype = torch.float16, counter_rows: bool = False, preset_name: str = "paper"
+    batch: int = 1,
+    dtype: torch.dtype = torch.float16,
+    counter_rows: bool = False,
+    preset_name: str = "paper",
+    volume: bool = False,
 ) -> tuple[list[Call], list[Call]]:
-    """One DDIM step of `FastSampler` with our kernels, and decoding; `counter_rows`: as `step-graph` reads its row."""
+    """One DDIM step of `FastSampler` with our kernels, and decoding; `counter_rows`: as `step-graph` reads its row;
+    `volume`: the batch is the slices of one."""
     p = preset(preset_name)
     unet = merge_biases(replace_upsampling(UNet2D(p.unet))).eval().to("meta", dtype)
     unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stub has not
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            module.attend = _attend
     vae = AutoencoderKL(p.vae).eval().to("meta")
     with torch.no_grad():
         x = torch.empty(batch, *p.unet.shape, device="meta")
-        rows = torch.empty(50, unet.row_offsets.numel(), dtype=dtype, device="meta")
+        rows = unet.time_rows(torch.zeros(50, device="meta"))
         table = torch.empty(50, 6, device="meta")
         buffers = Buffers(torch.zeros(2, dtype=torch.int32, device="meta"), None, None, None, None, None, None, None)
         step = make_step(predictor(unet), dtype, torch.channels_last, None, None, 0.0)
         asked = {c.name: torch.zeros(batch, device="meta") for c in p.unet.covariates}
-        cond = {k: v.to(dtype) for k, v in unet.condition(asked).items()}  # before the loop
+        asked |= {SLICE: torch.arange(batch, device="meta")} if volume else {}
+        made = unet.condition(asked)  # before the loop
+        cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in made.items()}
 
         def one_step() -> Tensor:
             row = rows.index_select(0, buffers.counter[:1]) if counter_rows else rows[:1]
-            return step(x, row, None, table, buffers, cond)
+            with Fused():
+                return step(x, row, None, table, buffers, cond)
 
         return record(one_step), record(lambda: vae.decode(x / 1.0))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention whose result lies as CUDA's does, heads side by side, so that the projection behind it is one launch:
-    the flash operator, which PyTorch takes there in half precision."""
-    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
-    return torch.empty_like(out.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-
-
-def _run_models(p: Preset, batch: int, layout: torch.memory_format, mixed: bool, training: bool) -> None:
-    """UNet and autoencoder forward, in float16 or in mixed precision, and with `training` backward."""
+def _run_models(
+    p: Preset, batch: int, layout: torch.memory_format, mixed: bool, training: bool, volume: bool = False
+) -> None:
+    """UNet and autoencoder forward, in float16 or in mixed precision, and with `training` backward; `volume`: the batch
+    is the slices of one, and what mixes them trains alone."""
     dtype = torch.float32 if mixed else torch.float16
 
     def ready(model: nn.Module) -> Any:
@@ -135,7 +152,10 @@ def _run_models(p: Preset, batch: int, layout: torch.memory_format, mixed: bool,
 
     with torch.device("meta"), torch.set_grad_enabled(training), Autocast() if mixed else nullcontext():
         unet, vae = ready(UNet2D(p.unet)), ready(AutoencoderKL(p.vae))
-        noise = unet(new(*p.unet.shape), torch.zeros(batch, dtype=torch.int64))
+        for name, parameter in unet.named_parameters() if volume else ():
+            parameter.requires_grad_(bool(MIXING.search(name)))
+        slices = torch.arange(batch) if volume else None
+        noise = unet(new(*p.unet.shape), torch.zeros(batch, dtype=torch.int64), None, slices)
         image = vae.decode(vae.encode(new(p.vae.in_channels, *p.vae.size)).mean)
     if training:
         (noise.float().square().mean() + image.float().square().mean()).backward()
@@ -213,8 +233,10 @@ def record_presets() -> Iterator[Call]:
     for name, p in PRESETS.items():
         modes = ((False, False), (True, False), (True, True))  # sampling, validation and training
         for batch, layout, (mixed, training) in product((1, 2), LAYOUTS, modes):
-            yield from record(partial(_run_models, p, batch, layout, mixed, training))
+            for volume in (False, True)[: 1 + (batch > 1 and p.unet.slice_mixing)]:
+                yield from record(partial(_run_models, p, batch, layout, mixed, training, volume))
         yield from record_step(2, preset_name=name)[0]
+        yield from record_step(2, preset_name=name, volume=True)[0] if p.unet.slice_mixing else ()
         for batch in (1, 2, 16):
             yield from record(partial(_run_losses, p, batch))
             with torch.no_grad():

@@ -63,7 +63,7 @@ def _load(x, conv_bias, residual, at, c, mask):
     return v.to(h.dtype).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # else a volume of 160 slices would not run what one of 161 has compiled
 def _mix_slices_kernel(
     x, conv_bias, residual, weight, volumes, y, weight_stride, N, C, HW, numel, LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
