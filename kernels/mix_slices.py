@@ -100,7 +100,7 @@ def _allocate(x: Tensor, *_: object) -> Tensor:
 
 
 def _launch(x: Tensor, weight: Tensor, volumes: Tensor, conv_bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    y = _allocate(x)
+    y: Tensor = _allocate(x)
     if x.numel() == 0:
         return y
     last = not y.is_contiguous()
