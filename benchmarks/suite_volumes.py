@@ -4,6 +4,10 @@
 arXiv:2209.07162) by its published configuration, with random weights: a latent of 3 x 20 x 28 x 20 for 160 x 224 x 160
 voxels of 1 mm, four numbers beside it as planes and as a token of cross-attention, DDIM. MONAI's loop is its
 `DiffusionInferer`, in half precision under autocast, as its tutorials have it.
+
+`demo-80` and `brain-160` are volumes as `sample_volume` makes them, one batch whose rows are mixed along z: 80
+slices of 128 x 128 by preset `demo`, and 160 of 160 x 224 by preset `brain`, as many voxels as `monai-brain` makes,
+both with random weights. Decoding has a row of its own: by few steps it is a large part.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -20,9 +25,11 @@ from sbldm_fast.kernels import philox_normal
 from sbldm_fast.kernels._backend import obstacle
 from torch import Tensor, nn
 
-from sbldm_fast import FastSampler
+from sbldm_fast import AutoencoderKL, FastSampler, Pipeline, UNet2D, preset
 from sbldm_fast.errors import UserError
 from sbldm_fast.machine import default_device, native_half
+from sbldm_fast.models.presets import COVARIATES
+from sbldm_fast.sampling.field import draw_field
 from sbldm_fast.sampling.loop import compilation
 
 from .harness import Absent, Case, Timing, interrupted, measure
@@ -163,7 +170,58 @@ def brain_of_monai(asked: Asked) -> Problem:
     return Problem(tuple(made.noise.shape), cases, MONAI, parameters)
 
 
-PROBLEMS: dict[str, Callable[[Asked], Problem]] = {"monai-brain": brain_of_monai}
+def slices_of(name: str, count: int, asked: Asked) -> Problem:
+    """A volume of slices by the network of a preset, random weights: in one batch mixed along z, the same slices each
+    for itself, and decoding."""
+    p, device = preset(name), asked.device
+    torch.manual_seed(0)
+    unet = UNet2D(replace(p.unet, slice_mixing=True, covariates=COVARIATES))
+    for parameter in unet.parameters():
+        if not parameter.any():  # what begins with zeros would predict zero, or mix nothing
+            nn.init.normal_(parameter, std=0.02)
+    pipe = Pipeline(AutoencoderKL(p.vae).eval(), unet.eval(), p.scheduler).to(device)
+    heights = [2.0 * (i - count / 2) for i in range(4 if asked.small else count)]
+    noise = draw_field(heights, 0, pipe.latent_shape, device)
+    told = {"age": 60.0, "modality": "T1", "position": [max(-75.0, min(75.0, z)) for z in heights]}
+    mixed = told | {"slice": range(len(heights))}
+    family, cases = "sbldm_fast", dict[str, Case]()
+
+    def run(mode: str, dtype: torch.dtype, cond: dict[str, Any]) -> Output:
+        sampler = FastSampler(
+            pipe.unet, pipe.scheduler, shape=pipe.latent_shape, steps=asked.steps, mode=mode, dtype=dtype
+        )
+        return lambda: sampler(noise=noise, cond=cond)
+
+    def decode() -> Output:
+        vae = pipe.vae
+
+        @torch.no_grad()
+        def call() -> Tensor:
+            return vae.decode(noise)
+
+        return call
+
+    base = "slices mixed eager"
+    modes = ["eager", *["compile"] * asked.compiled] if device.type == "cpu" else ["eager", "loop-graph"]
+    for dtype, mode in product(asked.dtypes, modes):
+        about = {"family": family, "decodes": False, "prepares": mode != "eager"}
+        plain = f"{base}{half_suffix(dtype)}"
+        cases[f"slices mixed {mode}{half_suffix(dtype)}"] = Case(
+            partial(run, mode, dtype, mixed), base, TOLERANCE, plain, dtype=str(dtype)[6:], about=about
+        )
+        cases[f"slices each for itself {mode}{half_suffix(dtype)}"] = Case(
+            partial(run, mode, dtype, told), None, TOLERANCE, dtype=str(dtype)[6:], about=about
+        )
+    cases["decoding"] = Case(decode, None, TOLERANCE, about={"family": family, "decodes": True, "prepares": False})
+    parameters = {"UNet2D": sum(p.numel() for p in unet.parameters())}
+    return Problem(tuple(noise.shape), cases, base, parameters)
+
+
+PROBLEMS: dict[str, Callable[[Asked], Problem]] = {
+    "monai-brain": brain_of_monai,
+    "demo-80": partial(slices_of, "demo", 80),
+    "brain-160": partial(slices_of, "brain", 160),
+}
 
 
 def bench_volumes(
@@ -199,8 +257,8 @@ def bench_volumes(
         torch.compiler.reset()
         say(f"{name}: {count} steps")
         problem = PROBLEMS[name](Asked(count, device, precisions, compiled, small))
-        shape, preset = list(problem.shape), f"{name}{'-small' * small}"
-        common = head("volumes", preset=preset, steps=count, batch=shape[0], shape=shape, device=str(device))
+        shape, called = list(problem.shape), f"{name}{'-small' * small}"
+        common = head("volumes", preset=called, steps=count, batch=shape[0], shape=shape, device=str(device))
         common["parameters"] = problem.parameters
         rows = measure(problem.cases, Timing(rounds, seconds), base=problem.base, device=device, say=say)
         yield from (common | row | per_image(row, count, shape[0]) for row in rows)

@@ -12,7 +12,7 @@ from sbldm_fast.benchmarks.schema import fault_of
 from sbldm_fast.benchmarks.suite_volumes import BUNDLE, LATENT, MONAI, bench_volumes
 from sbldm_fast.benchmarks.table import TABLES
 
-QUICK: dict[str, Any] = {"steps": (2,), "rounds": 1, "compiled": False, "small": True}
+QUICK: dict[str, Any] = {"steps": (2,), "rounds": 1, "compiled": False, "small": True, "preset_name": "monai-brain"}
 
 
 def test_every_loop_has_monais_latent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,9 +66,23 @@ def test_the_network_is_as_large_as_the_published_one() -> None:
     [
         ({"rounds": 0}, r"steps, rounds: got \[2\], 0, allowed is 1 or more"),
         ({"dtypes": ("int8",)}, "dtypes: got int8, allowed are float32"),
-        ({"preset_name": "paper"}, "preset: got 'paper', allowed are monai-brain"),
+        ({"preset_name": "paper"}, "preset: got 'paper', allowed are monai-brain, demo-80, brain-160"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(bench_volumes(**QUICK | arguments))
+
+
+@pytest.mark.parametrize(("name", "shape"), [("demo-80", [4, 8, 16, 16]), ("brain-160", [4, 8, 28, 20])])
+def test_slices_of_ours_mix_and_are_decoded(name: str, shape: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "native_half", lambda _: torch.bfloat16)
+    rows = {r["provider"]: r for r in bench_volumes(**QUICK | {"preset_name": name})}
+    mixed, alone = "slices mixed eager", "slices each for itself eager"
+    assert rows.keys() == {mixed, alone, f"{mixed} bfloat16", f"{alone} bfloat16", "decoding"}
+    for row in rows.values():
+        assert not fault_of(row)
+        assert (row["preset"], row["shape"]) == (f"{name}-small", shape)
+    assert rows[f"{mixed} bfloat16"]["parity"]["ok"]
+    assert rows[alone].get("speedup") is None
+    assert [name for name, row in rows.items() if row["decodes"]] == ["decoding"]
