@@ -27,7 +27,7 @@ from sbldm_fast.sampling.field import node_weights, to_slices
 from sbldm_fast.sampling.pipeline import Pipeline
 
 from . import checkpoint, conditions
-from .autoencoder import encode_splits
+from .autoencoder import encode_splits, refuse_misfits
 from .config import TrainConfig
 from .ranks import Ranks
 from .run import Context, Stage, train
@@ -214,6 +214,7 @@ def train_volume(
     _check(pipeline, config, ranks)
     refuse_a_run(folder, resume)
     slices = find_splits(data)
+    refuse_misfits(pipeline.vae.config, slices["train"])
     volumes = {split: _volumes(one) for split, one in slices.items()}
     if not any(len(index) >= max(LENGTHS) for index, _ in volumes["train"]):
         Windows.of(Told(torch.empty(len(slices["train"]))), volumes["train"])  # refuses, before anything is encoded
