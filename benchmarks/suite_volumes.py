@@ -156,7 +156,7 @@ def brain_of_monai(asked: Asked) -> Problem:
         theirs = f"{MONAI}{half_suffix(dtype)}"
 
         def case(build: Callable[[], Output], family: str, prepares: bool, dtype: torch.dtype = dtype) -> Case:
-            about = {"family": family, "decodes": False, "prepares": prepares}
+            about = {"family": "ours", "decodes": False, "prepares": prepares}
             return Case(build, MONAI, TOLERANCE, f"{MONAI}{half_suffix(dtype)}", dtype=str(dtype)[6:], about=about)
 
         for compiled in (False, *[True] * asked.compiled):
@@ -184,7 +184,7 @@ def slices_of(name: str, count: int, asked: Asked) -> Problem:
     noise = draw_field(heights, 0, pipe.latent_shape, device)
     told = {"age": 60.0, "modality": "T1", "position": [max(-75.0, min(75.0, z)) for z in heights]}
     mixed = told | {"slice": range(len(heights))}
-    family, cases = "sbldm_fast", dict[str, Case]()
+    cases = dict[str, Case]()
 
     def run(mode: str, dtype: torch.dtype, cond: dict[str, Any]) -> Output:
         sampler = FastSampler(
@@ -204,7 +204,7 @@ def slices_of(name: str, count: int, asked: Asked) -> Problem:
     base = "slices mixed eager"
     modes = ["eager", *["compile"] * asked.compiled] if device.type == "cpu" else ["eager", "loop-graph"]
     for dtype, mode in product(asked.dtypes, modes):
-        about = {"family": family, "decodes": False, "prepares": mode != "eager"}
+        about = {"family": "ours", "decodes": False, "prepares": mode != "eager"}
         plain = f"{base}{half_suffix(dtype)}"
         cases[f"slices mixed {mode}{half_suffix(dtype)}"] = Case(
             partial(run, mode, dtype, mixed), base, TOLERANCE, plain, dtype=str(dtype)[6:], about=about
@@ -212,7 +212,7 @@ def slices_of(name: str, count: int, asked: Asked) -> Problem:
         cases[f"slices each for itself {mode}{half_suffix(dtype)}"] = Case(
             partial(run, mode, dtype, told), None, TOLERANCE, dtype=str(dtype)[6:], about=about
         )
-    cases["decoding"] = Case(decode, None, TOLERANCE, about={"family": family, "decodes": True, "prepares": False})
+    cases["decoding"] = Case(decode, None, TOLERANCE, about={"family": "ours", "decodes": True, "prepares": False})
     parameters = {"UNet2D": sum(p.numel() for p in unet.parameters())}
     return Problem(tuple(noise.shape), cases, base, parameters)
 

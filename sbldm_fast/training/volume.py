@@ -215,20 +215,12 @@ def train_volume(
     refuse_a_run(folder, resume)
     slices = find_splits(data)
     refuse_misfits(pipeline.vae.config, slices["train"])
-    volumes = {split: _volumes(one) for split, one in slices.items()}
-    if not any(len(index) >= max(LENGTHS) for index, _ in volumes["train"]):
-        Windows.of(Told(torch.empty(len(slices["train"]))), volumes["train"])  # refuses, before anything is encoded
+    Windows.of(Told(torch.empty(len(slices["train"]))), _volumes(slices["train"]))  # refuses before it is encoded
     made_of = {"data": digest_data(data), "pipeline": digest_weights(pipeline.vae, pipeline.unet)}
     context = Context(folder, ranks, made_of, progress)
     device = next(pipeline.unet.parameters()).device
     with checkpoint.name_last_checkpoint(folder):
-        latents = encode_splits(pipeline.vae, slices, 1, config.seed, context)
-        values = condition_values(pipeline.unet.config.covariates, slices, latents)
-        windows = {}
-        for split in slices:
-            told = Told(latents[split] * pipeline.vae.config.scaling_factor, values.get(split))
-            with suppress(UserError):  # a validation split without a long volume is none
-                windows[split] = Windows.of(told, volumes[split]).to(device)
+        windows = {k: w.to(device) for k, w in _encode_windows(pipeline, slices, config.seed, context).items()}
         unet = UNet2D(replace(pipeline.unet.config, slice_mixing=True)).to(device)
         unet.load_state_dict(pipeline.unet.state_dict(), strict=pipeline.unet.config.slice_mixing)
         scheduler, judged = pipeline.scheduler.config, windows.get("val", windows["train"])
@@ -241,6 +233,18 @@ def train_volume(
         "error": windows_error(trained, judged, scheduler),
         "error_2d": windows_error(trained, judged, scheduler, mixed=False),
     }
+
+
+def _encode_windows(pipeline: Pipeline, slices: dict[str, Slices], seed: int, context: Context) -> dict[str, Windows]:
+    """The windows of each split; of a validation split without a long volume there are none."""
+    latents = encode_splits(pipeline.vae, slices, 1, seed, context)
+    values = condition_values(pipeline.unet.config.covariates, slices, latents)
+    windows = {}
+    for split, one in slices.items():
+        told = Told(latents[split] * pipeline.vae.config.scaling_factor, values.get(split))
+        with suppress(UserError):
+            windows[split] = Windows.of(told, _volumes(one))
+    return windows
 
 
 def _volumes(slices: Slices) -> list[tuple[Tensor, float]]:
