@@ -188,7 +188,12 @@ def slices_of(name: str, count: int, asked: Asked) -> Problem:
 
     def run(mode: str, dtype: torch.dtype, cond: dict[str, Any]) -> Output:
         sampler = FastSampler(
-            pipe.unet, pipe.scheduler, shape=pipe.latent_shape, steps=asked.steps, mode=mode, dtype=dtype
+            pipe.unet,
+            pipe.named_scheduler("ddim"),
+            shape=pipe.latent_shape,
+            steps=asked.steps,
+            mode=mode,
+            dtype=dtype,
         )
         return lambda: sampler(noise=noise, cond=cond)
 
@@ -212,7 +217,9 @@ def slices_of(name: str, count: int, asked: Asked) -> Problem:
         cases[f"slices each for itself {mode}{half_suffix(dtype)}"] = Case(
             partial(run, mode, dtype, told), None, TOLERANCE, dtype=str(dtype)[6:], about=about
         )
-    cases["decoding"] = Case(decode, None, TOLERANCE, about={"family": "ours", "decodes": True, "prepares": False})
+    cases["decoding, once"] = Case(
+        decode, None, TOLERANCE, about={"family": "ours", "decodes": True, "prepares": False}
+    )
     parameters = {"UNet2D": sum(p.numel() for p in unet.parameters())}
     return Problem(tuple(noise.shape), cases, base, parameters)
 
@@ -261,6 +268,7 @@ def bench_volumes(
         common = head("volumes", preset=called, steps=count, batch=shape[0], shape=shape, device=str(device))
         common["parameters"] = problem.parameters
         rows = measure(problem.cases, Timing(rounds, seconds), base=problem.base, device=device, say=say)
-        yield from (common | row | per_image(row, count, shape[0]) for row in rows)
+        # decoding counts as one step
+        yield from (common | row | per_image(row, 1 if row["decodes"] else count, shape[0]) for row in rows)
         if interrupted(rows):
             return

@@ -79,10 +79,11 @@ def test_slices_of_ours_mix_and_are_decoded(name: str, shape: list[int], monkeyp
     monkeypatch.setattr(module, "native_half", lambda _: torch.bfloat16)
     rows = {r["provider"]: r for r in bench_volumes(**QUICK | {"preset_name": name})}
     mixed, alone = "slices mixed eager", "slices each for itself eager"
-    assert rows.keys() == {mixed, alone, f"{mixed} bfloat16", f"{alone} bfloat16", "decoding"}
+    assert rows.keys() == {mixed, alone, f"{mixed} bfloat16", f"{alone} bfloat16", "decoding, once"}
     for row in rows.values():
         assert not fault_of(row)
         assert (row["preset"], row["shape"]) == (f"{name}-small", shape)
     assert rows[f"{mixed} bfloat16"]["parity"]["ok"]
     assert rows[alone].get("speedup") is None
-    assert [name for name, row in rows.items() if row["decodes"]] == ["decoding"]
+    assert [name for name, row in rows.items() if row["decodes"]] == ["decoding, once"]
+    assert rows["decoding, once"]["ms_per_step"] == pytest.approx(1e3 * rows["decoding, once"]["median_s"])
