@@ -93,7 +93,7 @@ def spectrum_along(volume: Tensor, distance: float) -> tuple[Tensor, Tensor]:
 
 
 def measure(volume: Tensor, distance: float, spacing: float) -> dict[str, float]:
-    """The figures of one volume: `gradient along z`, 1/mm, and over that within slices; `ssim of neighbours`, the mean;
+    """The figures of one volume: `gradient along z`, 1/mm, and over that within slices; `SSIM of neighbours`, the mean;
     `fine power along z`, the mean above half of the highest frequency, mm."""
     along, within = gradients(volume, distance, spacing)
     frequencies, power = spectrum_along(volume, distance)
@@ -101,7 +101,7 @@ def measure(volume: Tensor, distance: float, spacing: float) -> dict[str, float]
     return {
         "gradient along z": along,
         "gradient along z over that within slices": along / within if within else math.inf,
-        "ssim of neighbours": float(neighbour_ssim(volume).nanmean()),
+        "SSIM of neighbours": float(neighbour_ssim(volume).nanmean()),
         "fine power along z": float(fine.mean()),
     }
 
@@ -200,7 +200,7 @@ def _sentences(numbers: dict[str, Any], distance: float) -> list[str]:
     told = [
         f"{key}: together {text(key, 'together')}, independent {text(key, 'independent')}, reconstructed"
         f" {text(key, 'reconstructed')}"
-        for key in ("gradient along z", "ssim of neighbours", "fine power along z")
+        for key in ("gradient along z", "SSIM of neighbours", "fine power along z")
     ]
     return [
         f"All volumes have a slice each {distance:.2f} mm, within {100 * ALIKE:.0f} %; those that were made have the"

@@ -184,7 +184,8 @@ def draw_spectra(spectra: Mapping[str, Tensor], bands: Mapping[str, tuple[int, i
 def draw_reformats(volumes: Mapping[str, Tensor], tall: float) -> Any:
     """A coronal and a sagittal plane through the middle of each volume `[D, 1, H, W]`, whose slices are `tall` pixels
     apart."""
-    figure, axes = _figure(2, len(volumes), 2.1 * len(volumes), 3.6)
+    depth, _, _, width = next(iter(volumes.values())).shape
+    figure, axes = _figure(2, len(volumes), 2.1 * len(volumes), 4.2 * depth * tall / width + 0.6)
     for (upper, lower), (name, volume) in zip(axes.T, volumes.items(), strict=True):
         up = volume[:, 0].flip(0)
         _picture(upper, up[:, up.shape[1] // 2], name, aspect=tall)

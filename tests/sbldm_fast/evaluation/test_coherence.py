@@ -61,10 +61,10 @@ def test_only_what_is_head_counts() -> None:
 def test_noise_is_as_rough_along_z_as_within_and_a_copied_slice_is_not() -> None:
     rough = measure(noise(32), 1.0, 1.0)
     assert rough["gradient along z over that within slices"] == pytest.approx(1, abs=0.02)
-    assert abs(rough["ssim of neighbours"]) < 0.05
+    assert abs(rough["SSIM of neighbours"]) < 0.05
     same = measure(noise(1).expand(32, -1, -1, -1), 1.0, 1.0)
     assert same["gradient along z"] == same["gradient along z over that within slices"] == 0
-    assert same["ssim of neighbours"] == pytest.approx(1, abs=1e-12)
+    assert same["SSIM of neighbours"] == pytest.approx(1, abs=1e-12)
     assert same["fine power along z"] < 1e-12
 
 
@@ -159,7 +159,7 @@ def test_the_part_compares_real_volumes_with_what_is_asked_alike(
     figures = part["figures"]
     assert (figures["distance of slices, mm"], figures["volumes"]) == (12, 2)
     assert figures["gradient along z, together"]["mean"] == 0
-    assert figures["ssim of neighbours, together"]["mean"] == pytest.approx(1)
+    assert figures["SSIM of neighbours, together"]["mean"] == pytest.approx(1)
     one = figures["gradient along z, real"]
     assert one["n"] == 2
     assert 0 < one["mean"] < 1
