@@ -122,8 +122,6 @@ def sample_volume(
         except TooLarge as failure:
             told = str(failure).replace("give a batch size of", "give a window of")
             raise TooLarge(f"window: {told.removeprefix('n: ')}") from failure
-        if window == count:
-            return made
         share = _shares(start, window, count)
         out = torch.zeros(count, *made.shape[1:]) if out is None else out
         out[part] += made * share.view(-1, *[1] * (made.dim() - 1))
@@ -138,8 +136,8 @@ def _of_slices(value: Any, count: int) -> bool:
 
 
 def _shares(start: int, window: int, count: int) -> Tensor:
-    """How much each slice of a window counts beside another window: less towards an end that is not the volume's."""
-    at = torch.arange(window) + 1.0
-    rise = at if start else torch.full((window,), float(window))
-    fall = at.flip(0) if start + window < count else torch.full((window,), float(window))
-    return torch.minimum(rise, fall)
+    """How much each slice of a window counts beside another window: 1 in one that is alone there, less towards an end
+    that is not the volume's."""
+    at, all_of_it = torch.arange(1.0, window + 1), torch.full((window,), float(window))
+    rise, fall = at if start else all_of_it, at.flip(0) if start + window < count else all_of_it
+    return torch.minimum(rise, fall) / window
