@@ -362,16 +362,22 @@ def group_norm_silu(
         # the gradient is taken at h, which without a term is x
         terms = conv_bias is not None or residual is not None
         keep = terms and (return_sum or needs_grad(x, conv_bias, weight, bias, scale, shift))
-        image = as_images(x)
-        if residual is not None and image is not x:
-            residual = residual.reshape(image.shape)
-        y, h, _ = torch.ops.sbldm_fast.group_norm_silu(
-            image, conv_bias, residual, num_groups, weight, bias, eps, scale, shift, activation == "silu", keep
+        y, h = _run(
+            x, conv_bias, residual, num_groups, weight, bias, eps, scale, shift, activation == "silu", keep=keep
         )
-        if image is not x:
-            y, h = y.view(x.shape), h.view(x.shape) if keep else h
         h = h if terms else x
     return (y, h) if return_sum else y
+
+
+def _run(
+    x: Tensor, conv_bias: Tensor | None, residual: Tensor | None, num_groups: int, *rest: Any, keep: bool
+) -> tuple[Tensor, Tensor]:
+    # the op is one of images
+    image = as_images(x)
+    if residual is not None and image is not x:
+        residual = residual.reshape(image.shape)
+    y, h, _ = torch.ops.sbldm_fast.group_norm_silu(image, conv_bias, residual, num_groups, *rest, keep)
+    return (y, h) if image is x else (y.view(x.shape), h.view(x.shape) if keep else h)
 
 
 def _check(
