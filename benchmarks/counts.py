@@ -81,10 +81,14 @@ def count_calls(calls: Iterable[Call]) -> Counts:
 
 
 def count(
-    batch: int = 1, dtype: torch.dtype = torch.float16, counter_rows: bool = False, preset_name: str = "paper"
+    batch: int = 1,
+    dtype: torch.dtype = torch.float16,
+    counter_rows: bool = False,
+    preset_name: str = "paper",
+    volume: bool = False,
 ) -> tuple[Counts, Counts]:
     """The counts of one DDIM step with our kernels, and of decoding, of `record_step` with these arguments."""
-    step, decode = record_step(batch, dtype, counter_rows, preset_name)
+    step, decode = record_step(batch, dtype, counter_rows, preset_name, volume)
     return count_calls(step), count_calls(decode)
 
 
@@ -109,6 +113,17 @@ def counted() -> dict[str, Any]:
             "nodes of 50 steps and decoding": 50 * launches[0] + launches[1],
             "host waits": step.waits.total() + decode.waits.total(),
             "transfers": step.transfers + decode.transfers,
+        }
+    for name, volume in (("a volume of 160 slices", True), ("160 slices apart", False)):  # 003's, preset brain
+        step, decode = count(160, preset_name="brain", volume=volume)
+        found[name] = {
+            "launches of a step": step.launches.total(),
+            "bytes of a step": step.bytes,
+            "operations of a step": step.flops,
+            "of these mix_slices": step.launches["mix_slices"],
+            "operations of decoding": decode.flops,
+            "host waits": step.waits.total(),
+            "transfers": step.transfers,
         }
     found["batch 1 with covariates"] = {"launches of a step": count(preset_name="covariates")[0].launches.total()}
     found["a step by operator"] = dict(count()[0].launches.most_common())

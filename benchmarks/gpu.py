@@ -75,6 +75,7 @@ def plan(device: str, batches: Sequence[int] = BATCHES, sm: int = 80) -> list[Pa
     parts = [Part(f"headline: batch {b}", f"{headline} --batch {b} --rounds 9 --seconds 12", 90) for b in batches]
     ops = "bench kernels --no-large --no-compile --rounds 7 --seconds 1"
     others = "--op ddim_step --op solver_step --op frequency_loss --op spectral_mse --op philox_normal --op diffuse"
+    others += " --op mix_slices"
     tests = "pytest -m gpu -k 'not compile and not fuzz'"
     loops = "tests/benchmarks/test_harness.py " + " ".join(
         f"tests/sbldm_fast/{name}.py"

@@ -19,7 +19,16 @@ from sbldm_fast.machine import default_device
 from .harness import Absent, Case, Timing, interrupted, measure
 from .rows import Row, head
 
-OPS = ("group_norm_silu", "ddim_step", "solver_step", "frequency_loss", "spectral_mse", "philox_normal", "diffuse")
+OPS = (
+    "group_norm_silu",
+    "ddim_step",
+    "solver_step",
+    "frequency_loss",
+    "spectral_mse",
+    "philox_normal",
+    "diffuse",
+    "mix_slices",
+)
 PARTS = ("ceilings", *OPS)
 # of the largest value: what an op's own rounding leaves
 RELATIVE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}

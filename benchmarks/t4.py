@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .counts import count
+from .counts import Counts, count
 from .rows import Row
 from .suite_kernels import OPS, problems
 from .table import Table
@@ -37,6 +37,9 @@ SOURCES = (
     ),
     "a launch 3 µs, assumed",
 )
+# An H200, of which steps were measured but no ceilings: fitted to preset paper's, captured (results/nvidia-h200): 0.60
+# to 0.62 ms for a step in float16 of one image, 1.06 of 64, 23.7 ms for decoding 64 in float32.
+H200 = Ceilings((3.36e12, 3.84e12), {"float32": 22e12, "float16": 90e12}, 4.5e-6)
 
 
 class Prediction(NamedTuple):
@@ -64,11 +67,15 @@ def step(batch: int, dtype: torch.dtype, on: Ceilings = T4, preset_name: str = "
     """A step of `FastSampler`: the sum of the predictions of its launches, and what they do; operators as counted on
     meta tensors."""
     counted = count(batch, dtype, preset_name=preset_name)[0]
-    name = str(dtype)[6:]
-    each = [predict(moved, flops, 1, name, on) for moved, flops in counted.work]
+    work = {"launches": len(counted.work), "bytes": counted.bytes, "flops": counted.flops}
+    return total(counted, str(dtype)[6:], on), work
+
+
+def total(counted: Counts, dtype: str, on: Ceilings) -> Prediction:
+    """The sum of the predictions of what was counted."""
+    each = [predict(moved, flops, 1, dtype, on) for moved, flops in counted.work]
     bounds = {b: sum(p.slow for p in each if p.bound == b) for b in ("launches", "memory", "arithmetic")}
-    total = Prediction(sum(p.slow for p in each), sum(p.fast for p in each), max(bounds, key=lambda b: bounds[b]))
-    return total, {"launches": len(each), "bytes": counted.bytes, "flops": counted.flops}
+    return Prediction(sum(p.slow for p in each), sum(p.fast for p in each), max(bounds, key=lambda b: bounds[b]))
 
 
 def measured_ceilings(rows: Sequence[Row]) -> Ceilings | None:
@@ -132,6 +139,23 @@ def steps_table() -> Table:
     return Table(["a step of preset paper"], ["MB", "Gflop", "launches", "predicted ms", "most of it"], body)
 
 
+def volume_table() -> Table:
+    """The model of a volume of document 003's size, 160 slices of preset brain: a step, and decoding."""
+    step, decode = count(160, preset_name="brain", volume=True)
+    apart, _ = count(160, preset_name="brain")
+    body = []
+    for what, counted, dtype in (
+        ("a step, slices mixed", step, "float16"),
+        ("a step, slices apart", apart, "float16"),
+        ("decoding", decode, "float32"),
+    ):
+        spans = (_span(total(counted, dtype, on), 1e3, 2) for on in (T4, H200))
+        figures = f"{counted.bytes / 1e6:.0f}", f"{counted.flops / 1e9:.2f}", str(len(counted.work))
+        body.append([f"{what}, {dtype}", *figures, *spans])
+    columns = ["MB", "Gflop", "launches", "predicted ms, T4", "predicted ms, H200"]
+    return Table(["160 slices of 160 x 224, preset brain"], columns, body)
+
+
 def roofline() -> str:
     """The model of each op and of a step on a T4 as Markdown. A model, not a measurement."""
     lines = [
@@ -148,6 +172,11 @@ def roofline() -> str:
         "How far the same model is from machines that were measured is in the report (`sbldm-fast report`).",
         "Rendered by `python -m sbldm_fast.benchmarks.t4`.\n",
         steps_table().markdown(),
+        (
+            "\nA volume is one batch. The H200's constants are fitted to steps of preset `paper` that were measured"
+            " there; no volume was.\n"
+        ),
+        volume_table().markdown(),
     ]
     lines += [
         "\n| op | problem | MB | Mflop | launches | predicted µs | bound by |",

@@ -51,15 +51,16 @@ def _meet(volumes: Tensor) -> Tensor:
 
 
 @triton.jit
-def _load(x, conv_bias, residual, at, c, mask):
-    h = tl.load(x + at, mask=mask, other=0.0)
-    if conv_bias is None and residual is None:
+def _load(x, bias, residual, start, i, mask):
+    # one offset of 64 bits for a slice: one for each element, three times, would spill
+    h = tl.load(x + start + i, mask=mask, other=0.0)
+    if bias is None and residual is None:
         return h.to(tl.float32)
     v = h.to(tl.float32)
-    if conv_bias is not None:
-        v += tl.where(mask, tl.load(conv_bias + c, mask=mask, other=0.0).to(tl.float32), 0.0)
+    if bias is not None:
+        v += tl.where(mask, bias, 0.0)
     if residual is not None:
-        v += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        v += tl.load(residual + start + i, mask=mask, other=0.0).to(tl.float32)
     return v.to(h.dtype).to(tl.float32)
 
 
@@ -73,18 +74,21 @@ def _mix_slices_kernel(
     i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = i < numel
     c = i % C if LAST else i // HW
-    at = n * numel + i
+    start = n * numel
     weight += n * weight_stride
     volume = tl.load(volumes + n)
     lower = (tl.load(volumes + n - 1, mask=n > 0, other=0) == volume) & (n > 0)
     upper = (tl.load(volumes + n + 1, mask=n < N - 1, other=0) == volume) & (n < N - 1)
-    v = _load(x, conv_bias, residual, at, c, mask)
+    bias = None
+    if conv_bias is not None:
+        bias = tl.load(conv_bias + c, mask=mask, other=0.0).to(tl.float32)
+    v = _load(x, bias, residual, start, i, mask)
     out = tl.load(weight + C + c, mask=mask, other=0.0).to(tl.float32) * v
     w = tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
-    out += w * _load(x, conv_bias, residual, at - numel, c, mask & lower)
+    out += w * _load(x, bias, residual, start - numel, i, mask & lower)
     w = tl.load(weight + 2 * C + c, mask=mask, other=0.0).to(tl.float32)
-    out += w * _load(x, conv_bias, residual, at + numel, c, mask & upper)
-    tl.store(y + at, (v + out).to(y.dtype.element_ty), mask=mask)
+    out += w * _load(x, bias, residual, start + numel, i, mask & upper)
+    tl.store(y + start + i, (v + out).to(y.dtype.element_ty), mask=mask)
 
 
 torch.library.define(

@@ -14,6 +14,7 @@ from sbldm_fast.kernels import (
     diffuse,
     frequency_loss,
     group_norm_silu,
+    mix_slices,
     philox_normal,
     solver_step,
     spectral_mse,
@@ -87,6 +88,15 @@ def op_errors(device: torch.device) -> dict[str, Callable[[], float]]:
         known = torch.tensor([r * f(angle) for r, angle in pairs for f in (math.cos, math.sin)])
         return philox_normal((1, 4), 0, device=device)[0].cpu() - known
 
+    def mixed() -> Tensor:
+        weight = torch.stack([w, b, w - b], dim=1)
+        below, own, above = (t[..., None, None] for t in weight.double().unbind(1))
+        both = x.double()
+        exact = both + own * both
+        exact[0] += above[0] * both[1]
+        exact[1] += below[1] * both[0]
+        return mix_slices(x, weight, torch.zeros(2, dtype=torch.int32, device=device)).double() - exact
+
     differences: dict[str, Callable[[], Tensor]] = {
         "group_norm_silu": norm,
         "ddim_step": lambda: ddim_step(x, m, a, before).double() - step,
@@ -95,5 +105,6 @@ def op_errors(device: torch.device) -> dict[str, Callable[[], float]]:
         "spectral_mse": lambda: spectral_mse(x, m).double() / 256 - mse,
         "diffuse": noised,
         "philox_normal": normals,
+        "mix_slices": mixed,
     }
     return {name: lambda call=call: float(call().abs().max()) for name, call in differences.items()}  # type: ignore[misc]

@@ -13,6 +13,7 @@ from sbldm_fast.kernels import (
     diffuse,
     frequency_loss,
     group_norm_silu,
+    mix_slices,
     philox_normal,
     solver_step,
     spectral_mse,
@@ -28,6 +29,9 @@ OPS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "spectral_mse": spectral_mse,
     "diffuse": lambda x, _: diffuse(
         x, torch.zeros(2, dtype=torch.int64, device=x.device), torch.tensor([0.5], device=x.device), 1
+    ),
+    "mix_slices": lambda x, m: mix_slices(
+        x, torch.ones(1, 3, 4, device=x.device), torch.zeros(2, dtype=torch.int32, device=x.device), residual=m
     ),
     "philox_normal": lambda x, _: philox_normal(x.shape, 1, device=x.device),
 }

@@ -14,6 +14,7 @@ from sbldm_fast.kernels import (
     diffuse,
     frequency_loss,
     group_norm_silu,
+    mix_slices,
     philox_normal,
     solver_step,
     spectral_mse,
@@ -77,6 +78,18 @@ def _ddim(device: torch.device) -> Callable[[], Tensor]:
     return lambda: ddim_step(x, m, bars[0], bars[1])
 
 
+def _mix(device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+    x, residual, dy = torch.randn(3, 5, 8, 16, 16, device=device)
+    volumes = torch.tensor([0, 0, 1, 1, 1], dtype=torch.int32, device=device)
+    leaves = [t.requires_grad_() for t in (x, torch.randn(5, 3, 8, device=device), torch.randn(8, device=device))]
+
+    def step() -> tuple[Tensor, ...]:
+        y = mix_slices(leaves[0], leaves[1], volumes, leaves[2], residual)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+    return step
+
+
 OPS: dict[str, Callable[[torch.device], Callable[[], Any]]] = {
     "group_norm_silu": lambda d: _train(d, 16),
     "group_norm_silu in two launches": lambda d: _train(d, 128),
@@ -86,6 +99,7 @@ OPS: dict[str, Callable[[torch.device], Callable[[], Any]]] = {
     "frequency_loss by FFT": lambda d: _loss(frequency_loss, d, 64),
     "spectral_mse": lambda d: _loss(spectral_mse, d, 16),
     "diffuse": _diffuse,
+    "mix_slices": _mix,
     "philox_normal": lambda d: lambda: philox_normal((3, 8, 16, 16), 7, device=d),
 }
 each_op = pytest.mark.parametrize("op", OPS)

@@ -21,6 +21,7 @@ from sbldm_fast.kernels import (
     diffuse,
     frequency_loss,
     group_norm_silu,
+    mix_slices,
     philox_normal,
     solver_step,
     spectral_mse,
@@ -398,3 +399,65 @@ def test_diffuse_and_philox_normal(
     if shape[0]:
         for ours, same, reference in zip(out["triton"], out["torch"], exact, strict=False):
             three_way(ours, same, reference.double(), gradient=True)
+
+
+@pytest.mark.usefixtures("on_device")
+@given(
+    lengths=st.lists(st.integers(1, 4), max_size=3),
+    rest=st.tuples(st.integers(1, 6), st.integers(1, 12), st.integers(1, 12)),
+    dtype=DTYPES,
+    layout=layouts,
+    layout_of_dy=layouts,
+    value=values,
+    bad=bad_values,
+    given_too=st.sets(st.sampled_from(["conv_bias", "residual"])),
+    half_weights=st.booleans(),
+    one_row=st.booleans(),
+    seed=SEEDS,
+)
+def test_mix_slices(
+    lengths: list[int],
+    rest: tuple[int, int, int],
+    dtype: torch.dtype,
+    layout: str,
+    layout_of_dy: str,
+    value: str,
+    bad: float | None,
+    given_too: set[str],
+    half_weights: bool,
+    one_row: bool,
+    seed: int,
+    three_way: Any,
+) -> None:
+    torch.manual_seed(seed)
+    N, C = sum(lengths), rest[0]
+    volumes = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)).int()
+    of_weights = dtype if half_weights else torch.float32
+    tensors = {
+        "x": tensor((N, *rest), dtype, layout, value if N else "normal", bad if N else None),
+        "weight": torch.randn(1 if one_row else N, 3, C).to(of_weights),
+        "conv_bias": torch.randn(C).to(of_weights),
+        "residual": tensor((N, *rest), dtype, layout_of_dy, "normal"),
+    }
+    tensors = {k: t for k, t in tensors.items() if k in given_too or k in ("x", "weight")}
+    dy = LAYOUTS[layout_of_dy](torch.randn(N, *rest).to(dtype))
+
+    def theirs(x: Tensor, weight: Tensor, **terms: Tensor) -> tuple[Tensor]:
+        h = x + terms["conv_bias"].to(x.dtype)[:, None, None] if "conv_bias" in terms else x
+        h = h + terms["residual"] if "residual" in terms else h
+        # what is mixed is rounded, in the exact one too
+        h = h + (h.to(dtype).to(h.dtype) - h).detach() if h.dtype == torch.float64 else h
+        below, own, above = weight.to(h.dtype)[..., None, None].unbind(1)
+        y = list((h + own * h).unbind(0))
+        for n in range(1, N):
+            if volumes[n] == volumes[n - 1]:
+                y[n] = y[n] + (below * h[[n - 1]].expand_as(h))[n]
+                y[n - 1] = y[n - 1] + (above * h[[n]].expand_as(h))[n - 1]
+        return (torch.stack(y) if N else h + 0 * (below + own + above).sum(),)
+
+    with backend("triton"):
+        found = with_gradients(lambda x, weight, **terms: (mix_slices(x, weight, volumes, **terms),), tensors, None, dy)
+    same = with_gradients(theirs, tensors, None, dy)
+    exact = with_gradients(theirs, tensors, torch.float64, dy)
+    for name, got in found.items():
+        three_way(got, same[name], exact[name], gradient=True)

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from sbldm_fast.kernels import backend, ddim_step, diffuse, frequency_loss, philox_normal, solver_step, spectral_mse
+from sbldm_fast.kernels import (
+    backend,
+    ddim_step,
+    diffuse,
+    frequency_loss,
+    mix_slices,
+    philox_normal,
+    solver_step,
+    spectral_mse,
+)
 from sbldm_fast.kernels._backend import HAS_TRITON, interpreted
 from torch import Tensor
 
@@ -70,6 +79,20 @@ def test_solver_step() -> None:
 def test_philox_normal() -> None:
     z = philox_normal((N, *SHAPE), 3, dtype=torch.float16)
     assert torch.equal(tail(z), tail(philox_normal((1, *SHAPE), 3, first_index=N - 1, dtype=torch.float16)))
+
+
+@pytest.mark.usefixtures("only_the_last_program")
+def test_mix_slices() -> None:
+    x, volumes = far(LAST[0]), torch.ones(N, dtype=torch.int32)
+    x[-2] = LAST[1]  # the neighbour below
+    weight = torch.randn(1, 3, SHAPE[0]).expand(N, -1, -1)
+    y = mix_slices(x, weight, volumes)
+    alone = mix_slices(LAST.flip(0), weight[:2], volumes[:2])
+    assert torch.equal(tail(y), tail(alone))
+    rows = torch.empty(N, 2048, dtype=torch.float16)  # of a table whose last row begins beyond 2^31
+    rows[-1] = LAST[0].flatten()
+    taps = rows[:, 8:32].unflatten(1, (3, SHAPE[0]))
+    assert torch.equal(tail(mix_slices(x, taps, volumes)), tail(mix_slices(LAST.flip(0), taps[-2:], volumes[:2])))
 
 
 @pytest.mark.usefixtures("only_the_last_program")

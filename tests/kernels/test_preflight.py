@@ -85,7 +85,7 @@ tile = n.constants[tuple(n.signature).index("TILE"),]
 print(json.dumps([sorted({s.kernel for s in seen}), n.signature, tile, n.num_warps]))
 """
     )
-    assert len(got[0]) == 14
+    assert len(got[0]) == 15
     assert got[1]["x"] == got[1]["y"] == "*fp16"
     assert got[1]["affine"][:2] == ["*fp16", "*fp16"]
     assert got[1]["stats"] == "*fp32"
@@ -142,6 +142,7 @@ for shape in ((1, 1, 1, 1), (1, 8, 16, 16), (1, 1, 40, 1), (1, 1, 1, 40)):
         Launch("frequency_loss", (x, x, 1.0, 0.5, 0.25, True)),
         Launch("spectral_mse", (x, x, 1.0, True)),
         Launch("diffuse", (x, new(1, dtype=i64), new(1), new(2, dtype=i64), 0, "epsilon", 2**21)),
+        Launch("mix_slices", (x, new(1, 3, shape[1]), new(1, dtype=i32), new(shape[1]), x)),
         Launch("philox_normal", (new(1, dtype=i64), shape, 1, 1, torch.float32)),
         Launch("group_norm_silu", (x, new(shape[1]), x, 1, new(shape[1]), new(shape[1]), 1e-5, new(1, shape[1]),
                                    new(1, shape[1]), True, True)),
@@ -205,7 +206,7 @@ def test_nothing_to_compile_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_digest_is_of_the_op_and_of_what_it_is_compiled_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = preflight.digests()
-    assert len(before) == 14
+    assert len(before) == 15
     folder = tmp_path / "kernels"
     shutil.copytree(preflight.HERE, folder)
     monkeypatch.setattr(preflight, "HERE", folder)
