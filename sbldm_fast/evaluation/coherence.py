@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sbldm_fast.data.volumes import FOREGROUND
+from sbldm_fast.sampling.field import draw_field
 from sbldm_fast.sampling.volume import POSITION
 from sbldm_fast.training.conditions import values_of
 
@@ -175,7 +176,7 @@ def coherence(m: Material) -> dict[str, Any]:
 
 def _volumes_like(m: Material, real: Tensor, rows: list[dict[str, Any]], seed: int) -> dict[str, Tensor]:
     """A real volume, what the autoencoder makes of it, and what the pipeline makes of the same heights and conditions:
-    together, and each slice for itself."""
+    together, of one field of noise alone where there are layers beside it, and each slice for itself."""
     covariates = m.pipeline.unet.config.covariates
     values = values_of(rows, covariates)
     cond = {c.name: [None if v.isnan() else v for v in values[:, i]] for i, c in enumerate(covariates)}
@@ -184,9 +185,14 @@ def _volumes_like(m: Material, real: Tensor, rows: list[dict[str, Any]], seed: i
         back = [m.pipeline.vae.decode(m.pipeline.vae.encode(x.to(device)).mean).cpu() for x in real.split(50)]
     how: dict[str, Any] = {"seed": seed, "steps": m.settings.steps, "mode": "eager", "extrapolate": True}
     alone = m.pipeline.sample(len(real), cond=cond, batch_size=25, **how)
+    found = {"real": real, "reconstructed": torch.cat(back)}
+    heights = [height_of(row) for row in rows]
+    if m.pipeline.unet.config.slice_mixing:
+        sampler = m.pipeline.sampler(m.settings.steps, "eager")
+        noise = draw_field(heights, seed, m.pipeline.latent_shape, device)
+        found["noise alone"] = sampler(noise=noise, cond=cond, extrapolate=True, batch_size=25).cpu()
     del cond[POSITION]
-    together = m.pipeline.sample_volume(positions=[height_of(row) for row in rows], cond=cond, **how)
-    found = {"real": real, "reconstructed": torch.cat(back), "together": together, "independent": alone}
+    found |= {"together": m.pipeline.sample_volume(positions=heights, cond=cond, **how), "independent": alone}
     return {name: x.clamp(-1, 1) for name, x in found.items()}
 
 
@@ -197,9 +203,10 @@ def _sentences(numbers: dict[str, Any], distance: float) -> list[str]:
         one = numbers[f"{key}, {name} over real"]
         return f"{one['mean']:.2f} ± {one['std'] / max(1, one['n']) ** 0.5:.2f}"
 
+    names = ("together", "noise alone", "independent", "reconstructed")
+    there = [name for name in names if f"gradient along z, {name}" in numbers]
     told = [
-        f"{key}: together {text(key, 'together')}, independent {text(key, 'independent')}, reconstructed"
-        f" {text(key, 'reconstructed')}"
+        f"{key}: {', '.join(f'{name} {text(key, name)}' for name in there)}"
         for key in ("gradient along z", "SSIM of neighbours", "fine power along z")
     ]
     return [

@@ -24,7 +24,7 @@ from ..errors import MissingExtra
 P = ParamSpec("P")
 BESIDE = "real slices and what a network made of them; not for diagnosis"
 INKS = {"real": "#1c2430", "samples": "#0b7a75", "reconstructions": "#c2410c", "training": "#6b7484"}
-INKS |= {"reconstructed": "#c2410c", "together": "#0b7a75", "independent": "#6b7484"}
+INKS |= {"reconstructed": "#c2410c", "together": "#0b7a75", "noise alone": "#8a63b8", "independent": "#6b7484"}
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,

@@ -128,9 +128,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pipeline_of(data: Path, *names: str) -> Pipeline:
+def pipeline_of(data: Path, *names: str, **options: Any) -> Pipeline:
     p = preset("demo")
-    told = replace(p.unet, covariates=find_covariates(read_manifest(data), names))
+    told = replace(p.unet, covariates=find_covariates(read_manifest(data), names), **options)
     return Pipeline(AutoencoderKL(p.vae), UNet2D(told), replace(p.scheduler, prediction_type="v_prediction"))
 
 
@@ -143,7 +143,7 @@ def run(pipeline: Pipeline, data: Path, out: Path) -> dict[str, Any]:
 def test_the_part_compares_real_volumes_with_what_is_asked_alike(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline, asked = pipeline_of(data, "position"), []
+    pipeline, asked = pipeline_of(data, "position", slice_mixing=True), []
     real = {  # of the two held-out brains
         subject: [row["covariates"]["position"] for row in read_manifest(data)["slices"] if row["subject"] == subject]
         for subject in {row["subject"] for row in read_manifest(data)["slices"] if row["split"] != "train"}
@@ -169,9 +169,10 @@ def test_the_part_compares_real_volumes_with_what_is_asked_alike(
         "volumes",
         "real",
         "reconstructed",
+        "noise alone",
         "together",
         "independent",
-        *(f"{name} over real" for name in ("reconstructed", "together", "independent")),
+        *(f"{name} over real" for name in ("reconstructed", "noise alone", "together", "independent")),
     }
     assert "a slice each 12.00 mm" in part["sentences"][0]
     assert all((tmp_path / "e" / name).is_file() for name in part["pictures"])
