@@ -3,7 +3,7 @@ which z is brought to an axis of its own and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -58,5 +58,5 @@ def problems(device: torch.device, large: bool) -> Iterator[OpCase]:
                 yield OpCase(shape, dtype, "nhwc", moved, flops, 1, providers)
 
 
-def test_mix_slices(timed: object) -> None:
+def test_mix_slices(timed: Callable[[], None]) -> None:
     timed()

@@ -95,7 +95,8 @@ def op_errors(device: torch.device) -> dict[str, Callable[[], float]]:
         exact = both + own * both
         exact[0] += above[0] * both[1]
         exact[1] += below[1] * both[0]
-        return mix_slices(x, weight, torch.zeros(2, dtype=torch.int32, device=device)).double() - exact
+        difference: Tensor = mix_slices(x, weight, torch.zeros(2, dtype=torch.int32, device=device)).double() - exact
+        return difference
 
     differences: dict[str, Callable[[], Tensor]] = {
         "group_norm_silu": norm,
