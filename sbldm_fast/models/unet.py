@@ -16,7 +16,7 @@ from ..errors import UserError
 from .config import UNetConfig, check_divides
 from .covariates import MAPS, CovariateEmbedding, encode, unit_range
 from .layers import Attention, CrossAttention, Downsample, ResBlock, Sum, Upsample, convolve, normalize
-from .slices import MIXING, SLICE, SliceAttention, number_volumes
+from .slices import MIXING, SLICE, SliceAttention, distance_bias, number_volumes
 from .weights import Pretrained
 
 
@@ -65,16 +65,23 @@ class _Block(nn.Module):
         self.cross, self.slices = cross, slices
 
     def forward(
-        self, x: Sum, scale: Tensor, shift: Tensor, keys_values: Tensor | None, taps: Tensor, volumes: Tensor | None
+        self,
+        x: Sum,
+        scale: Tensor,
+        shift: Tensor,
+        keys_values: Tensor | None,
+        taps: Tensor,
+        slices: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Sum]:
         """The block's input, added up, and its output."""
         entered, h = self.block(x, scale, shift)
         h = self.attention(h)
         if self.cross is not None and keys_values is not None:
             h = self.cross(h, keys_values)
-        if volumes is not None:
+        if slices is not None:
+            volumes, bias = slices
             h = Sum(mix_slices(h.x, taps.unflatten(1, (3, -1)), volumes, h.conv_bias, h.residual))
-            h = h if self.slices is None else self.slices(h, volumes)
+            h = h if self.slices is None else self.slices(h, bias)
         return entered, h
 
 
@@ -180,6 +187,7 @@ class UNet2D(Pretrained[UNetConfig]):
             self.mix_offsets = nn.Parameter(torch.zeros(sum(self._mix_widths)))
             for name, parameter in self.named_parameters():  # `training.train_volume` trains these alone, others do not
                 parameter.requires_grad_(not MIXING.search(name))
+        self._slice_heads = widths[last] // config.attention_head_dim
         self._crosses = [m for m in self.modules() if isinstance(m, CrossAttention)]
 
     def time_rows(self, t: Tensor) -> Tensor:
@@ -200,11 +208,13 @@ class UNet2D(Pretrained[UNetConfig]):
         `cond` maps names of covariates to `[N]`, categories by their place in `values`, NaN where unknown; `maps` to
         `[N, concat_channels, H, W]`, `slice` to numbers of slices `[N]`. Of what is made `rows` `[N, R]` is added to
         the rows of time, `keys_values` `[N, L, S]` are those of all cross-attentions, `planes` `[N, K, 1, 1]` and
-        `maps` go beside x, `volumes` int32 `[N]` tells which rows are slices of one volume.
+        `maps` go beside x, `volumes` int32 `[N]` tells which rows are slices of one volume, `distances` how far
+        from one another (`distance_bias`).
         """
         made: dict[str, Tensor] = {}
         if SLICE in cond:
             made["volumes"] = number_volumes(cond[SLICE])
+            made["distances"] = distance_bias(made["volumes"], self._slice_heads)
         if self.config.concat_channels:
             made[MAPS] = cond[MAPS]
         if self.conditioning is None:
@@ -239,13 +249,13 @@ class UNet2D(Pretrained[UNetConfig]):
         widths = [2 * cross.to_q.out_features for cross in self._crosses]
         keys = iter(given["keys_values"].split(widths, dim=2) if widths else ())
         h = convolve(self.conv_in, x)
-        volumes = given.get("volumes")
+        slices = (given["volumes"], given["distances"]) if "volumes" in given else None
         mixing = iter(taps.split(self._mix_widths, dim=1) if self._mix_widths else [taps] * len(self._levels))
 
         def run(block: nn.Module, h: Sum) -> tuple[Tensor, Sum]:
             assert isinstance(block, _Block)
             key = None if block.cross is None else next(keys)
-            out: tuple[Tensor, Sum] = block(h, next(time), next(time), key, next(mixing), volumes)
+            out: tuple[Tensor, Sum] = block(h, next(time), next(time), key, next(mixing), slices)
             return out
 
         # what enters each block and each downsampling; a block's output is one when the next has added it up

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sbldm_fast import UNet2D
 from sbldm_fast.models.layers import Sum
 from sbldm_fast.models.slices import MIXING as MIXED
-from sbldm_fast.models.slices import SliceAttention, number_volumes
+from sbldm_fast.models.slices import SliceAttention, distance_bias, number_volumes
 
 from ..small import ASKED, SHAPE, UNET, trained
 
@@ -80,7 +80,7 @@ def test_attention_over_slices_by_hand() -> None:
     x = torch.randn(4, 2, 1, 1)
     volumes = torch.tensor([0, 0, 0, 1], dtype=torch.int32)
     with torch.no_grad():
-        out = layer(Sum(x), volumes).total()[:, :, 0, 0].double()
+        out = layer(Sum(x), distance_bias(volumes, 1)).total()[:, :, 0, 0].double()
     v = x[:3, :, 0, 0].double()
     distance = (torch.arange(3)[:, None] - torch.arange(3)).abs()
     logits = v @ v.T / math.sqrt(2) - 2.0**-8 * distance
