@@ -89,12 +89,10 @@ def op_errors(device: torch.device) -> dict[str, Callable[[], float]]:
         return philox_normal((1, 4), 0, device=device)[0].cpu() - known
 
     def mixed() -> Tensor:
-        weight = torch.stack([w, b, w - b], dim=1)
-        below, own, above = (t[..., None, None] for t in weight.double().unbind(1))
-        both = x.double()
-        exact = both + own * both
-        exact[0] += above[0] * both[1]
-        exact[1] += below[1] * both[0]
+        weight = torch.stack([w, b, w - b])[None]
+        below, own, above = weight.double()[0, ..., None, None]
+        low, high = x.double()
+        exact = torch.stack([low + own * low + above * high, high + own * high + below * low])
         difference: Tensor = mix_slices(x, weight, torch.zeros(2, dtype=torch.int32, device=device)).double() - exact
         return difference
 
