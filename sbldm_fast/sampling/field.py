@@ -21,7 +21,7 @@ from torch import Tensor
 from .noise import draw
 
 SHARED, COARSE = 0.95, 8.0
-LENGTH = 5.0  # mm: L
+LENGTH = 4.0  # mm: L
 NODE = 2.0  # mm between the independent noises that g is made of
 REACH = 4 * LENGTH / math.sqrt(2)
 FIRST = 2**20  # the sample number of the node at 0 mm; that of what is shared is 0
