@@ -138,8 +138,10 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = d + own * d
     dx[:-1] += torch.where(meet, below[1:] * d[1:], 0.0)
     dx[1:] += torch.where(meet, above[:-1] * d[:-1], 0.0)
+    dbias = dweight = None
+    if conv_bias is not None and ctx.needs_input_grad[3]:
+        dbias = dx.sum((0, 2, 3)).to(conv_bias.dtype)  # before it is rounded
     dx = dx.to(x.dtype)
-    dweight = None
     if ctx.needs_input_grad[1]:
         h = _add_up(x, conv_bias, residual).float()
         terms = d.new_zeros(len(x), TAPS, x.shape[1])
@@ -147,9 +149,6 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         terms[:, 1] = (h * d).sum((2, 3))
         terms[:-1, 2] = (torch.where(meet, h[1:], 0.0) * d[:-1]).sum((2, 3))
         dweight = (terms.sum(0, keepdim=True) if len(weight) == 1 else terms).to(weight.dtype)
-    dbias = None
-    if conv_bias is not None and ctx.needs_input_grad[3]:
-        dbias = dx.sum((0, 2, 3), dtype=torch.float32).to(conv_bias.dtype)
     return dx, dweight, None, dbias, None if residual is None else dx
 
 

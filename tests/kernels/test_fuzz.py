@@ -443,17 +443,19 @@ def test_mix_slices(
     dy = LAYOUTS[layout_of_dy](torch.randn(N, *rest).to(dtype))
 
     def theirs(x: Tensor, weight: Tensor, **terms: Tensor) -> tuple[Tensor]:
-        h = x + terms["conv_bias"].to(x.dtype)[:, None, None] if "conv_bias" in terms else x
-        h = h + terms["residual"] if "residual" in terms else h
+        wide = torch.promote_types(x.dtype, torch.float32)
+        h = x.to(wide)
+        h = h + terms["conv_bias"].to(wide)[:, None, None] if "conv_bias" in terms else h
+        h = h + terms["residual"].to(wide) if "residual" in terms else h
         # what is mixed is rounded, in the exact one too
-        h = h + (h.to(dtype).to(h.dtype) - h).detach() if h.dtype == torch.float64 else h
-        below, own, above = weight.to(h.dtype)[..., None, None].unbind(1)
-        y = list((h + own * h).unbind(0))
-        for n in range(1, N):
-            if volumes[n] == volumes[n - 1]:
-                y[n] = y[n] + (below * h[[n - 1]].expand_as(h))[n]
-                y[n - 1] = y[n - 1] + (above * h[[n]].expand_as(h))[n - 1]
-        return (torch.stack(y) if N else h + 0 * (below + own + above).sum(),)
+        h = h + torch.where(h.isfinite(), h.to(dtype).to(wide) - h, 0).detach()
+        w = weight.to(wide).expand(N, -1, -1)[..., None, None]
+        y = []
+        for n in range(N):
+            mixed = h[n] + w[n, 1] * h[n]
+            mixed = mixed + w[n, 0] * h[n - 1] if n and volumes[n - 1] == volumes[n] else mixed
+            y.append(mixed + w[n, 2] * h[n + 1] if n < N - 1 and volumes[n + 1] == volumes[n] else mixed)
+        return ((torch.stack(y) if N else h + 0 * w.sum() + h.sum()).to(x.dtype),)
 
     with backend("triton"):
         found = with_gradients(lambda x, weight, **terms: (mix_slices(x, weight, volumes, **terms),), tensors, None, dy)
