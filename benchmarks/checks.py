@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sbldm_fast.kernels import backend, frequency_loss, group_norm_silu, spectral_mse
+from sbldm_fast.kernels import backend, frequency_loss, group_norm_silu, mix_slices, spectral_mse
 from sbldm_fast.kernels._backend import obstacle
 from torch import Tensor
 
@@ -36,7 +36,8 @@ Errors = tuple[float, float]  # found, allowed
 
 
 def op_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], Errors]]]:
-    """Every op in float32, then the norm's and the losses' gradients in each dtype, layout and way to run."""
+    """Every op in float32, then the gradients of the norm, of mixing and of the losses in each dtype, layout and way to
+    run."""
     found = op_errors(device)
     yield from ((name, partial(_forward, call)) for name, call in found.items())
     for dtype in ATOL:
@@ -48,6 +49,10 @@ def op_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], Errors]]
                     f" {str(layout)[6:]}"
                 )
                 yield name, partial(_norm, shape, groups, dtype, layout, device)
+            yield (
+                f"mix_slices, gradients, {str(dtype)[6:]} {str(layout)[6:]}",
+                partial(_mix, dtype, layout, device),
+            )
         for side in (16, 64):  # the basis, and the FFT
             yield (
                 f"frequency_loss, gradient, {side}x{side} {str(dtype)[6:]}",
@@ -108,6 +113,35 @@ def _norm(
         return (y.detach(), h.detach(), *torch.autograd.grad([y, h], leaves, list(given[2:4])))
 
     return _three_way(run, tuple(inputs), partial(run, exact=True))
+
+
+def _mix(dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> Errors:
+    draw = torch.Generator().manual_seed(0)
+    N, C = 5, 32
+    images = torch.randn(3, N, C, 14, 10, generator=draw).to(device, dtype)
+    x, residual, dy = (t.contiguous(memory_format=layout) for t in images)
+    weight, bias = (torch.randn(*shape, generator=draw).to(device, dtype) for shape in ((N, 3, C), (C,)))
+    volumes = torch.tensor([0, 0, 0, 1, 1], dtype=torch.int32, device=device)
+
+    def run(given: tuple[Tensor, ...], exact: bool = False) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in given[:4]]
+        x, weight, bias, residual = leaves
+        if exact:
+            h = x + bias[:, None, None] + residual
+            h = h + (h.to(dtype).double() - h).detach()  # what is mixed is rounded
+            parts = zip(h.split([3, 2]), weight[..., None, None].split([3, 2]), strict=True)
+            y = torch.cat([_mixed(*part) for part in parts])
+        else:
+            y = mix_slices(x, weight, volumes, bias, residual)
+        return y.detach(), *torch.autograd.grad(y, leaves, given[4])
+
+    return _three_way(run, (x, weight, bias, residual, dy), partial(run, exact=True))
+
+
+def _mixed(h: Tensor, w: Tensor) -> Tensor:
+    """One volume."""
+    below, above = F.pad(h, (0, 0, 0, 0, 0, 0, 1, 0))[:-1], F.pad(h, (0, 0, 0, 0, 0, 0, 0, 1))[1:]
+    return h + w[:, 0] * below + w[:, 1] * h + w[:, 2] * above
 
 
 def _loss(loss: Any, side: int, dtype: torch.dtype, device: torch.device) -> Errors:

@@ -51,6 +51,12 @@ def test_one_that_raises_and_one_that_is_wrong_fail_and_the_rest_goes_on(
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["FAIL", "FAIL", "FAIL", "PASS"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_mixing_is_right_in_every_dtype(dtype: str) -> None:
+    error, allowed = dict(checks.op_checks(CPU))[f"mix_slices, gradients, {dtype} channels_last"]()
+    assert 0 < error <= allowed
+
+
 def test_a_kernel_that_is_a_little_off_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = dict(checks.op_checks(CPU))
     name = "group_norm_silu, gradients, 2x64x16x16/32 float32 channels_last"
