@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,12 +53,13 @@ def sample_volumes(
     from .machine import default_device, torchrun_number
     from .sampling.job import RECORD
     from .sampling.pipeline import Pipeline
-    from .volume_files import save_volume
 
     if (world := torchrun_number("WORLD_SIZE", 1, 1, 2**20)) > 1:
         raise UserError(f"WORLD_SIZE: got {world}, allowed with --volume is one process")
     if "position" in settings.asked:
         raise typer.BadParameter("got a value, allowed with --volume is --positions", param_hint="--position")
+    if window is not None and window < 2:
+        raise typer.BadParameter(f"got {window}, allowed with --volume is 2 or more", param_hint="--batch-size")
     places = _places(out, n, form)
     package = "pydicom" if form == "dicom" else "nibabel"
     if importlib.util.find_spec(package) is None:  # before it is made
@@ -88,11 +90,10 @@ def sample_volumes(
             )
             if n > 1:  # what is refused before leaves no folder
                 write_json(out / RECORD, record)
-            said = _describe(record, settings.seed + k, asked)
-            for path in (_views(places[k]), places[k]):  # the volume last: where it is, all of it is
-                save_volume(volume, path, positions=heights, spacing=spacing, description=said)
+            _write(volume, places[k], heights, spacing, _describe(record, settings.seed + k, asked))
     except KeyboardInterrupt:
-        say(f"sbldm-fast: interrupted; what is finished stays in {out}, the same command makes the rest")
+        stays = "nothing was written" if n == 1 else f"what is finished stays in {out}, the same command makes the rest"
+        say(f"sbldm-fast: interrupted; {stays}")
         raise typer.Exit(130) from None
     seconds = round(time.monotonic() - start, 2)
     done = {"out": str(out), "n": n, "made": len(missing), "kept": n - len(missing), "slices": len(heights)}
@@ -102,6 +103,20 @@ def sample_volumes(
     kept = f", {done['kept']} were there" if n > 1 else ""
     text = f"{count(len(missing), 'volume')} of {len(heights)} slices in {seconds:.1f} s{kept}"
     print(json.dumps(done) if as_json else f"{text}: {out}, views {_views(places[0])}; {NOTICE}")
+
+
+def _write(volume: Any, place: Path, heights: list[float], spacing: float, said: str) -> None:
+    """A volume and its views, or neither."""
+    from .volume_files import save_volume
+
+    views = _views(place)
+    try:
+        for path in (views, place):  # the volume last: where it is, all of it is
+            save_volume(volume, path, positions=heights, spacing=spacing, description=said)
+    except BaseException:
+        if not place.exists():
+            views.unlink(missing_ok=True)
+        raise
 
 
 def pixel_spacing(pipe: Any) -> float:
@@ -120,11 +135,14 @@ def _places(out: Path, n: int, form: str) -> list[Path]:
             f"got {out}, allowed is a name that ends in .nii.gz or .nii; with -n or --format dicom a folder",
             param_hint="--out",
         )
-    if end and (form == "dicom" or n > 1):
+    if (out.suffix and form == "dicom") or (end and n > 1):
         raise typer.BadParameter(
             f"got {out}, allowed is a folder for {'a series' if form == 'dicom' else f'{n} volumes'}",
             param_hint="--out",
         )
+    there = next(p for p in out.absolute().parents if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):  # now, and not when a volume is made
+        raise UserError(f"{out} cannot be written: {there} is no folder that may be written to")
     return [out] if n == 1 else [out / f"{k:06d}{FORMS[form]}" for k in range(n)]
 
 

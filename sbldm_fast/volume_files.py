@@ -48,11 +48,17 @@ def save_volume(
 
     Raises:
         ValueError: another shape, fewer than two slices, values that are not finite, positions that do not rise evenly,
-            a spacing that is no length, or a file or folder that would be lost.
+            a spacing that is no length, a name that ends in something else, or a folder of other files, which would
+            be lost; a file of the name is replaced.
         ImportError: nibabel or pydicom is missing (extra data).
     """
+    path = Path(path)
+    if path.suffix and not path.name.lower().endswith((*NIFTI, ".png")):
+        raise UserError(
+            f"path: got {path.name}, allowed is a name that ends in .nii.gz, .nii, .png or, a folder, in none"
+        )
     slices, distance = _check(volume, positions, spacing)
-    path, heights = Path(path), [float(z) for z in positions]
+    heights = [float(z) for z in positions]
     said = f"{NOTICE}; {description}" if description else NOTICE
     if path.name.lower().endswith(NIFTI):
         _, height, width = slices.shape
@@ -67,12 +73,16 @@ def save_volume(
 
 def _check(volume: Tensor, positions: Sequence[float] | Tensor, spacing: float) -> tuple[Tensor, float]:
     """The slices `[D, H, W]` as float32 on the CPU, and their distance in mm."""
+    try:
+        volume, at = torch.as_tensor(volume), torch.as_tensor(positions, dtype=torch.float64).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        got = f"{type(volume).__name__}, {positions!r:.80}"
+        raise UserError(f"volume, positions: got {got}, allowed are tensors, arrays and lists of numbers") from None
     if volume.ndim != 4 or volume.shape[1] != 1 or len(volume) < 2:
         raise UserError(f"volume: got shape {list(volume.shape)}, allowed is [D, 1, H, W] with D of 2 or more")
     slices = volume.detach()[:, 0].float().cpu()
     if not slices.isfinite().all():
         raise UserError("volume: got NaN or infinity, allowed are numbers from -1 to 1")
-    at = torch.as_tensor(positions, dtype=torch.float64).reshape(-1)
     if len(at) != len(slices):
         raise UserError(f"positions: got {len(at)}, allowed is one for each of {len(slices)} slices")
     steps = at.diff()
@@ -82,7 +92,7 @@ def _check(volume: Tensor, positions: Sequence[float] | Tensor, spacing: float) 
             f"positions: got steps of {float(steps.min()):g} to {float(steps.max()):g} mm, allowed are heights that"
             " rise evenly, from the bottom up"
         )
-    if not 0 < spacing < 1000:
+    if not isinstance(spacing, (int, float)) or not 0 < spacing < 1000:
         raise UserError(f"spacing: got {spacing}, allowed are mm of a pixel, above 0")
     return slices, distance
 

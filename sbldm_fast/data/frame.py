@@ -51,7 +51,7 @@ class Frame:
             UserError: no such size, and as the class.
         """
         width, height = (SIZE, SIZE) if size is None else _sides(size)
-        return cls(height, width, FIELD_OF_VIEW / min(height, width) if spacing is None else spacing)
+        return cls(height, width, FIELD_OF_VIEW / max(1, min(height, width)) if spacing is None else spacing)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -347,9 +347,13 @@ class UNet2D(Pretrained[UNetConfig]):
         if not self.config.slice_mixing or not isinstance(cond, Mapping) or SLICE not in cond:
             return {}, cond
         try:
-            numbers = torch.as_tensor(cond[SLICE], dtype=torch.float32).reshape(-1)
+            listed = cond[SLICE]
+            listed = [math.nan if v is None else v for v in listed] if isinstance(listed, (list, tuple)) else listed
+            numbers = torch.as_tensor(listed, dtype=torch.float32).reshape(-1)
         except (TypeError, ValueError, RuntimeError):
             raise UserError(f"{argument}[{SLICE!r}]: got {cond[SLICE]!r:.100}, allowed are numbers of slices") from None
         if len(numbers) != n:
             raise UserError(f"{argument}[{SLICE!r}]: got {len(numbers)} numbers, allowed is one for each of {n}")
+        if bool((numbers.abs() > 2**23).any()):  # float32 knows no next number there
+            raise UserError(f"{argument}[{SLICE!r}]: got {float(numbers.abs().max()):g}, allowed is up to 2^23")
         return {SLICE: numbers}, {k: v for k, v in cond.items() if k != SLICE} or None

@@ -107,8 +107,8 @@ class SampleRequest:
         others = read_cond(model, uncond, count, extrapolate=extrapolate, argument="uncond") if known else {}
         if uncond is None:
             others = {k: others.get(k, torch.zeros_like(v)) for k, v in conds.items()}
-        if SLICE in conds and reads_condition(model):  # the same slices, whatever else they are told
-            others[SLICE] = conds[SLICE]
+        if SLICE in conds and reads_condition(model):
+            others[SLICE] = self._numbers_apart(conds[SLICE])
         self.uncond = others
         unlike = sorted(conds.keys() ^ others.keys())
         unlike = unlike or [k for k, v in conds.items() if others[k].shape != v.shape or len(v) != count]
@@ -127,6 +127,21 @@ class SampleRequest:
                 raise UserError("guidance_scale: got a value without cond, allowed is None")
             self.guidance = self._guidance(guidance_scale)
         self.interval = _interval(guidance_interval, self.guidance)
+
+    def _numbers_apart(self, numbers: Tensor) -> Tensor:
+        """The numbers of the same slices for the unconditional pass, which no number of the conditional one follows on.
+
+        Raises:
+            ValueError: a batch would end within a volume.
+        """
+        follows = (numbers[1:] == numbers[:-1] + 1).tolist()
+        if any(follows[self.size - 1 :: self.size]):
+            raise UserError(
+                f"batch_size: got {self.size}, allowed with cond[{SLICE!r}] are batches that end with a volume, such as"
+                f" all {self.count} at a time; Pipeline.sample_volume has windows"
+            )
+        known = numbers[numbers.isfinite()]
+        return numbers - (float(known.max() - known.min()) + 2 if len(known) else 0.0)
 
     def _guidance(self, guidance_scale: float | Tensor) -> Tensor:
         try:

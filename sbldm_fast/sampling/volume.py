@@ -35,13 +35,14 @@ def find_positions(
     """
     if positions is not None:
         try:
-            found = [float(z) for z in torch.as_tensor(positions, dtype=torch.float64).reshape(-1).tolist()]
+            given = torch.as_tensor(positions, dtype=torch.float64)
+            found = [float(z) for z in (given if given.dim() == 1 else given.new_tensor(())).tolist()]
         except (TypeError, ValueError, RuntimeError):
             raise UserError(f"positions: got {positions!r:.100}, allowed are numbers, mm") from None
         if slices is not None and slices != len(found):
             raise UserError(f"slices: got {slices} and {len(found)} positions, allowed is one of them")
         return _checked(found)
-    known = next((c for c in covariates if c.name == POSITION and not c.values), None)
+    known = next((c for c in covariates if c.name == POSITION and c.low < c.high and not c.values), None)
     if slices is None and known is None:
         raise UserError("slices: got None, allowed for a model that knows no position is a number of slices")
     if known is None:
@@ -50,7 +51,7 @@ def find_positions(
     if slices is None:
         slices = math.floor((known.high - known.low) / DISTANCE + 1e-6) + 1
     count = whole_number("slices", slices, 2)
-    return [known.low + (known.high - known.low) * i / (count - 1) for i in range(count)]
+    return [min(known.high, known.low + (known.high - known.low) * i / (count - 1)) for i in range(count)]
 
 
 def _checked(positions: list[float]) -> list[float]:
@@ -103,7 +104,9 @@ def sample_volume(
     noise = draw_field(positions, seed, sampler.shape, sampler.device)
     config = getattr(model, "config", None)
     names = [c.name for c in getattr(config, "covariates", ())]
-    cond: dict[str, Any] = dict(arguments.get("cond") or {})
+    if not isinstance(told := arguments.get("cond") or {}, Mapping):
+        raise UserError(f"cond: got {type(told).__name__}, allowed is a mapping of {', '.join(names) or 'nothing'}")
+    cond: dict[str, Any] = dict(told)
     for name, value, known in (
         (POSITION, list(positions), POSITION in names),
         (SLICE, range(count), getattr(config, "slice_mixing", False)),
@@ -131,7 +134,7 @@ def sample_volume(
 
 
 def _of_slices(value: Any, count: int) -> bool:
-    several = isinstance(value, (list, tuple)) or hasattr(value, "shape")
+    several = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
     return several and len(value) == count
 
 

@@ -23,6 +23,7 @@ from sbldm_fast.diffusion import DDIMScheduler, DDPMScheduler, SchedulerConfig, 
 from sbldm_fast.errors import UserError
 from sbldm_fast.kernels import diffuse
 from sbldm_fast.models import UNet2D
+from sbldm_fast.models.slices import MIXING
 from sbldm_fast.models.weights import digest_weights
 from sbldm_fast.sampling import FastSampler
 from sbldm_fast.sampling.noise import draw
@@ -260,8 +261,11 @@ def _train(
     own = of.distilled_steps
     segments = Segments.of(scheduler, steps, own // steps or SUBSTEPS, first_order=bool(own)).to(device)
     folded = of.distilled_guidance if guidance is None else guidance
-    student = UNet2D(replace(of, dropout=0.0, distilled_steps=steps, distilled_guidance=folded)).to(device)
-    student.load_state_dict(teacher.state_dict())
+    # layers along z were trained around the teacher and its timesteps
+    student = UNet2D(replace(of, dropout=0.0, slice_mixing=False, distilled_steps=steps, distilled_guidance=folded)).to(
+        device
+    )
+    student.load_state_dict({k: v for k, v in teacher.state_dict().items() if not MIXING.search(k)})
     judge = Judge(teacher, predict, scheduler, steps, told.get("val", told["train"]))
     stage = Stage(
         f"student{steps}",

@@ -104,7 +104,7 @@ def volume_loss(windows: Windows, scheduler: SchedulerConfig, ranks: Ranks, mixe
     table = mixtures(spacings.tolist()).to(device)
 
     def loss_of(model: nn.Module, index: Tensor, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        starts = index[: len(index) // PART * len(LENGTHS)]
+        starts = index[: len(index) // PART * len(LENGTHS)] % len(windows.spacing)
         count = len(starts)
         t = torch.randint(T, (count,), device=device)
         normals = torch.randn(count, 1 + table.shape[2], *windows.told.latents.shape[1:], device=device)
@@ -161,7 +161,7 @@ def train_layers(
         "volume",
         unet,
         volume_loss(windows["train"], scheduler, context.ranks),
-        len(windows["train"].spacing),
+        max(len(windows["train"].spacing), config.batch_size),  # of few slices some begin two windows of a batch
         validate=None if held_out is None else validate,
         settings={"unet": unet.config.to_dict(), "scheduler": scheduler.to_dict()},
     )
@@ -215,7 +215,8 @@ def train_volume(
     refuse_a_run(folder, resume)
     slices = find_splits(data)
     refuse_misfits(pipeline.vae.config, slices["train"])
-    Windows.of(Told(torch.empty(len(slices["train"]))), _volumes(slices["train"]))  # refuses before it is encoded
+    volumes = {split: _volumes(one) for split, one in slices.items()}
+    Windows.of(Told(torch.empty(len(slices["train"]))), volumes["train"])  # refuses before anything is encoded
     made_of = {"data": digest_data(data), "pipeline": digest_weights(pipeline.vae, pipeline.unet)}
     context = Context(folder, ranks, made_of, progress)
     device = next(pipeline.unet.parameters()).device
@@ -241,9 +242,9 @@ def _encode_windows(pipeline: Pipeline, slices: dict[str, Slices], seed: int, co
     values = condition_values(pipeline.unet.config.covariates, slices, latents)
     windows = {}
     for split, one in slices.items():
-        told = Told(latents[split] * pipeline.vae.config.scaling_factor, values.get(split))
+        told, volumes = Told(latents[split] * pipeline.vae.config.scaling_factor, values.get(split)), _volumes(one)
         with suppress(UserError):
-            windows[split] = Windows.of(told, _volumes(one))
+            windows[split] = Windows.of(told, volumes)
     return windows
 
 

@@ -165,6 +165,13 @@ def test_what_is_there_is_not_written_over(run: Any, calls: list[dict[str, Any]]
         (("brain", "--volume", "-o", "x"), 2, "--out: got x, allowed is a name that ends in .nii.gz"),
         (("brain", "--volume", "-o", "x.nii", "-n", "2"), 2, "got x.nii, allowed is a folder for 2 volumes"),
         (("brain", "--volume", "-o", "x.nii.gz", "--format", "dicom"), 2, "allowed is a folder for a series"),
+        (("brain", "--volume", "-o", "x.png", "--format", "dicom"), 2, "allowed is a folder for a series"),
+        (
+            ("brain", "--volume", "-o", "x.nii", "--batch-size", "1"),
+            2,
+            "--batch-size: got 1, allowed with --volume is 2",
+        ),
+        (("brain", "--volume", "-o", "/proc/x/x.nii"), 1, "x.nii cannot be written: /proc is no folder that may be"),
         (("brain", "--volume", "-o", "x.nii", "--format", "png"), 2, "got png, allowed with --volume are nifti and"),
         (("brain", "--volume", "-o", "x.nii", "--eta", "1"), 2, "--eta: got a value, allowed without --volume"),
         (("brain", "--volume", "-o", "x.nii", "--position", "3"), 2, "--position: got a value, allowed with --volume"),
@@ -190,6 +197,18 @@ def test_what_cannot_be_made_is_named(
     assert said in " ".join(found[2].split())
     assert not calls
     assert sorted(p.name for p in Path().iterdir()) == ["brain", "plain"]
+
+
+def test_an_interrupt_leaves_nothing_of_a_single_volume(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sbldm_fast.volume_files.save_nifti", cut)
+        code, _, err = run("sample", "brain", "--volume", "-o", "b.nii.gz")
+    assert (code, "interrupted; nothing was written" in err) == (130, True)
+    assert sorted(p.name for p in Path().iterdir()) == ["brain", "plain"]
+    assert run("sample", "brain", "--volume", "-o", "b.nii.gz")[0] == 0
 
 
 def test_several_processes_are_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

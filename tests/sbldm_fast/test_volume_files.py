@@ -182,6 +182,8 @@ def test_an_empty_volume_has_views_too(tmp_path: Path) -> None:
         ({"positions": [float("nan")] * 20}, "positions: got steps of nan"),
         ({"spacing": 0.0}, "spacing: got 0.0, allowed are mm of a pixel"),
         ({"spacing": float("nan")}, "spacing: got nan"),
+        ({"spacing": None}, "spacing: got None"),
+        ({"positions": "abc"}, "volume, positions: got Tensor, 'abc', allowed are tensors"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.png", "a"])
@@ -192,6 +194,19 @@ def test_what_is_no_volume_is_refused_and_nothing_is_written(
     with pytest.raises(ValueError, match=said):
         save_volume(given.pop("volume"), tmp_path / name, **given)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.nii.gzip", "a.mha", "a.gz", "a.b/c.txt"])
+def test_a_name_that_says_another_form_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"path: got .*, allowed is a name that ends in .nii.gz, .nii, .png or"):
+        save_volume(brain(), tmp_path / name, positions=POSITIONS, spacing=SPACING)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_are_volumes_too(tmp_path: Path) -> None:
+    for volume, name in ((brain(), "a.nii"), (brain().numpy(), "b.nii")):
+        save_volume(volume, tmp_path / name, positions=np.array(POSITIONS), spacing=SPACING)  # type: ignore[arg-type]
+    assert (tmp_path / "a.nii").read_bytes() == (tmp_path / "b.nii").read_bytes()
 
 
 def test_a_folder_of_something_else_is_not_lost(tmp_path: Path) -> None:

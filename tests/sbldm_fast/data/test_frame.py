@@ -39,6 +39,8 @@ def test_a_size_is_width_by_height() -> None:
         ("-16x16", 10.0, "size: got '-16x16'"),
         ("٣٢", None, "size: got"),
         ("8x224", 1.0, "size: got 8 x 224 pixels, allowed are 16 to 1024 a side"),
+        ("160x0", None, "size: got 160 x 0 pixels, allowed are 16 to 1024 a side"),
+        ("0", None, "size: got 0 x 0 pixels"),
         ("160x2000", 1.0, "size: got 160 x 2000 pixels, allowed are 16 to 1024 a side"),
         (
             "160x224",

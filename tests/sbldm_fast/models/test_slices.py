@@ -112,6 +112,8 @@ def test_bad_numbers_are_named() -> None:
         model(x, 300, {"slice": [0, 1]})
     with pytest.raises(ValueError, match=r"cond\['slice'\]: got 'no', allowed are numbers of slices"):
         model(x, 300, {"slice": "no"})
+    with pytest.raises(ValueError, match=r"cond\['slice'\]: got 3.35544e\+07, allowed is up to 2\^23"):
+        model(x, 300, {"slice": [2**25] * 3})
     with pytest.raises(ValueError, match="this model is unconditional"):
         model(x, 300, {"age": 3})
     with pytest.raises(ValueError, match="this model is unconditional"):

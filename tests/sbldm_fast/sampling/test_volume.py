@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,6 +112,7 @@ def test_positions_are_all_over_what_the_model_knows() -> None:
         ([0.0, math.nan], "positions: got"),
         ([0.0, 1e9], "positions: got"),
         ("low", "positions: got 'low', allowed are numbers"),
+        (torch.zeros(2, 3), "positions: got 0, allowed are 2 or more"),
     ],
 )
 def test_bad_positions_are_named(positions: Any, message: str) -> None:
@@ -146,3 +148,31 @@ def test_too_many_slices_name_the_window_that_fits(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(type(mixing.unet), "forward_rows", full)
     with pytest.raises(MemoryError, match=r"window: 6 at a time do not fit into memory; 3 do.* give a window of 3"):
         mixing.sample_volume(positions=HEIGHTS, steps=3, mode="eager")
+
+
+def test_guidance_keeps_volumes_of_any_numbers_apart(mixing: Pipeline) -> None:
+    """Numbers in which the conditional half would follow on the unconditional one."""
+    noise = draw_field(HEIGHTS[:4], 0, mixing.latent_shape, torch.device("cpu"))
+    made = [
+        mixing.sampler(3)(noise=noise, cond={"slice": numbers, "age": 40}, guidance_scale=3.0)
+        for numbers in ([2, 3, 0, 1], [12, 13, 0, 1], [None, None, 5, 6])
+    ]
+    torch.testing.assert_close(made[0], made[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made[0][2:], made[2][2:], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(made[0][:2], made[2][:2], atol=1e-3)
+
+
+def test_a_batch_does_not_end_within_a_volume(mixing: Pipeline) -> None:
+    with pytest.raises(ValueError, match=r"batch_size: got 4, allowed with cond\['slice'\] are batches that"):
+        mixing.sampler(3)(6, cond={"slice": range(6)}, batch_size=4)
+    two = mixing.sampler(3)(6, cond={"slice": [0, 1, 2, 0, 1, 2]}, batch_size=3)
+    torch.testing.assert_close(two, mixing.sampler(3)(6, cond={"slice": [0, 1, 2, 0, 1, 2]}), rtol=1e-4, atol=1e-5)
+
+
+def test_a_condition_may_be_a_scalar_of_any_library(mixing: Pipeline) -> None:
+    plain = mixing.sample_volume(positions=HEIGHTS, steps=3, cond={"age": 70.0})
+    for age in (np.float64(70), torch.tensor(70.0), np.array([70.0])):
+        assert torch.equal(mixing.sample_volume(positions=HEIGHTS, steps=3, cond={"age": age}), plain)
+    for cond in ([1, 2], "age"):
+        with pytest.raises(ValueError, match=r"cond: got (list|str), allowed is a mapping of age, modality, position"):
+            mixing.sample_volume(positions=HEIGHTS, steps=3, cond=cond)  # type: ignore[arg-type]

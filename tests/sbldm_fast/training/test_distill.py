@@ -117,7 +117,7 @@ def test_guidance_is_two_passes_of_the_teacher() -> None:
 
 
 def test_a_student_is_trained_gone_on_with_and_halved(told: Path, tmp_path: Path) -> None:
-    pipe = teacher(TOLD)
+    pipe = teacher(TOLD, slice_mixing=True)
     before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     whole, cut, half = tmp_path / "whole", tmp_path / "cut", tmp_path / "half"
     options: dict[str, Any] = {"views": 1, "progress": False}
@@ -137,6 +137,7 @@ def test_a_student_is_trained_gone_on_with_and_halved(told: Path, tmp_path: Path
     student = Pipeline.from_pretrained(whole / "pipeline")
     assert (student.unet.config.distilled_steps, student.unet.config.distilled_guidance) == (4, 1.5)
     assert student.sampler().timesteps == [999, 749, 499, 249]
+    assert not student.unet.config.slice_mixing, "layers along z are of the teacher's timesteps"
     cond = {"age": 30, "modality": "T2"}
     images = student.sample(2, cond=cond)
     assert torch.equal(images, student.sample(2, cond=cond, scheduler="ddim", steps=4))

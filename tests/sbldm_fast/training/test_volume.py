@@ -145,6 +145,15 @@ def test_only_the_layers_learn_and_a_run_goes_on(data: Path, tmp_path: Path, mon
         train_volume(pipe, data, tmp_path / "a", config(4, **settings), progress=False)
 
 
+def test_a_volume_of_fewer_slices_than_a_batch_is_enough(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slices_as_volumes(monkeypatch)
+    settings: dict[str, Any] = {"batch_size": 256, "save_every": 1}
+    done = train_volume(teacher(), data, tmp_path / "a", config(1, **settings), progress=False)
+    assert done["slices"] < 256
+
+
 def test_what_cannot_be_trained_is_named_before_slices_are_encoded(data: Path, tmp_path: Path) -> None:
     pipe = teacher()
     with pytest.raises(ValueError, match="batch_size: got 32, allowed are multiples of 64"):
