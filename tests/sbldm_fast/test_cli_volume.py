@@ -171,7 +171,7 @@ def test_what_is_there_is_not_written_over(run: Any, calls: list[dict[str, Any]]
             2,
             "--batch-size: got 1, allowed with --volume is 2",
         ),
-        (("brain", "--volume", "-o", "/proc/x/x.nii"), 1, "x.nii cannot be written: /proc is no folder that may be"),
+        (("brain", "--volume", "-o", "brain/model_index.json/x.nii"), 1, "model_index.json is no folder that"),
         (("brain", "--volume", "-o", "x.nii", "--format", "png"), 2, "got png, allowed with --volume are nifti and"),
         (("brain", "--volume", "-o", "x.nii", "--eta", "1"), 2, "--eta: got a value, allowed without --volume"),
         (("brain", "--volume", "-o", "x.nii", "--position", "3"), 2, "--position: got a value, allowed with --volume"),
