@@ -62,6 +62,8 @@ def render(readme: str | Path) -> str:
             made = gpus_table(readme.parent / file).markdown()
         elif kind == "gpu":
             made = "\n".join(gpu_summary(rows) for rows in gpus(readme.parent / file))
+        elif kind == "volumes":  # one table a problem
+            made = "\n\n".join(TABLES[kind](rows).markdown() for rows in groups_of(readme.parent / file))
         else:
             chosen = largest_group(readme.parent / file)
             tables = TABLES | {"few": few_table}
@@ -73,17 +75,22 @@ def render(readme: str | Path) -> str:
 
 
 def largest_group(file: Path) -> list[Row]:
-    """The rows of a file that its table shows: those of the largest preset and number of steps, of the last run.
+    """The rows of a file that its table shows: those of the largest preset and number of steps, of the last run."""
+    return groups_of(file)[0]
+
+
+def groups_of(file: Path) -> list[list[Row]]:
+    """The rows of a file, of the last run of each, by preset and number of steps.
 
     Raises:
-        UserError: a line that is not a row.
+        UserError: a line that is not a row, or no row.
     """
     rows, faults = read_rows(file)
     if faults:
         raise UserError(faults[0])
     if not rows:
         raise UserError(f"{file}: got no rows, allowed is a file with one or more")
-    return groups(latest(rows))[0]
+    return groups(latest(rows))
 
 
 def latency_table(files: Sequence[Path]) -> Table:
