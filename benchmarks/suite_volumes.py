@@ -156,7 +156,7 @@ def brain_of_monai(asked: Asked) -> Problem:
         theirs = f"{MONAI}{half_suffix(dtype)}"
 
         def case(build: Callable[[], Output], family: str, prepares: bool, dtype: torch.dtype = dtype) -> Case:
-            about = {"family": "ours", "decodes": False, "prepares": prepares}
+            about = {"family": family, "decodes": False, "prepares": prepares}
             return Case(build, MONAI, TOLERANCE, f"{MONAI}{half_suffix(dtype)}", dtype=str(dtype)[6:], about=about)
 
         for compiled in (False, *[True] * asked.compiled):

@@ -20,7 +20,7 @@ BUDGETS = {
     "library": (9_700, ("kernels", "sbldm_fast/models", "sbldm_fast/diffusion", "sbldm_fast/sampling")),
     "export": (2_360, ("export",)),
     "workshop": (
-        15_500,
+        15_600,
         ("sbldm_fast", "sbldm_fast/data", "sbldm_fast/training", "sbldm_fast/evaluation", "benchmarks"),
     ),
 }
