@@ -5,7 +5,7 @@ slice, is made of a part that all slices of the volume share, the more the coars
 
     x_m(z) = sqrt(s) shared + sqrt(1 - s) g(z),   s = 0.95 exp(-m / 8),   cov(g(y), g(z)) = exp(-(y - z)^2 / (2 L^2))
 
-as the latents of real and of made brains are alike along z once what all brains have in common at a height is taken out
+as the latents of made brains are alike along z once what all brains have in common at a height is taken out
 (benchmarks/LOG.md 42). Source: the mixed noise prior of Ge et al. 2023, arXiv:2305.10474, section 4.1, where s is one
 number and g is white.
 """
